@@ -1,0 +1,21 @@
+"""Batch normalization for JAX: pure functions with explicit running statistics.
+
+Flax users import `jbn.linen`.
+"""
+
+from jbn.functional import Params, batch_norm, init, normalize
+from jbn.running import cumulative, ema, pooled
+from jbn.statistics import Moments, merge, moments
+
+__all__ = [
+    "Moments",
+    "Params",
+    "batch_norm",
+    "cumulative",
+    "ema",
+    "init",
+    "merge",
+    "moments",
+    "normalize",
+    "pooled",
+]

@@ -1,0 +1,265 @@
+"""Batch normalization as pure functions, with the one derivative rule that they share."""
+
+import operator
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn.axes import Axes, arithmetic_dtype, as_samples, as_weights, expand, feature_axes
+from jbn.axes import real_dtype
+from jbn.running import UpdateRule, absorb, ema
+from jbn.statistics import Moments, cast, moments, ratio, select, weighted_sum, where_counted
+from jbn.statistics import with_count_per_feature
+
+
+class Params(NamedTuple):
+    """The learnt affine map that follows normalization; either part may be None."""
+
+    scale: jax.Array | None  # (features...), gamma; None scales by 1
+    bias: jax.Array | None  # (features...), beta; None adds 0
+
+
+def init(
+    features: int | Sequence[int],
+    *,
+    use_scale: bool = True,
+    use_bias: bool = True,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Params, Moments]:
+    """Makes the parameters and the running moments of one layer.
+
+    Args:
+      features: the number of features, or the shape of the feature axes.
+      use_scale: learn a scale, which starts at 1.
+      use_bias: learn a bias, which starts at 0.
+      dtype: the parameters' dtype. The running moments are float32 at least, variance and count real.
+
+    Returns:
+      `Params` and `Moments` with mean 0, variance 1 and count 0, all in the features' shape.
+
+    >>> import jbn
+    >>> params, running = jbn.init(3)
+    >>> print(params.scale, params.bias, running.mean, running.var)
+    [1. 1. 1.] [0. 0. 0.] [0. 0. 0.] [1. 1. 1.]
+    """
+    shape = tuple(features) if isinstance(features, Sequence) else (operator.index(features),)
+    wide = arithmetic_dtype(dtype)
+    params = Params(
+        scale=jnp.ones(shape, dtype) if use_scale else None,
+        bias=jnp.zeros(shape, dtype) if use_bias else None,
+    )
+    running = Moments(
+        mean=jnp.zeros(shape, wide),
+        var=jnp.ones(shape, real_dtype(wide)),
+        count=jnp.zeros(shape, real_dtype(wide)),
+    )
+    return params, running
+
+
+def normalize(
+    x: ArrayLike,
+    moments: Moments,
+    params: Params | None = None,
+    *,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    """Normalizes with given moments, then applies the learnt affine map.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    Args:
+      x: samples, of any shape; floating point or complex.
+      moments: the statistics to normalize with, in the features' shape; `count` is not used.
+      params: scale and bias in the features' shape; None for neither.
+      axis: the feature axis or axes.
+      epsilon: added to the variance; > 0.
+      dtype: the result's dtype; that of `x` if None. The arithmetic is in float32 at least.
+
+    Returns:
+      An array of the shape of `x`. It carries the gradient to `x`, to `moments` and to `params`.
+
+    Raises:
+      TypeError: `x` is an integer array.
+      ValueError: `axis` is out of range or repeated, `epsilon` <= 0, or `moments` or `params` have another
+        shape than the features of `x`.
+
+    Reference: Ioffe & Szegedy 2015, Algorithm 1, lines 3 and 4.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> print(jbn.normalize(x, jbn.moments(x)).round(4))
+    [[-1.]
+     [ 1.]]
+    """
+    x = as_samples(x)
+    axes = feature_axes(x.ndim, axis)
+    params = Params(None, None) if params is None else params
+    _check_epsilon(epsilon)
+    _check_shapes(x, axes, moments=moments, params=params)
+    wide = arithmetic_dtype(x, *jax.tree.leaves((moments, params)))
+    moments = cast(moments, wide)
+    multiplier = jax.lax.rsqrt(moments.var + epsilon).astype(wide)
+    if params.scale is not None:
+        multiplier = multiplier * params.scale.astype(wide)
+    y = (x.astype(wide) - expand(moments.mean, x.ndim, axes)) * expand(multiplier, x.ndim, axes)
+    if params.bias is not None:
+        y = y + expand(params.bias.astype(wide), x.ndim, axes)
+    return y.astype(x.dtype if dtype is None else dtype)
+
+
+def batch_norm(
+    x: ArrayLike,
+    params: Params | None,
+    running: Moments,
+    *,
+    train: ArrayLike,
+    axis: Axes = -1,
+    epsilon: float = 1e-5,
+    update: UpdateRule = ema(0.99),
+    mask: ArrayLike | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, Moments]:
+    """Normalizes each feature: with the batch's own moments in training, with the running ones in inference.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    In training `mean` and `var` are those of `jbn.moments(x, axis=axis, mask=mask)`, the gradient flows
+    through them, and the running moments absorb them by the rule `update`. In inference `mean` and `var` are
+    the running ones, which are constants and are returned as they came.
+
+    Args:
+      x: samples, of any shape; floating point or complex.
+      params: scale and bias in the features' shape; None for neither.
+      running: running moments in the features' shape.
+      train: True in training, False in inference; or a traced Boolean scalar, so that one compiled function
+        serves both.
+      axis: the feature axis or axes; statistics reduce over every other axis.
+      epsilon: added to the variance; > 0.
+      update: how the running moments absorb the batch's: `jbn.ema`, `jbn.cumulative`, `jbn.pooled` or any
+        function `(running, batch) -> running`. A feature whose batch moments are not finite, or that had no
+        samples, keeps its running moments whatever the rule.
+      mask: which positions count in the statistics: Booleans, or real weights >= 0, broadcastable to `x`; it
+        carries no gradient. Every position is normalized, from its own `x`. Where the weight is 0 and `x` is
+        not finite, `x` acts as the mean and gets no gradient.
+      dtype: the dtype of `y`; that of `x` if None. The arithmetic is in float32 at least.
+
+    Returns:
+      `y` in the shape of `x`, and the running moments in the shapes and dtypes of those given (the count in
+      the mean's shape), without gradient.
+
+    Raises:
+      TypeError: `x` is an integer array, or `mask` is complex.
+      ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is negative,
+        or `params` or `running` have another shape than the features of `x`.
+
+    Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> params, running = jbn.init(2)
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> y, running = jbn.batch_norm(x, params, running, train=True, update=jbn.ema(0.5))
+    >>> print(y.round(4))
+    [[-1. -1.]
+     [ 1.  1.]]
+    >>> print(running.mean, running.var)
+    [ 1. 10.] [ 1.  50.5]
+    """
+    x = as_samples(x)
+    axes = feature_axes(x.ndim, axis)
+    weights = as_weights(mask, x)
+    params = Params(None, None) if params is None else params
+    _check_epsilon(epsilon)
+    _check_shapes(x, axes, running=running, params=params)
+    running = with_count_per_feature(jax.lax.stop_gradient(running))
+    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
+    if isinstance(train, bool | np.bool_) and not train:
+        x = _where_usable(x, weights, x, expand(running.mean, x.ndim, axes))
+        return normalize(x, running, params, axis=axes, epsilon=epsilon, dtype=dtype), running
+    train = jnp.asarray(train, bool)
+    y, used = _normalize_batch(axes, epsilon, dtype, x, params, running, weights, train)
+    return y, select(train, absorb(update, running, used), running)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _normalize_batch(axes, epsilon, dtype, x, params, running, weights, train):
+    """Returns the normalized samples and the moments used: the batch's if `train`, else the running ones."""
+    batch = moments(x, axis=axes, mask=weights)
+    wide = arithmetic_dtype(batch.mean, running.mean)
+    used = select(train, cast(batch, wide), cast(running, wide))
+    x = _where_usable(x, weights, x.astype(wide), expand(used.mean, x.ndim, axes))
+    return normalize(x, used, params, axis=axes, epsilon=epsilon, dtype=dtype), used
+
+
+@_normalize_batch.defjvp
+def _normalize_batch_jvp(axes, epsilon, dtype, primals, tangents):
+    """The derivative in closed form, grouped per feature.
+
+        c = x - mean;  a = scale * inv
+        P = dbias - a*mean(dx);  Q = inv*dscale - a*inv^2*mean(Re(conj(c)*dx))
+        dy = a*dx + c*Q + P
+
+    JAX transposes these two reductions into the two of the backward pass. The rule is plain JAX code, in which
+    `used` has the derivative that this same rule gives it, so every further derivative follows.
+    """
+    x, params, _, weights, train = primals
+    dx, dparams, *_ = tangents
+    y, used = _normalize_batch(axes, epsilon, dtype, *primals)
+
+    # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tangent(x, params, used, weights, train, dx, dparams):
+        wide = used.mean.dtype
+        scale, dscale, dbias = (
+            None if leaf is None else leaf.astype(wide) for leaf in (params.scale, *dparams)
+        )
+        mean = expand(used.mean, x.ndim, axes)
+        c = _where_usable(x, weights, x.astype(wide), mean) - mean
+        dx = _where_usable(x, weights, dx.astype(wide), 0)
+        # The moments move with x only in training.
+        share = ratio(train.astype(used.count.dtype), used.count)
+        mean_dx = share.astype(wide) * weighted_sum(where_counted(dx, weights), weights, axes)
+        mean_cdx = share * weighted_sum(jnp.real(jnp.conj(c) * where_counted(dx, weights)), weights, axes)
+        inv = jax.lax.rsqrt(used.var + epsilon).astype(wide)
+        a = inv if scale is None else inv * scale
+        P = -a * mean_dx
+        Q = -a * inv**2 * mean_cdx.astype(wide)
+        if dbias is not None:
+            P = P + dbias
+        if dscale is not None:
+            Q = Q + inv * dscale
+        dy = expand(a, x.ndim, axes) * dx + c * expand(Q, x.ndim, axes) + expand(P, x.ndim, axes)
+        return dy.astype(dtype), Moments(mean_dx, 2 * mean_cdx, jnp.zeros_like(used.count))
+
+    return (y, used), tangent(x, params, used, weights, train, dx, dparams)
+
+
+def _where_usable(x: jax.Array, weights: jax.Array | None, values: jax.Array, fallback: ArrayLike) -> jax.Array:
+    """Takes `fallback` where `x` is not finite and has weight 0, and `values` everywhere else."""
+    if weights is None:
+        return values
+    return jnp.where(weights.astype(bool) | jnp.isfinite(x), values, fallback)
+
+
+def _check_epsilon(epsilon: float) -> None:
+    if not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon}; wanted a number > 0, such as the default 1e-5.")
+
+
+def _check_shapes(x: jax.Array, axes: tuple[int, ...], **trees: Params | Moments) -> None:
+    wanted = tuple(x.shape[a] for a in axes)
+    for name, tree in trees.items():
+        for field, leaf in tree._asdict().items():
+            shape = np.shape(leaf)
+            if leaf is None or shape == wanted or (field == "count" and shape == ()):
+                continue
+            raise ValueError(
+                f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {wanted} "
+                f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis."
+            )

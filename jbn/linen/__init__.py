@@ -1,0 +1,5 @@
+"""Flax Linen modules."""
+
+from jbn.linen.normalization import BatchNorm
+
+__all__ = ["BatchNorm"]

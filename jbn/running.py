@@ -1,0 +1,151 @@
+"""Update rules: how running moments absorb the moments of one more batch.
+
+A rule is any function `(running, batch) -> running`. The three here are frozen dataclasses, so that two rules
+with the same options are equal and hash alike, and `jit` compiles once for both.
+"""
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jbn.axes import arithmetic_dtype
+from jbn.statistics import Moments, cast, merge, ratio, select, with_count_per_feature
+
+UpdateRule = Callable[[Moments, Moments], Moments]
+
+
+@dataclass(frozen=True)
+class ema:  # lower case, like the other rules: to its user it is a function
+    """Exponential moving average of the batches' means and variances.
+
+        running = decay * running + (1 - decay) * batch
+
+    with `debias`, the weight that the initial values would have is divided out, so that the first
+    batch counts in full and inference is right from the first step on:
+
+        count' = decay * count + (1 - decay)
+        running = running + (1 - decay) / count' * (batch - running)
+
+    PyTorch's `momentum=m` is `ema(1 - m, unbiased=True)`; Flax's `momentum=m` is `ema(m)`.
+
+    Args:
+      decay: the weight of the old value, in [0, 1]: what Flax, Haiku, Equinox and Keras call momentum. It
+        may be a traced scalar, from a schedule say.
+      unbiased: keep the unbiased variance n/(n-1) * var, as PyTorch does, n being the batch's total weight
+        (and leave a feature with n <= 1 unchanged).
+      debias: divide out the initial values, as Adam does. The running `count` then holds
+        1 - prod(decay); otherwise it counts batches.
+
+    Raises:
+      ValueError: `decay` is outside [0, 1].
+
+    Reference: Ioffe & Szegedy 2015, section 3.1; debiasing: Kingma & Ba 2015, section 3.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> running = jbn.Moments(mean=jnp.zeros(1), var=jnp.ones(1), count=jnp.zeros(1))
+    >>> batch = jbn.Moments(mean=jnp.array([2.0]), var=jnp.array([5.0]), count=jnp.array([64.0]))
+    >>> new = jbn.ema(0.75)(running, batch)
+    >>> print(new.mean, new.var, new.count)
+    [0.5] [2.] [1.]
+    >>> new = jbn.ema(0.75, debias=True)(running, batch)
+    >>> print(new.mean, new.var, new.count)
+    [2.] [5.] [0.25]
+    """
+
+    decay: ArrayLike = 0.99
+    _: KW_ONLY
+    unbiased: bool = False
+    debias: bool = False
+
+    def __post_init__(self):
+        if not isinstance(self.decay, jax.core.Tracer) and not 0 <= self.decay <= 1:
+            raise ValueError(
+                f"decay={self.decay} is outside [0, 1]; it is the weight of the old value. "
+                "PyTorch's momentum m is decay 1 - m."
+            )
+
+    def __call__(self, running: Moments, batch: Moments) -> Moments:
+        running = with_count_per_feature(running)
+        decay = jnp.asarray(self.decay, running.count.dtype)
+        new = 1 - decay
+        if self.debias:
+            count = decay * running.count + new
+            return _average(running, batch, ratio(new, count), count, self.unbiased)
+        return _average(running, batch, new, running.count + 1, self.unbiased)
+
+
+@dataclass(frozen=True)
+class cumulative:
+    """The plain average of all batches' means and variances, each batch counting the same.
+
+        count   = count + 1
+        running = running + (batch - running) / count
+
+    PyTorch's `momentum=None` is `cumulative(unbiased=True)`. The variance is that within a batch; `jbn.pooled`
+    adds the variance between batches.
+
+    Args:
+      unbiased: average n/(n-1) * var, n being the batch's total weight (and leave a feature with n <= 1
+        unchanged).
+
+    >>> import jax.numpy as jnp, jbn
+    >>> running = jbn.Moments(mean=jnp.zeros(1), var=jnp.ones(1), count=jnp.zeros(1))
+    >>> for mean in 1.0, 3.0, 8.0:
+    ...     batch = jbn.Moments(jnp.array([mean]), var=jnp.array([5.0]), count=jnp.array([64.0]))
+    ...     running = jbn.cumulative()(running, batch)
+    >>> print(running.mean, running.var, running.count)
+    [4.] [5.] [3.]
+    """
+
+    _: KW_ONLY
+    unbiased: bool = False
+
+    def __call__(self, running: Moments, batch: Moments) -> Moments:
+        running = with_count_per_feature(running)
+        count = running.count + 1
+        return _average(running, batch, 1 / count, count, self.unbiased)
+
+
+@dataclass(frozen=True)
+class pooled:
+    """The moments of all samples ever seen, as if they had come in one batch: `jbn.merge`.
+
+    The variance holds the spread between batches too. `count` counts samples.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> x = jnp.arange(10.0).reshape(5, 2)
+    >>> _, running = jbn.init(2)
+    >>> for batch in x[:2], x[2:]:
+    ...     running = jbn.pooled()(running, jbn.moments(batch))
+    >>> print(running.mean, running.var, running.count)
+    [4. 5.] [8. 8.] [5. 5.]
+    """
+
+    def __call__(self, running: Moments, batch: Moments) -> Moments:
+        return merge(running, batch)
+
+
+def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
+    """Applies a rule as `jbn.batch_norm` does, and protects the running moments from what it is given.
+
+    The rule computes in float32 at least; the result has the dtypes of `running` and carries no gradient. A
+    feature whose batch moments are not finite, or that had no samples, keeps every leaf as it was.
+    """
+    running = with_count_per_feature(jax.lax.stop_gradient(running))
+    batch = jax.lax.stop_gradient(batch)
+    wide = arithmetic_dtype(running.mean, batch.mean)
+    new = update(cast(running, wide), cast(batch, wide))
+    new = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, running)
+    usable = jnp.isfinite(batch.mean) & jnp.isfinite(batch.var) & (batch.count > 0)
+    return select(usable, new, running)
+
+
+def _average(running: Moments, batch: Moments, weight: jax.Array, count: jax.Array, unbiased: bool) -> Moments:
+    batch_var = batch.var * ratio(batch.count, batch.count - 1) if unbiased else batch.var
+    mean = running.mean + weight.astype(running.mean.dtype) * (batch.mean - running.mean)
+    var = running.var + weight * (batch_var - running.var)
+    enough = batch.count > (1 if unbiased else 0)
+    return select(enough, Moments(mean, var, count), running)
