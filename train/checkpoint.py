@@ -1,0 +1,87 @@
+"""Checkpoints of the training state: a thin layer over Orbax.
+
+A checkpoint has the items `model` (parameters and running statistics, which belong together), `optimizer` and
+`meta` (the step and the sums that the next log line reports). Data order and learning rate are functions of the
+seed and the step, so nothing else is needed to go on exactly.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from absl import logging
+from orbax.checkpoint import checkpoint_managers
+
+from train.state import TrainState
+
+Metrics = dict[str, float]
+
+
+def _quality(metrics: Metrics) -> tuple[float, float]:
+    """Orders checkpoints: by accuracy, then by loss. What is not finite is the worst."""
+    finite = math.isfinite(metrics["loss"])
+    return (metrics["accuracy"], -metrics["loss"]) if finite else (-math.inf, -math.inf)
+
+
+class Checkpoints:
+    """The checkpoints of one run: the newest two and the best one by validation."""
+
+    def __init__(self, run_dir: Path):
+        logging.set_verbosity(logging.ERROR)  # Orbax reports at length what is no news here
+        policies = [
+            checkpoint_managers.LatestN(2),
+            checkpoint_managers.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False),
+        ]
+        self._manager = ocp.CheckpointManager(
+            (run_dir / "checkpoints").absolute(),
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_quality,
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                # The next step overwrites the state's buffers, so a save has to end before it.
+                enable_async_checkpointing=False,
+            ),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The step of the newest checkpoint, if there is one."""
+        return self._manager.latest_step()
+
+    @property
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint by validation; of the newest one where there is no validation."""
+        return self._manager.best_step() or self.latest_step
+
+    def save(self, state: TrainState, metrics: Metrics | None) -> None:
+        """Saves the state at its step, with the validation metrics that rank it. A step is saved once."""
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
+        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics):
+            raise RuntimeError(f"Orbax declined to save step {step} after step {self.latest_step}.")
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Restores the whole state of a step, with the structure, shapes and dtypes of `like`."""
+        items = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        return like._replace(**restored.model, opt_state=restored.optimizer, **restored.meta)
+
+    def restore_model(self, step: int, like: TrainState) -> TrainState:
+        """Restores parameters and running statistics of a step, and leaves the rest of `like` as it is."""
+        args = ocp.args.Composite(model=ocp.args.StandardRestore(_items(like)["model"]))
+        return like._replace(**self._manager.restore(step, args=args).model)
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    fields = state._asdict()
+    optimizer = fields.pop("opt_state")
+    model = {name: fields.pop(name) for name in ("params", "batch_stats")}
+    return {"model": model, "optimizer": optimizer, "meta": fields}

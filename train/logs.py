@@ -1,0 +1,101 @@
+"""What a run says: metrics.jsonl (the truth), TensorBoard, and the table and progress on the console."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from train.run_directory import replace_text
+
+Results = dict[str, dict[str, float]]  # split -> {"loss": ..., "accuracy": ...}
+
+_HEADER = "    step   epoch" + "".join(f"{s + ' loss':>17}  accuracy" for s in ("train", "validation", "test")) + "   seconds"
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Reads metrics.jsonl, up to a last line that a kill may have cut."""
+    path = run_dir / "metrics.jsonl"
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class Logs:
+    """Writes results to file, TensorBoard and console. The one object that prints while a job trains."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int):
+        """Opens the logs of a run that goes on from `first_step`, and drops what they have after it."""
+        kept = [line for line in read_metrics(run_dir) if line["step"] <= first_step]
+        path = run_dir / "metrics.jsonl"
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        self._started = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
+        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.speed:,.0f} steps/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=total_steps, completed=first_step)
+        self._in_table = False
+
+    def __enter__(self) -> "Logs":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._progress.stop()
+        self._file.close()
+        self._tensorboard.close()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, earlier sessions included."""
+        return time.perf_counter() - self._started
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._console.print(text)
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar."""
+        self._progress.update(self._task, completed=step)
+
+    def results(self, step: int, epoch: float, results: Results) -> None:
+        """Writes the results of one evaluation, split by split."""
+        for split, values in results.items():
+            # JSON has no NaN.
+            finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+            line = {"step": step, "split": split, **finite, "seconds": round(self.seconds, 3)}
+            self._file.write(json.dumps(line) + "\n")
+            for key, value in values.items():
+                self._tensorboard.add_scalar(f"{key}/{split}", value, step)
+        self._file.flush()
+        self._tensorboard.flush()
+        if not self._in_table:
+            self.say(_HEADER)
+            self._in_table = True
+        self.say(_row(step, epoch, results, self.seconds))
+
+
+def _row(step: int, epoch: float, results: Results, seconds: float) -> str:
+    cells = [f"{step:8d}{epoch:8.1f}"]
+    for split in ("train", "validation", "test"):
+        values = results.get(split)
+        cells.append(f"{values['loss']:17.4f}{values['accuracy']:10.4f}" if values else f"{'-':>17}{'-':>10}")
+    return "".join(cells) + f"{seconds:10.1f}"

@@ -1,0 +1,164 @@
+"""Running a job: the one place where side effects happen, in one order."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from train import data, models, optim, report, run_directory, state as states
+from train.checkpoint import Checkpoints
+from train.config import Config, UserError, total_steps
+from train.logs import Logs, Results, read_metrics
+from train.state import TrainState
+from train.stopping import StopRequests
+
+EVAL_BATCH = 512
+SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait at most, unless a step is longer
+
+
+class RunFailed(Exception):
+    """The job itself went wrong: its loss is no number any more."""
+
+
+class Job:
+    """What a config stands for, built: data, network, optimizer, and the state at step 0."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.data = data.load(config.data)
+        self.steps_per_epoch = data.steps_per_epoch(len(self.data.train.labels), config.batch_size)
+        self.total_steps = total_steps(config, self.steps_per_epoch)
+        self.model = models.build(config.model, self.data.train.inputs.shape[1:], self.data.classes)
+        self.optimizer = optim.build(config.optimizer, self.total_steps)
+        self.initial = states.create(self.model, self.optimizer, config.seed, self.data.train.inputs[:1])
+
+    def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:
+        """Returns loss and accuracy over a split, each example counted once."""
+        batches = data.eval_batches(split, EVAL_BATCH)
+        sums = [states.eval_step(self.model, state.params, state.batch_stats, batch) for batch in batches]
+        return states.Sums(*(np.sum(leaves, dtype=np.float64) for leaves in zip(*jax.device_get(sums)))).means()
+
+
+def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
+    """Trains a job to its end, or until a stop is requested, and returns its summary.
+
+    Goes on from the newest checkpoint where the run directory has one; a finished job is left as it is.
+
+    Raises:
+      UserError: the run directory or the data cannot be used.
+      RunFailed: the loss became NaN or infinite.
+    """
+    run_dir = Path(config.run_dir)
+    earlier = run_directory.earlier_summary(config)
+    if run_directory.is_finished(earlier) and run_directory.same_length(config):
+        return earlier
+    job = Job(config)
+    if run_directory.is_finished(earlier) and job.total_steps < earlier["step"]:
+        raise UserError(
+            f"run_dir = '{run_dir}' holds {earlier['step']} steps of this job, now asked for {job.total_steps}; "
+            "wanted as many or more. Give another --run_dir for a shorter run."
+        )
+    run_directory.begin(config)
+    with Checkpoints(run_dir) as checkpoints:
+        step = checkpoints.latest_step
+        state = job.initial if step is None else checkpoints.restore(step, job.initial)
+        error = None
+        with Logs(run_dir, first_step=step or 0, total_steps=job.total_steps) as logs:
+            logs.say(_heading(job, step))
+            try:
+                _train(job, state, checkpoints, logs, stop)
+            except RunFailed as failure:
+                error = failure
+            seconds = logs.seconds
+        status = "failed" if error else "finished" if checkpoints.latest_step == job.total_steps else "stopped"
+        summary = _summary(run_dir, checkpoints, status, seconds)
+    report.draw_curves(run_dir)
+    run_directory.write_json(run_dir / "summary.json", summary)
+    if error:
+        raise error
+    return summary
+
+
+def evaluate(run_dir: Path) -> dict[str, Any]:
+    """Evaluates the best checkpoint of a run on the test split."""
+    job = Job(run_directory.read_config(run_dir))
+    with Checkpoints(run_dir) as checkpoints:
+        step = checkpoints.best_step
+        if step is None:
+            raise UserError(f"'{run_dir}' has no checkpoint yet; train it first.")
+        state = checkpoints.restore_model(step, job.initial)
+    examples = len(job.data.test.labels)
+    return {"split": "test", "step": step, **job.evaluate(state, job.data.test), "examples": examples}
+
+
+def _train(job: Job, state: TrainState, checkpoints: Checkpoints, logs: Logs, stop: StopRequests) -> None:
+    config, examples = job.config, len(job.data.train.labels)
+    train = jax.device_put(job.data.train)
+    step, epoch, at_once = int(state.step), None, 1
+    while step < job.total_steps:
+        if epoch != step // job.steps_per_epoch:
+            epoch = step // job.steps_per_epoch
+            order = jnp.asarray(data.order(config.seed, epoch, examples))
+        first = step - epoch * job.steps_per_epoch
+        next_eval = min((step // config.eval_every + 1) * config.eval_every, job.total_steps)
+        steps = min(at_once, job.steps_per_epoch - first, next_eval - step)
+
+        started = time.perf_counter()
+        state = states.train_steps(
+            job.model, job.optimizer, state, train, order, first, steps, config.batch_size
+        )
+        step = int(state.step)
+        at_once = max(1, min(2 * at_once, round(steps * SECONDS_PER_DISPATCH / (time.perf_counter() - started))))
+
+        if int(state.failed_at) != states.NEVER:
+            raise RunFailed(
+                f"the loss of step {int(state.failed_at)} is not finite; the newest checkpoint is step "
+                f"{checkpoints.latest_step}. Try a lower optimizer.learning_rate, or model.norm = 'batch'."
+            )
+        logs.advance(step)
+        if step == next_eval:
+            results = _results(job, state)
+            logs.results(step, step / job.steps_per_epoch, results)
+            state = state._replace(sums=states.no_sums())
+            checkpoints.save(state, results.get("validation"))
+        elif stop.received:
+            checkpoints.save(state, None)
+        if stop.received:
+            break
+
+
+def _results(job: Job, state: TrainState) -> Results:
+    results = {"train": state.sums.means()}
+    for name in ("validation", "test"):
+        split = getattr(job.data, name)
+        if len(split.labels):
+            results[name] = job.evaluate(state, split)
+    return results
+
+
+def _heading(job: Job, step: int | None) -> str:
+    dataset, devices = job.data, jax.devices()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(job.initial.params))
+    going_on = "" if step is None else f"\nGoing on from step {step}."
+    return (
+        f"{job.config.data.name}: {len(dataset.train.labels)} training, {len(dataset.validation.labels)} validation "
+        f"and {len(dataset.test.labels)} test examples. {job.config.model.name}: {parameters:,} parameters. "
+        f"{job.total_steps} steps of {job.config.batch_size} on {devices[0].device_kind}.{going_on}"
+    )
+
+
+def _summary(run_dir: Path, checkpoints: Checkpoints, status: str, seconds: float) -> dict[str, Any]:
+    tests = {line["step"]: line for line in read_metrics(run_dir) if line["split"] == "test"}
+    best = tests.get(checkpoints.best_step, {})
+    return {
+        "status": status,
+        "step": checkpoints.latest_step,
+        "best_step": checkpoints.best_step,
+        "test_accuracy": best.get("accuracy"),
+        "test_loss": best.get("loss"),
+        "best_test_accuracy": max((line["accuracy"] for line in tests.values()), default=None),
+        "wall_seconds": round(seconds, 3),
+    }

@@ -1,0 +1,113 @@
+"""The run directory: whose it is, and its small JSON files.
+
+    config.json       the resolved job
+    environment.json  versions and devices of the latest start
+    metrics.jsonl     one line an evaluation and split (train/logs.py)
+    summary.json      what the run reached
+    checkpoints/      train/checkpoint.py
+    tensorboard/      the metrics once more
+    curves.png        their picture (train/report.py)
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from train import config as configs
+from train.config import Config, UserError
+
+# Where the run and its data lie does not change what it computes.
+_NOT_COMPARED = ("run_dir", "data.path")
+_LENGTH = ("steps", "epochs")
+
+
+def earlier_summary(config: Config) -> dict[str, Any] | None:
+    """Returns the summary of an earlier run of this job in its directory, if there is one.
+
+    Raises:
+      UserError: the directory holds another job, or something that is no run.
+    """
+    path = Path(config.run_dir)
+    if not (path / "config.json").exists():
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"run_dir = '{path}' is in use, and not by a run; give another --run_dir.")
+        return None
+    summary = read_json(path / "summary.json") if (path / "summary.json").exists() else None
+    may_grow = _LENGTH if is_finished(summary) else ()
+    differing = configs.differences(read_config(path), config, ignore=_NOT_COMPARED + may_grow)
+    if differing:
+        raise UserError(
+            f"run_dir = '{path}' holds another job: {'; '.join(differing)}. Give another --run_dir, or go back to "
+            "the values there to resume it."
+        )
+    return summary
+
+
+def is_finished(summary: dict[str, Any] | None) -> bool:
+    """Tells whether a run came to its end."""
+    return summary is not None and summary["status"] == "finished"
+
+
+def same_length(config: Config) -> bool:
+    """Tells whether the run in the directory was asked for the same steps and epochs."""
+    earlier = read_config(Path(config.run_dir))
+    return all(getattr(earlier, key) == getattr(config, key) for key in _LENGTH)
+
+
+def begin(config: Config) -> None:
+    """Creates the run directory and notes what runs in it, and on what.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    path = Path(config.run_dir)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", dataclasses.asdict(config))
+        write_json(path / "environment.json", _environment())
+    except OSError as error:
+        raise UserError(f"run_dir = '{path}' cannot be written: {error}") from None
+
+
+def read_config(path: Path) -> Config:
+    """Reads the job of a run directory."""
+    if not (path / "config.json").is_file():
+        raise UserError(f"'{path}' is not a run directory: it has no config.json.")
+    return configs.from_dict(read_json(path / "config.json"))
+
+
+def _environment() -> dict[str, Any]:
+    """Describes what the run runs on: versions and devices."""
+    import jax
+
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jbn")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "devices": [device.device_kind for device in jax.devices()],
+        "backend": jax.default_backend(),
+    }
+
+
+def read_json(path: Path) -> Any:
+    """Reads one JSON file."""
+    return json.loads(path.read_text())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes one JSON file, whole or not at all."""
+    replace_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replaces a file's content, whole or not at all, also when the process is killed meanwhile."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)

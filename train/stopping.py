@@ -1,0 +1,27 @@
+"""Requests to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+
+class StopRequests:
+    """Notes the first SIGTERM or SIGINT inside its `with` block; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None  # the signal's number
+
+    def __enter__(self) -> "StopRequests":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.received = number
