@@ -14,7 +14,11 @@ from train.run_directory import replace_text
 
 Results = dict[str, dict[str, float]]  # split -> {"loss": ..., "accuracy": ...}
 
-_HEADER = "    step   epoch" + "".join(f"{s + ' loss':>17}  accuracy" for s in ("train", "validation", "test")) + "   seconds"
+_SPLITS = ("train", "validation", "test")
+_HEADER = (
+    " " * 14 + "".join(f"{split:>18}" for split in _SPLITS) + "\n"
+    "   step  epoch" + "    loss  accuracy" * len(_SPLITS) + "  seconds"
+)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -94,8 +98,8 @@ class Logs:
 
 
 def _row(step: int, epoch: float, results: Results, seconds: float) -> str:
-    cells = [f"{step:8d}{epoch:8.1f}"]
-    for split in ("train", "validation", "test"):
+    cells = [f"{step:7d}{epoch:7.1f}"]
+    for split in _SPLITS:
         values = results.get(split)
-        cells.append(f"{values['loss']:17.4f}{values['accuracy']:10.4f}" if values else f"{'-':>17}{'-':>10}")
-    return "".join(cells) + f"{seconds:10.1f}"
+        cells.append(f"{values['loss']:8.4f}{values['accuracy']:10.4f}" if values else f"{'-':>8}{'-':>10}")
+    return "".join(cells) + f"{seconds:9.1f}"

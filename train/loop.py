@@ -33,7 +33,9 @@ class Job:
         self.total_steps = total_steps(config, self.steps_per_epoch)
         self.model = models.build(config.model, self.data.train.inputs.shape[1:], self.data.classes)
         self.optimizer = optim.build(config.optimizer, self.total_steps)
-        self.initial = states.create(self.model, self.optimizer, config.seed, self.data.train.inputs[:1])
+        example = self.data.train.inputs[:1]
+        self.initial = states.create(self.model, self.optimizer, config.seed, example)
+        self.loop = states.loops_well(self.model, example)
 
     def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:
         """Returns loss and accuracy over a split, each example counted once."""
@@ -107,16 +109,15 @@ def _train(job: Job, state: TrainState, checkpoints: Checkpoints, logs: Logs, st
         steps = min(at_once, job.steps_per_epoch - first, next_eval - step)
 
         started = time.perf_counter()
-        state = states.train_steps(
-            job.model, job.optimizer, state, train, order, first, steps, config.batch_size
-        )
+        batches = {"start": first * config.batch_size, "steps": steps, "batch_size": config.batch_size}
+        state = states.train_steps(job.model, job.optimizer, state, train, order, **batches, loop=job.loop)
         step = int(state.step)
         at_once = max(1, min(2 * at_once, round(steps * SECONDS_PER_DISPATCH / (time.perf_counter() - started))))
 
         if int(state.failed_at) != states.NEVER:
             raise RunFailed(
-                f"the loss of step {int(state.failed_at)} is not finite; the newest checkpoint is step "
-                f"{checkpoints.latest_step}. Try a lower optimizer.learning_rate, or model.norm = 'batch'."
+                f"the loss of step {int(state.failed_at)} is not finite. The newest checkpoint: "
+                f"{checkpoints.latest_step or 'none'}. Try a lower optimizer.learning_rate."
             )
         logs.advance(step)
         if step == next_eval:

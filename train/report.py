@@ -11,6 +11,8 @@ def draw_curves(run_dir: Path) -> None:
     from matplotlib.figure import Figure
 
     lines = read_metrics(run_dir)
+    if not lines:
+        return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):

@@ -79,26 +79,50 @@ def train_step(
     )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 7), donate_argnums=2)
+def loops_well(model: nn.Module, inputs: jax.Array) -> bool:
+    """Tells whether a loop in one compiled program is the fast way to take many steps.
+
+    It is, but for convolutions on a CPU: there XLA computes their gradients in a loop some 25 times slower than
+    outside (jax issue 12868).
+    """
+    program = jax.make_jaxpr(partial(model.init, train=False))(jax.random.key(0), inputs)
+    return jax.default_backend() != "cpu" or "conv_general_dilated" not in str(program)
+
+
 def train_steps(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     data: Split,
     order: jax.Array,
-    first: jax.Array,
-    steps: jax.Array,
+    start: int,
+    steps: int,
+    *,
     batch_size: int,
+    loop: bool,
 ) -> TrainState:
-    """Takes `steps` steps inside one epoch, whose batches are the rows `order[first * batch_size:]`.
+    """Takes `steps` steps, on the rows `order[start:]`, `batch_size` at a time; the old `state` is used up.
 
-    The number of steps is traced, so one compiled program serves any number, and how many are taken at a time
-    cannot change the result.
+    With `loop` in one compiled program, else in one call each. That program takes the number of steps as an
+    argument, so how many are taken at a time cannot change the result.
     """
+    if loop:
+        return _many_steps(model, optimizer, batch_size, state, data, order, start, steps)
+    for step in range(steps):
+        state = _one_step(model, optimizer, batch_size, state, data, order, start + step * batch_size)
+    return state
 
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _one_step(model, optimizer, batch_size, state, data, order, start):
+    rows = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
+    return train_step(model, optimizer, state, data.inputs[rows], data.labels[rows])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def _many_steps(model, optimizer, batch_size, state, data, order, start, steps):
     def body(i, state):
-        rows = jax.lax.dynamic_slice_in_dim(order, (first + i) * batch_size, batch_size)
-        return train_step(model, optimizer, state, data.inputs[rows], data.labels[rows])
+        return _one_step(model, optimizer, batch_size, state, data, order, start + i * batch_size)
 
     return jax.lax.fori_loop(0, steps, body, state)
 
