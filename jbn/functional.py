@@ -180,8 +180,7 @@ def batch_norm(
     running = with_count_per_feature(jax.lax.stop_gradient(running))
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     if isinstance(train, bool | np.bool_) and not train:
-        x = _where_usable(x, weights, x, expand(running.mean, x.ndim, axes))
-        return normalize(x, running, params, axis=axes, epsilon=epsilon, dtype=dtype), running
+        return _normalize_usable(x, weights, running, params, axes, epsilon, dtype), running
     train = jnp.asarray(train, bool)
     y, used = _normalize_batch(axes, epsilon, dtype, x, params, running, weights, train)
     return y, select(train, absorb(update, running, used), running)
@@ -193,8 +192,7 @@ def _normalize_batch(axes, epsilon, dtype, x, params, running, weights, train):
     batch = moments(x, axis=axes, mask=weights)
     wide = arithmetic_dtype(batch.mean, running.mean)
     used = select(train, cast(batch, wide), cast(running, wide))
-    x = _where_usable(x, weights, x.astype(wide), expand(used.mean, x.ndim, axes))
-    return normalize(x, used, params, axis=axes, epsilon=epsilon, dtype=dtype), used
+    return _normalize_usable(x, weights, used, params, axes, epsilon, dtype), used
 
 
 @_normalize_batch.defjvp
@@ -238,6 +236,14 @@ def _normalize_batch_jvp(axes, epsilon, dtype, primals, tangents):
         return dy.astype(dtype), Moments(mean_dx, 2 * mean_cdx, jnp.zeros_like(used.count))
 
     return (y, used), tangent(x, params, used, weights, train, dx, dparams)
+
+
+def _normalize_usable(x, weights, used, params, axes, epsilon, dtype):
+    """Normalizes with samples that are not usable at the mean."""
+    if weights is not None:
+        wide = arithmetic_dtype(x, used.mean)
+        x = _where_usable(x, weights, x.astype(wide), expand(used.mean.astype(wide), x.ndim, axes))
+    return normalize(x, used, params, axis=axes, epsilon=epsilon, dtype=dtype)
 
 
 def _where_usable(x: jax.Array, weights: jax.Array | None, values: jax.Array, fallback: ArrayLike) -> jax.Array:

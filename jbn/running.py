@@ -26,8 +26,8 @@ class ema:  # lower case, like the other rules: to its user it is a function
     with `debias`, the weight that the initial values would have is divided out, so that the first
     batch counts in full and inference is right from the first step on:
 
-        count' = decay * count + (1 - decay)
-        running = running + (1 - decay) / count' * (batch - running)
+        count' = decay * count + (1 - decay);  w = (1 - decay) / count'
+        running = (1 - w) * running + w * batch
 
     PyTorch's `momentum=m` is `ema(1 - m, unbiased=True)`; Flax's `momentum=m` is `ema(m)`.
 
@@ -81,8 +81,8 @@ class ema:  # lower case, like the other rules: to its user it is a function
 class cumulative:
     """The plain average of all batches' means and variances, each batch counting the same.
 
-        count   = count + 1
-        running = running + (batch - running) / count
+        count = count + 1;  w = 1 / count
+        running = (1 - w) * running + w * batch
 
     PyTorch's `momentum=None` is `cumulative(unbiased=True)`. The variance is that within a batch; `jbn.pooled`
     adds the variance between batches.
@@ -144,8 +144,10 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
 
 
 def _average(running: Moments, batch: Moments, weight: jax.Array, count: jax.Array, unbiased: bool) -> Moments:
+    """Weighs the old values and the batch's; exactly the batch's with weight 1."""
     batch_var = batch.var * ratio(batch.count, batch.count - 1) if unbiased else batch.var
-    mean = running.mean + weight.astype(running.mean.dtype) * (batch.mean - running.mean)
-    var = running.var + weight * (batch_var - running.var)
+    var = (1 - weight) * running.var + weight * batch_var
+    weight = weight.astype(running.mean.dtype)
+    mean = (1 - weight) * running.mean + weight * batch.mean
     enough = batch.count > (1 if unbiased else 0)
     return select(enough, Moments(mean, var, count), running)

@@ -1,0 +1,405 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from jax.test_util import check_grads
+from numpy.testing import assert_allclose, assert_array_equal
+
+import jbn
+
+TOLERANCE = {"float32": 5e-6, "bfloat16": 2e-2, "float64": 1e-13, "complex64": 1e-5}
+
+
+def random(shape, dtype="float32", mean=3.0, sd=2.0, seed=0):
+    rng = np.random.RandomState(seed)
+    x = rng.normal(mean, sd, shape)
+    return jnp.asarray(x + 1j * rng.normal(mean, sd, shape) if dtype.startswith("complex") else x, dtype)
+
+
+def layer(features, dtype="float32"):
+    params = jbn.Params(random(features, dtype, 1.0, 0.3, seed=1), random(features, dtype, 0.0, 1.0, seed=2))
+    return params, jbn.init(features, dtype=dtype)[1]
+
+
+MASKS = {
+    "no mask": None,
+    "Boolean": np.array([1, 1, 0, 1, 1, 0, 1], bool)[:, None],
+    "weights, per feature": np.random.RandomState(4).gamma(1.0, size=(7, 3)),
+}
+
+
+# The four steps, on paper's numbers.
+
+VECTORS = jnp.array([[0.23, 1.26, -2.41], [0.56, 0.75, 1.00]])
+
+
+def test_worked_example_gives_0_and_2_with_scale_and_bias_1():
+    y, _ = jbn.batch_norm(VECTORS, jbn.Params(jnp.ones(3), jnp.ones(3)), jbn.init(3)[1], train=True)
+    assert_allclose(y, [[0, 2, 0], [2, 0, 2]], atol=4e-4)  # up to epsilon over the variance, 1e-5 / 0.027
+    exact = 1 + np.array([[-1, 1, -1], [1, -1, 1]]) / np.sqrt(1 + 1e-5 / np.array([0.027225, 0.065025, 2.907025]))
+    assert_allclose(y, exact, atol=2e-6)
+
+
+def test_scale_and_bias_can_recover_the_identity():
+    mean, var, _ = jbn.moments(VECTORS)
+    params = jbn.Params(scale=jnp.sqrt(var + 1e-5), bias=mean)
+    y, _ = jbn.batch_norm(VECTORS, params, jbn.init(3)[1], train=True)
+    assert_allclose(y, VECTORS, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["no mask", "rows", "weights"])
+@pytest.mark.parametrize("axis", [-1, 1, (1, 3)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_training_and_inference_are_those_of_float64(dtype, axis, mask):
+    with jax.enable_x64(dtype == "float64"):
+        x, rng = random((6, 4, 5, 3), dtype), np.random.RandomState(3)
+        mask = {
+            "no mask": None,
+            "rows": rng.rand(6, 1, 1, 1) < 0.6,
+            "weights": rng.rand(6, 4, 5, 3).astype(np.float32),
+        }[mask]
+        params, running = layer(tuple(x.shape[a] for a in np.atleast_1d(axis)), dtype)
+        rule = jbn.ema(0.75)
+        y, new = jbn.batch_norm(x, params, running, train=True, axis=axis, mask=mask, update=rule)
+        assert_allclose(y, reference.batch_norm(x, *params, axis, mask=mask), atol=20 * TOLERANCE[dtype])
+        mean, var, _ = reference.moments(x, axis, mask)
+        tolerance = TOLERANCE["float32" if dtype == "bfloat16" else dtype]
+        assert_allclose(new.mean, 0.25 * mean, rtol=tolerance, atol=tolerance)
+        assert_allclose(new.var, 0.75 + 0.25 * var, rtol=tolerance)
+
+        z, same = jbn.batch_norm(x, params, new, train=False, axis=axis, mask=mask)
+        assert_allclose(z, reference.normalize(x, new.mean, new.var, *params, axis), atol=20 * TOLERANCE[dtype])
+        jax.tree.map(assert_array_equal, same, new)
+        assert y.dtype == z.dtype == x.dtype
+        assert [leaf.dtype for leaf in new] == [leaf.dtype for leaf in running]
+
+
+def test_running_moments_after_k_steps_are_the_geometric_sum():
+    decay, x = 0.9, random((5, 16, 3))
+    _, running = jbn.init(3)
+    for batch in x:
+        _, running = jbn.batch_norm(batch, None, running, train=True, update=jbn.ema(decay))
+    weights = (1 - decay) * decay ** np.arange(5)[::-1]
+    assert_allclose(running.mean, weights @ np.mean(x, 1), rtol=1e-5)
+    assert_allclose(running.var, decay**5 + weights @ np.var(x, 1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("params", [None, jbn.Params(None, None), jbn.Params(jnp.full(3, 2.0), None)])
+def test_scale_and_bias_are_optional(params):
+    x, running = random((7, 3)), jbn.init(3)[1]
+    y, _ = jbn.batch_norm(x, params, running, train=True)
+    assert_allclose(y, reference.batch_norm(x) * (2 if params and params.scale is not None else 1), atol=5e-6)
+
+
+@pytest.mark.parametrize("features, shape", [(3, (3,)), ((3, 2), (3, 2)), ((), ())])
+def test_init_makes_the_identity_map_and_empty_moments(features, shape):
+    params, running = jbn.init(features, dtype=jnp.bfloat16)
+    for leaf, value, dtype in zip((*params, *running), (1, 0, 0, 1, 0), [jnp.bfloat16] * 2 + [jnp.float32] * 3):
+        assert_array_equal(leaf, np.full(shape, value))
+        assert leaf.dtype == dtype
+    assert jbn.init(3, use_scale=False, use_bias=False)[0] == jbn.Params(None, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_output_dtype_may_be_chosen(dtype):
+    x, (params, running) = random((7, 3), "float16"), layer(3)
+    assert jbn.normalize(x, running, params, dtype=dtype).dtype == dtype
+    for train in (True, False):
+        assert jbn.batch_norm(x, params, running, train=train, dtype=dtype)[0].dtype == dtype
+
+
+def test_low_precision_parameters_and_input_are_computed_in_float32():
+    x, (params, running) = random((512, 3), "bfloat16", mean=20.0), layer(3, "bfloat16")
+    y, new = jbn.batch_norm(x, params, running, train=True, update=jbn.ema(0.0), dtype=jnp.float32)
+    assert_allclose(y, reference.batch_norm(x, *params), atol=2e-5)
+    assert_allclose(new.var, reference.moments(x)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+def test_large_mean_costs_no_accuracy(mean):
+    x = random((1024, 8), mean=mean, sd=1.0)
+    y, _ = jbn.batch_norm(x, None, jbn.init(8)[1], train=True)
+    assert_allclose(y, reference.batch_norm(x), atol=4 * np.spacing(np.float32(1e4)))
+
+
+# Derivatives: autodiff of the plain formula is the reference, in float64.
+
+
+def plain(x, scale, bias, mask):
+    weights = jnp.ones_like(x) if mask is None else jnp.broadcast_to(jnp.asarray(mask, x.dtype), x.shape)
+    count = jnp.sum(weights, 0, keepdims=True)
+    mean = jnp.sum(weights * x, 0, keepdims=True) / count
+    var = jnp.sum(weights * (x - mean) ** 2, 0, keepdims=True) / count
+    return (x - mean) / jnp.sqrt(var + 1e-5) * scale[None] + bias[None]
+
+
+def ours(x, scale, bias, mask):
+    return jbn.batch_norm(x, jbn.Params(scale, bias), jbn.init(3)[1], train=True, mask=mask)[0]
+
+
+def ours_traced(x, scale, bias, mask):
+    def f(train):
+        return jbn.batch_norm(x, jbn.Params(scale, bias), jbn.init(3)[1], train=train, mask=mask)[0]
+
+    return jax.vmap(f)(jnp.array([True]))[0]
+
+
+def loss_of(f, mask):
+    target = random((7, 3), "float64", seed=5)
+    return lambda x, scale, bias: jnp.sum(jnp.sin(f(x, scale, bias, mask) * target))
+
+
+def third(f, *args):
+    return jax.jacfwd(jax.jacrev(jax.jacfwd(f)))(*args)
+
+
+DERIVATIVES = {
+    "grad": lambda f, args: jax.grad(f, (0, 1, 2))(*args),
+    "jvp": lambda f, args: jax.jvp(f, args, tuple(jnp.cos(a) for a in args)),
+    "linearize": lambda f, args: jax.linearize(f, *args)[1](*(jnp.cos(a) for a in args)),
+    "hessian": lambda f, args: jax.hessian(f, (0, 1, 2))(*args),
+    "reverse over reverse": lambda f, args: jax.jacrev(jax.grad(f, (0, 1, 2)), (0, 1, 2))(*args),
+    "third": lambda f, args: jax.jacfwd(jax.jacrev(jax.jacfwd(f)))(*args),
+}
+WRAPPERS = {
+    "plain": lambda f: f,
+    "jit": jax.jit,
+    "checkpoint": jax.checkpoint,
+    "vmap": lambda f: lambda *args: jax.vmap(f)(*(jnp.stack([a, a]) for a in args))[1],
+    "scan": lambda f: lambda *args: jax.lax.scan(lambda total, _: (total + f(*args), None), 0.0, None, length=1)[0],
+}
+
+
+def assert_derivative_is_that_of_the_plain_formula(function, derivative, wrapper, mask):
+    args = random((7, 3), "float64"), random(3, "float64", seed=1), random(3, "float64", seed=2)
+    derive, wrap, mask = DERIVATIVES[derivative], WRAPPERS[wrapper], MASKS[mask]
+    actual = jax.jit(lambda args: derive(wrap(loss_of(function, mask)), args))(args)
+    expected = jax.jit(lambda args: derive(loss_of(plain, mask), args))(args)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-9, atol=1e-11), actual, expected)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+@pytest.mark.parametrize("function", [ours, ours_traced])
+def test_derivatives_are_those_of_the_plain_formula(x64, function, derivative, mask):
+    assert_derivative_is_that_of_the_plain_formula(function, derivative, "plain", mask)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("derivative", ["grad", "jvp", "linearize", "hessian"])
+def test_derivatives_hold_under_every_transform(x64, derivative, wrapper):
+    assert_derivative_is_that_of_the_plain_formula(ours, derivative, wrapper, "weights, per feature")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+@pytest.mark.parametrize("train", [True, False])
+def test_derivatives_are_those_of_finite_differences(x64, train, dtype):
+    x, (params, running) = random((5, 3), dtype), layer(3, dtype)
+    running = running._replace(mean=running.mean + 0.5, var=running.var * 2)
+
+    def f(x, params):
+        return jbn.batch_norm(x, params, running, train=train)[0]
+
+    check_grads(f, (x, params), order=2, modes=["fwd", "rev"], rtol=1e-5)
+
+
+def test_moments_and_normalize_compose_to_the_same_gradient(x64):
+    args = random((7, 3), "float64"), random(3, "float64", seed=1), random(3, "float64", seed=2)
+
+    def composed(x, scale, bias, mask):
+        return jbn.normalize(x, jbn.moments(x, mask=mask), jbn.Params(scale, bias))
+
+    for mask in MASKS.values():
+        actual, expected = (jax.grad(loss_of(f, mask), (0, 1, 2))(*args) for f in (composed, ours))
+        jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-9, atol=1e-12), actual, expected)
+
+
+def test_running_moments_carry_no_gradient():
+    x, (params, running) = random((7, 3)), layer(3)
+
+    def total(x, params, running, train):
+        _, new = jbn.batch_norm(x, params, running, train=train)
+        return sum(jnp.sum(leaf) for leaf in new)
+
+    for train in (True, False):
+        for leaf in jax.tree.leaves(jax.grad(total, (0, 1, 2))(x, params, running, train)):
+            assert_array_equal(leaf, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mask", [None, np.ones((256, 1), bool)])
+def test_backward_pass_keeps_x_in_its_own_dtype_and_per_feature_vectors(dtype, mask):
+    x, (params, running) = random((256, 32), dtype), layer(32)
+
+    @jax.jit
+    def residuals(x, params):
+        return jax.vjp(lambda x, p: jbn.batch_norm(x, p, running, train=True, mask=mask)[0], x, params)[1]
+
+    kept = jax.tree.leaves(residuals(x, params))
+    assert sum(leaf.nbytes for leaf in kept) <= x.nbytes + 256 + 8 * 32 * 4
+
+
+# Masks.
+
+
+@pytest.mark.parametrize("held", [np.nan, np.inf])
+@pytest.mark.parametrize("train", [True, False])
+def test_uncounted_rows_may_hold_anything_when_the_loss_is_masked_too(train, held):
+    x, (params, running), mask = random((7, 3)), layer(3), MASKS["Boolean"]
+    poisoned = jnp.where(mask, x, held)
+
+    def loss(x, params):
+        y, new = jbn.batch_norm(x, params, running, train=train, mask=mask)
+        return jnp.sum(jnp.sin(y), where=mask), (y, new)
+
+    (dx, dparams), (y, new) = jax.grad(loss, (0, 1), has_aux=True)(x, params)
+    (dx_poisoned, dparams_poisoned), (y_poisoned, new_poisoned) = jax.grad(loss, (0, 1), has_aux=True)(
+        poisoned, params
+    )
+    assert_allclose(dx_poisoned[mask[:, 0]], dx[mask[:, 0]], rtol=1e-6)
+    assert_array_equal(dx_poisoned[~mask[:, 0]], 0)
+    assert_allclose(y_poisoned[mask[:, 0]], y[mask[:, 0]], rtol=1e-6)
+    assert_allclose(y_poisoned[~mask[:, 0]], jnp.broadcast_to(params.bias, (2, 3)), rtol=1e-6)
+    for actual, expected in zip(jax.tree.leaves((dparams_poisoned, new_poisoned)), jax.tree.leaves((dparams, new))):
+        assert_allclose(actual, expected, rtol=1e-6)
+
+
+def test_uncounted_rows_are_normalized_from_their_own_x():
+    x, (params, running), mask = random((7, 3)), layer(3), MASKS["Boolean"]
+    y, _ = jbn.batch_norm(x, params, running, train=True, mask=mask)
+    counted = mask[:, 0]
+    mean, var, _ = reference.moments(x[counted])
+    assert_allclose(y[~counted], reference.normalize(x, mean, var, *params)[~counted], atol=5e-6)
+
+
+def test_fully_masked_batch_changes_nothing_and_is_finite():
+    x, (params, running), mask = random((7, 3)), layer(3), np.zeros((7, 1), bool)
+
+    def loss(x, params):
+        y, new = jbn.batch_norm(x, params, running, train=True, mask=mask)
+        return jnp.sum(jnp.sin(y), where=mask), (y, new)
+
+    grads, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(x, params)
+    assert np.isfinite(y).all()
+    jax.tree.map(assert_array_equal, new, running)
+    for leaf in jax.tree.leaves(grads):
+        assert_array_equal(leaf, 0)
+
+
+# State.
+
+
+@pytest.mark.parametrize("rule", [jbn.ema(0.9), jbn.cumulative(), jbn.pooled(), lambda running, batch: batch])
+def test_batch_that_is_not_finite_spares_the_running_moments_feature_by_feature(rule):
+    x, (_, running) = random((7, 3)), layer(3)
+    poisoned = x.at[2, 0].set(np.nan).at[3, 1].set(np.inf)
+    _, clean = jbn.batch_norm(x, None, running, train=True, update=rule)
+    _, new = jbn.batch_norm(poisoned, None, running, train=True, update=rule)
+    for leaf, old, wanted in zip(new, running, clean):
+        assert_array_equal(leaf, [old[0], old[1], wanted[2]])
+
+
+def test_update_may_be_any_function():
+    x, (_, running) = random((7, 3)), layer(3)
+    rule = lambda running, batch: batch._replace(var=batch.var + running.var)  # noqa: E731
+    _, new = jbn.batch_norm(x, None, running, train=True, update=rule)
+    mean, var, count = reference.moments(x)
+    for leaf, wanted in zip(new, (mean, var + 1, count)):
+        assert_allclose(leaf, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_scan_over_steps_keeps_the_dtypes_of_the_state(dtype):
+    x, running = random((5, 16, 3)), jax.tree.map(lambda leaf: leaf.astype(dtype), jbn.init(3)[1])
+
+    def step(running, batch):
+        y, running = jbn.batch_norm(batch, None, running, train=True, update=jbn.ema(0.5))
+        return running, y
+
+    new, _ = jax.lax.scan(step, running, x)
+    weights = 0.5 * 0.5 ** np.arange(5)[::-1]
+    assert_allclose(np.float32(new.mean), weights @ np.mean(x, 1), rtol=2e-2)
+    assert [leaf.dtype for leaf in new] == [dtype] * 3
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_traced_train_flag_is_the_static_one_and_compiles_once(train):
+    x, (params, running) = random((7, 3)), layer(3)
+    running = running._replace(mean=running.mean + 0.5)
+    traces = []
+
+    @jax.jit
+    def step(train):
+        traces.append(train)
+        return jbn.batch_norm(x, params, running, train=train)
+
+    step(not train)
+    actual, expected = step(train), jbn.batch_norm(x, params, running, train=train)
+    assert len(traces) == 1
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-6, atol=1e-6), actual, expected)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_jit_is_eager(train):
+    x, (params, running) = random((7, 3)), layer(3)
+
+    def f(x, params, running):
+        return jbn.batch_norm(x, params, running, train=train)
+
+    jax.tree.map(
+        lambda a, b: assert_allclose(a, b, rtol=1e-6, atol=1e-6), jax.jit(f)(x, params, running), f(x, params, running)
+    )
+
+
+def test_equal_rules_do_not_retrace():
+    traces = []
+
+    @jax.jit
+    def step(x, running, update):
+        traces.append(update)
+        return jbn.batch_norm(x, None, running, train=True, update=update)
+
+    step = jax.jit(step.__wrapped__, static_argnames="update")
+    for _ in range(3):
+        step(random((7, 3)), jbn.init(3)[1], update=jbn.ema(0.9))
+    assert len(traces) == 1
+
+
+def test_vmap_trains_an_ensemble_in_which_each_member_has_its_own_state():
+    x = random((4, 16, 3), seed=7) * jnp.arange(1.0, 5.0)[:, None, None]
+    members = jax.vmap(lambda _: layer(3))(jnp.arange(4))
+    f = jax.vmap(lambda x, params, running: jbn.batch_norm(x, params, running, train=True))
+    y, running = f(x, *members)
+    for i in range(4):
+        params, start = jax.tree.map(lambda leaf: leaf[i], members)
+        expected = jbn.batch_norm(x[i], params, start, train=True)
+        jax.tree.map(lambda a, b: assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), (y, running), expected)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (dict(x=np.ones((4, 3), int)), TypeError, "x has dtype int"),
+        (dict(axis=5), ValueError, "axis=5 is out of range"),
+        (dict(axis=(0, 0)), ValueError, r"axis=\(0, 0\) names a feature axis twice"),
+        (dict(axis=0), ValueError, r"has shape \(3,\), but x of shape \(4, 3\) has features of shape \(4,\) on axis"),
+        (dict(x=np.ones((4, 5), np.float32)), ValueError, r"running.mean has shape \(3,\).*features of shape \(5,\)"),
+        (dict(params=jbn.init(2)[0]), ValueError, r"params.scale has shape \(2,\).*jbn.init"),
+        (dict(epsilon=0.0), ValueError, "epsilon=0.0; wanted a number > 0"),
+        (dict(mask=np.ones(7)), ValueError, r"mask of shape \(7,\) does not broadcast"),
+        (dict(mask=-np.ones((4, 1))), ValueError, "mask holds a weight that is negative"),
+    ],
+)
+def test_bad_input_is_named(call, error, message):
+    params, running = jbn.init(3)
+    arguments = {"x": np.ones((4, 3), np.float32), "params": params, "running": running, "train": True, **call}
+    with pytest.raises(error, match=message):
+        jbn.batch_norm(**arguments)
+
+
+def test_normalize_names_bad_input_too():
+    with pytest.raises(ValueError, match=r"moments.mean has shape \(2,\)"):
+        jbn.normalize(jnp.ones((4, 3)), jbn.init(2)[1])
+    with pytest.raises(ValueError, match="epsilon=-1"):
+        jbn.normalize(jnp.ones((4, 3)), jbn.init(3)[1], epsilon=-1)
