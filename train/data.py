@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -102,9 +103,9 @@ def _find(config: Data) -> Path:
 def _npz(path: Path) -> tuple[Split, Split]:
     try:
         # A pickle could run code, so arrays of objects are refused.
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from None
     missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
     if missing:

@@ -1,0 +1,149 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from train import config
+from train.config import Config, Data, UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+JOB = """
+epochs = 3
+seed = 7
+[data]
+validation = 0.2
+[model]
+name = "cnn"
+widths = [8, 16]
+[optimizer]
+learning_rate = 1e-2
+"""
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def job(tmp_path):
+    return write(tmp_path / "job.toml", JOB)
+
+
+def test_file_sets_keys_and_the_rest_are_the_defaults(job):
+    loaded = config.load(job, [])
+    assert loaded == Config(
+        run_dir="runs/job",
+        epochs=3.0,
+        seed=7,
+        data=Data(validation=0.2),
+        model=config.Model(name="cnn", widths=(8, 16)),
+        optimizer=config.Optimizer(learning_rate=0.01),
+    )
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--batch_size"])
+def test_flags_override_the_file_with_hyphens_or_underscores(job, flag):
+    loaded = config.load(job, [flag, "32", "--model.widths", "4", "--data.path", "/a b"])
+    assert (loaded.batch_size, loaded.model.widths, loaded.data.path, loaded.seed) == (32, (4,), "/a b", 7)
+
+
+@pytest.mark.parametrize(
+    "overrides, length", [([], (None, 3)), (["--steps", "9"], (9, None)), (["--epochs", "9"], (None, 9))]
+)
+def test_steps_and_epochs_replace_each_other(job, overrides, length):
+    loaded = config.load(job, overrides)
+    assert (loaded.steps, loaded.epochs) == length
+
+
+def test_base_inherits_every_key_but_the_run_directory(job):
+    child = write(job.with_name("child.toml"), 'base = "job.toml"\nsteps = 5\n[model]\nnorm = "none"\n')
+    loaded, base = config.load(child, []), config.load(job, [])
+    assert (loaded.run_dir, loaded.steps, loaded.epochs) == ("runs/child", 5, None)
+    assert loaded.model == dataclasses.replace(base.model, norm="none")
+    assert (loaded.data, loaded.optimizer, loaded.seed) == (base.data, base.optimizer, base.seed)
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("epochs = 3\nepocs = 4", "--epochs"),
+        ("epochs = 3\n[model]\nwidth = [4]", "--model.widths"),
+        ("epochs = 3\n[optimiser]\nlearning_rate = 1.0", "--optimizer.learning-rate"),
+        ('epochs = "long"', "--epochs"),
+        ("epochs = 3\nbatch_size = 1.5", "--batch-size"),
+        ('epochs = 3\n[model]\nnorm = "layer"', "--model.norm"),
+        ("epochs = 3\nseed = true", "--seed"),
+    ],
+)
+def test_mistake_in_a_file_exits_2_and_names_the_key_and_the_file(tmp_path, capsys, text, named):
+    path = write(tmp_path / "typo.toml", text)
+    with pytest.raises(SystemExit) as exit:
+        config.load(path, [])
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert named in printed.out + printed.err
+    assert f"The mistake is in the file {path}." in printed.err
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [(["--epocs", "4"], "--epochs"), (["--seed", "x"], "--seed"), (["--data.name", "digit"], "digits")],
+)
+def test_mistake_in_a_flag_exits_2_and_names_the_key(job, capsys, flags, named):
+    with pytest.raises(SystemExit) as exit:
+        config.load(job, flags)
+    printed = capsys.readouterr()
+    assert exit.value.code == 2
+    assert named in printed.out + printed.err and "in the file" not in printed.err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--steps", "3", "--epochs", "4"], "steps = 3 and epochs = 4.0; wanted one"),
+        (["--steps", "0"], "steps = 0; wanted a number > 0"),
+        (["--epochs", "inf"], "epochs = inf; wanted a number > 0"),
+        (["--batch-size", "0"], "batch_size = 0; wanted 1 or more"),
+        (["--eval-every", "-1"], "eval_every = -1"),
+        (["--seed", "-1"], "seed = -1"),
+        (["--data.validation", "1"], r"data.validation = 1.0; wanted a fraction in \[0, 1\)"),
+        (["--model.widths"], r"model.widths = \(\)"),
+        (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate = nan"),
+    ],
+)
+def test_values_that_make_no_sense_are_named(job, flags, message):
+    with pytest.raises(UserError, match=message):
+        config.load(job, flags)
+
+
+@pytest.mark.parametrize("text, message", [(None, "does not exist"), ("epochs = ", "cannot be read as TOML")])
+def test_files_that_cannot_be_read_are_named(tmp_path, text, message):
+    path = tmp_path / "job.toml"
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match=f"job.toml {message}"):
+        config.load(path, [])
+
+
+def test_config_survives_json(job):
+    loaded = config.load(job, [])
+    assert config.from_dict(json.loads(json.dumps(dataclasses.asdict(loaded)))) == loaded
+
+
+def test_differences_name_the_keys_and_both_values(job):
+    a, b = config.load(job, []), config.load(job, ["--seed", "8", "--model.norm", "none", "--run-dir", "x"])
+    assert config.differences(a, b, ignore=["run_dir"]) == ["model.norm = 'batch', now 'none'", "seed = 7, now 8"]
+
+
+@pytest.mark.parametrize("length, steps", [(["--steps", "9"], 9), (["--epochs", "1.5"], 15)])
+def test_total_steps_follow_from_either_length(job, length, steps):
+    assert config.total_steps(config.load(job, length), steps_per_epoch=10) == steps
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_config_in_the_project_loads_and_says_what_it_is(path):
+    assert config.load(path, []).run_dir == f"runs/{path.stem}"
+    assert path.read_text().startswith("# ")

@@ -1,0 +1,79 @@
+import json
+
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import RecordWriter  # noqa: F401  (the reader below reads what it writes)
+
+from train.logs import Logs, read_metrics
+
+RESULTS = {
+    "train": {"loss": 1.5, "accuracy": 0.5},
+    "validation": {"loss": float("nan"), "accuracy": 0.25},
+    "test": {"loss": 2.0, "accuracy": 0.125},
+}
+
+
+def write(run_dir, steps, first_step=0):
+    run_dir.mkdir(exist_ok=True)
+    with Logs(run_dir, first_step=first_step, total_steps=100) as logs:
+        for step in steps:
+            logs.results(step, step / 10, RESULTS)
+            logs.advance(step)
+        return logs.seconds
+
+
+def test_metrics_are_one_valid_json_object_a_line_and_split(tmp_path):
+    write(tmp_path, [10, 20])
+    text = (tmp_path / "metrics.jsonl").read_text()
+    lines = [json.loads(line, parse_constant=None) for line in text.splitlines()]
+    assert [(line["step"], line["split"]) for line in lines] == [
+        (step, split) for step in (10, 20) for split in ("train", "validation", "test")
+    ]
+    assert [(line["loss"], line["accuracy"]) for line in lines[:3]] == [(1.5, 0.5), (None, 0.25), (2.0, 0.125)]
+    assert "NaN" not in text
+
+
+def test_going_on_drops_what_was_logged_after_the_checkpoint(tmp_path):
+    write(tmp_path, [10, 20, 30])
+    write(tmp_path, [30, 40], first_step=20)
+    assert [line["step"] for line in read_metrics(tmp_path)][::3] == [10, 20, 30, 40]
+
+
+def test_line_that_a_kill_cut_is_dropped(tmp_path):
+    write(tmp_path, [10])
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 20, "spl')
+    assert len(read_metrics(tmp_path)) == 3
+    write(tmp_path, [20], first_step=10)
+    assert [line["step"] for line in read_metrics(tmp_path)][::3] == [10, 20]
+
+
+def test_seconds_go_on_counting_where_the_earlier_session_ended(tmp_path):
+    write(tmp_path, [10])
+    lines = read_metrics(tmp_path)
+    later = [json.dumps({**line, "seconds": 1000.0}) for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(later) + "\n")
+    assert 1000 <= write(tmp_path, [20], first_step=10) < 1100
+
+
+def test_console_shows_a_table_that_fits_80_columns_as_it_goes(tmp_path, capsys):
+    write(tmp_path, [10, 20])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in printed[:2]] == [
+        ["train", "validation", "test"],
+        ["step", "epoch", *["loss", "accuracy"] * 3, "seconds"],
+    ]
+    assert printed[2].split()[:8] == ["10", "1.0", "1.5000", "0.5000", "nan", "0.2500", "2.0000", "0.1250"]
+    assert len(printed) == 4 and max(map(len, printed)) <= 80
+
+
+def test_tensorboard_has_the_same_values(tmp_path):
+    write(tmp_path, [10])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    scalars = {}
+    data = file.read_bytes()
+    while data:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
+        size = int.from_bytes(data[:8], "little")
+        for value in Event.FromString(data[12 : 12 + size]).summary.value:
+            scalars[value.tag] = value.simple_value
+        data = data[16 + size :]
+    assert scalars["loss/train"] == 1.5 and scalars["accuracy/test"] == 0.125 and len(scalars) == 6

@@ -1,0 +1,172 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from train import loop
+from train.checkpoint import Checkpoints
+from train.config import UserError
+from train.logs import read_metrics
+
+
+class StopAfter:
+    """Stands in for a signal: asks to stop once it was asked `n` times."""
+
+    def __init__(self, n=None):
+        self.left = n
+
+    @property
+    def received(self):
+        if self.left is None:
+            return None
+        self.left -= 1
+        return 15 if self.left <= 0 else None
+
+
+def fit(config, stop_after=None):
+    return loop.fit(config, StopAfter(stop_after))
+
+
+def final_state(config):
+    with Checkpoints(Path(config.run_dir)) as checkpoints:
+        return checkpoints.restore(checkpoints.latest_step, loop.Job(config).initial)
+
+
+def metrics(config):
+    return [{**line, "seconds": None} for line in read_metrics(Path(config.run_dir))]
+
+
+def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
+    config = make_config()
+    summary = fit(config)
+    lines = metrics(config)
+    assert [(line["step"], line["split"]) for line in lines] == [
+        (step, split) for step in (12, 24, 30) for split in ("train", "validation", "test")
+    ]
+    tests = {line["step"]: line for line in lines if line["split"] == "test"}
+    best = max((l for l in lines if l["split"] == "validation"), key=lambda l: (l["accuracy"], -l["loss"]))["step"]
+    seconds = summary.pop("wall_seconds")
+    assert 0 < seconds < 120
+    assert summary == {
+        "status": "finished",
+        "step": 30,
+        "best_step": best,
+        "test_accuracy": tests[best]["accuracy"],
+        "test_loss": tests[best]["loss"],
+        "best_test_accuracy": max(line["accuracy"] for line in tests.values()),
+    }
+    names = "checkpoints config.json curves.png environment.json metrics.jsonl summary.json tensorboard"
+    assert sorted(path.name for path in Path(config.run_dir).iterdir()) == names.split()
+    assert json.loads((Path(config.run_dir) / "summary.json").read_text()) == summary | {"wall_seconds": seconds}
+
+
+def test_batch_normalization_makes_the_job_learn(make_config):
+    assert fit(make_config(steps=60, eval_every=60))["test_accuracy"] > 0.93
+
+
+@pytest.mark.parametrize("model", [{"widths": (16,)}, {"widths": (4,), "name": "cnn", "norm": "none"}], ids=str)
+def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(make_config, tmp_path, model):
+    # Two steps an epoch; stops fall on steps with and without an evaluation.
+    job = {"steps": 5, "eval_every": 2, "batch_size": 600, "model": model}
+    whole, parts = (make_config(run_dir=str(tmp_path / name), **job) for name in ("whole", "parts"))
+    fit(whole)
+    statuses = []
+    while not statuses or statuses[-1] != "finished":
+        statuses.append(fit(parts, stop_after=1)["status"])
+        assert len(statuses) < 100
+    assert statuses == 4 * ["stopped"] + ["finished"]
+    jax.tree.map(assert_array_equal, final_state(parts), final_state(whole))
+    assert metrics(parts) == metrics(whole)
+
+
+def test_stop_writes_no_metrics_line_and_a_summary_that_says_so(make_config):
+    config = make_config()
+    summary = fit(config, stop_after=1)
+    assert (summary["status"], summary["test_accuracy"], metrics(config)) == ("stopped", None, [])
+    assert 0 < summary["step"] < 12
+
+
+def test_evaluation_of_the_restored_best_is_that_of_the_live_one(make_config):
+    config = make_config()
+    summary = fit(config)
+    result = loop.evaluate(Path(config.run_dir))
+    assert result == {
+        "split": "test",
+        "step": summary["best_step"],
+        "loss": summary["test_loss"],
+        "accuracy": summary["test_accuracy"],
+        "examples": 360,
+    }
+
+
+@pytest.mark.parametrize("batch", [7, 360, 500])
+def test_evaluation_is_the_same_for_any_batch_size(make_config, monkeypatch, batch):
+    job = loop.Job(make_config())
+    expected = job.evaluate(job.initial, job.data.test)
+    monkeypatch.setattr(loop, "EVAL_BATCH", batch)
+    actual = job.evaluate(job.initial, job.data.test)
+    assert actual["accuracy"] == expected["accuracy"]
+    np.testing.assert_allclose(actual["loss"], expected["loss"], rtol=1e-6)
+
+
+def test_finished_job_is_left_as_it_is(make_config):
+    config = make_config()
+    summary = fit(config)
+    before = {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*")}
+    assert fit(config) == summary
+    assert {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*")} == before
+
+
+def test_more_steps_extend_a_finished_job_and_fewer_are_refused(make_config):
+    fit(make_config())
+    assert fit(make_config(steps=40))["step"] == 40
+    assert [line["step"] for line in metrics(make_config())][::3] == [12, 24, 30, 36, 40]
+    with pytest.raises(UserError, match="holds 40 steps of this job, now asked for 20"):
+        fit(make_config(steps=20))
+
+
+def test_job_whose_end_was_not_noted_is_finished_by_its_checkpoint(make_config):
+    config = make_config()
+    summary = fit(config)
+    (Path(config.run_dir) / "summary.json").unlink()
+    again = fit(config)
+    assert {**again, "wall_seconds": None} == {**summary, "wall_seconds": None}
+
+
+def test_job_without_validation_ends_with_its_last_step(make_config):
+    config = make_config(data={"validation": 0.0})
+    summary = fit(config)
+    assert summary["best_step"] == 30 and summary["test_accuracy"] is not None
+    assert {line["split"] for line in metrics(config)} == {"train", "test"}
+
+
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(make_config):
+    broken = {"learning_rate": 1e38, "warmup_steps": 30}
+    config = make_config(model={"norm": "none", "widths": (16,)}, optimizer=broken, eval_every=1)
+    with pytest.raises(loop.RunFailed, match=r"the loss of step \d+ is not finite. The newest checkpoint: \d+"):
+        fit(config)
+    summary = json.loads((Path(config.run_dir) / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["step"] >= 1
+    for leaf in jax.tree.leaves(final_state(config).params):
+        assert np.isfinite(leaf).all()
+
+
+def test_bad_data_leaves_no_run_directory_behind(make_config):
+    config = make_config(batch_size=5000)
+    with pytest.raises(UserError, match="batch_size = 5000"):
+        fit(config)
+    assert not Path(config.run_dir).exists()
+    fit(dataclasses.replace(config, batch_size=128))
+
+
+def test_run_without_a_checkpoint_cannot_be_evaluated(make_config):
+    from train import run_directory
+
+    config = make_config()
+    run_directory.begin(config)
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        loop.evaluate(Path(config.run_dir))

@@ -1,0 +1,97 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from train import run_directory
+from train.config import UserError
+
+
+def finish(config, status="finished", step=30):
+    run_directory.begin(config)
+    run_directory.write_json(Path(config.run_dir) / "summary.json", {"status": status, "step": step})
+
+
+def test_unused_directory_has_no_earlier_run(make_config):
+    config = make_config()
+    assert run_directory.earlier_summary(config) is None
+    Path(config.run_dir).mkdir()
+    assert run_directory.earlier_summary(config) is None
+
+
+def test_begin_writes_a_config_that_can_be_run_again_and_the_environment(make_config):
+    config = make_config(seed=3)
+    run_directory.begin(config)
+    assert run_directory.read_config(Path(config.run_dir)) == config
+    environment = json.loads((Path(config.run_dir) / "environment.json").read_text())
+    assert {"jax", "flax", "optax", "jbn"} <= set(environment["packages"])
+    assert environment["backend"] and environment["devices"]
+
+
+def test_same_job_may_come_back_with_its_data_or_itself_moved(make_config, tmp_path):
+    config = make_config()
+    finish(config)
+    Path(config.run_dir).rename(tmp_path / "moved")
+    moved = make_config(run_dir=str(tmp_path / "moved"), data={"path": "/elsewhere"})
+    assert run_directory.earlier_summary(moved)["status"] == "finished"
+
+
+def test_other_job_is_refused_with_the_keys_that_differ(make_config):
+    run_directory.begin(make_config())
+    with pytest.raises(UserError, match=r"holds another job: model.widths = \(16,\), now \(8,\); seed = 0, now 1"):
+        run_directory.earlier_summary(make_config(seed=1, model={"widths": (8,)}))
+
+
+@pytest.mark.parametrize("status, refused", [("finished", False), ("stopped", True), ("failed", True)])
+def test_length_may_grow_once_a_job_is_finished(make_config, status, refused):
+    finish(make_config(), status)
+    longer = make_config(steps=None, epochs=9.0)
+    assert not run_directory.same_length(longer) and run_directory.same_length(make_config())
+    if refused:
+        with pytest.raises(UserError, match="epochs = None, now 9.0"):
+            run_directory.earlier_summary(longer)
+    else:
+        assert run_directory.earlier_summary(longer)["status"] == status
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: (path / "thesis").mkdir(parents=True)])
+def test_what_is_no_run_is_never_written_to(make_config, make):
+    config = make_config()
+    make(Path(config.run_dir))
+    with pytest.raises(UserError, match="is in use, and not by a run"):
+        run_directory.earlier_summary(config)
+
+
+def test_directory_that_cannot_be_made_is_named(make_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/run' cannot be written: .*Not a directory"):
+        run_directory.begin(make_config(run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    run_directory.write_json(path, {"a": 1})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_directory.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_directory.write_json(path, {"a": 2})
+    assert run_directory.read_json(path) == {"a": 1}
+
+
+def test_config_of_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run directory"):
+        run_directory.read_config(tmp_path)
+
+
+def test_every_key_of_the_schema_is_compared_but_where_things_lie(make_config):
+    config = make_config()
+    run_directory.begin(config)
+    changed = {"seed": 1, "steps": 7, "epochs": 1.0, "batch_size": 3, "eval_every": 3}
+    assert set(changed) | {"run_dir", "data", "model", "optimizer"} == {f.name for f in dataclasses.fields(config)}
+    for key, value in changed.items():
+        with pytest.raises(UserError, match=f"{key} = "):
+            run_directory.earlier_summary(dataclasses.replace(config, **{key: value}))
