@@ -213,33 +213,39 @@ def _normalize_batch_jvp(axes, epsilon, dtype, primals, tangents):
     # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
     @partial(jax.checkpoint, prevent_cse=False)
     def tangent(x, params, used, weights, train, dx, dparams):
-        wide = used.mean.dtype
-        scale, dscale, dbias = (
-            None if leaf is None else leaf.astype(wide) for leaf in (params.scale, *dparams)
-        )
-        mean = expand(used.mean, x.ndim, axes)
+        def per_sample(values):
+            return expand(values, x.ndim, axes)
+
+        def mean_over_batch(samples):
+            # The moments move with x only in training.
+            total = weighted_sum(where_counted(samples, weights), weights, axes)
+            return jnp.where(train, ratio(total, used.count), 0)
+
+        wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
+        used = cast(used, wide)
+        params, dparams = jax.tree.map(lambda leaf: leaf.astype(wide), (params, dparams))
+        mean = per_sample(used.mean)
         c = _where_usable(x, weights, x.astype(wide), mean) - mean
         dx = _where_usable(x, weights, dx.astype(wide), 0)
-        # The moments move with x only in training.
-        share = ratio(train.astype(used.count.dtype), used.count)
-        mean_dx = share.astype(wide) * weighted_sum(where_counted(dx, weights), weights, axes)
-        mean_cdx = share * weighted_sum(jnp.real(jnp.conj(c) * where_counted(dx, weights)), weights, axes)
+        mean_dx, mean_cdx = mean_over_batch(dx), mean_over_batch(jnp.real(jnp.conj(c) * dx))
+
         inv = jax.lax.rsqrt(used.var + epsilon).astype(wide)
-        a = inv if scale is None else inv * scale
+        a = inv if params.scale is None else inv * params.scale
         P = -a * mean_dx
         Q = -a * inv**2 * mean_cdx.astype(wide)
-        if dbias is not None:
-            P = P + dbias
-        if dscale is not None:
-            Q = Q + inv * dscale
-        dy = expand(a, x.ndim, axes) * dx + c * expand(Q, x.ndim, axes) + expand(P, x.ndim, axes)
+        if params.bias is not None:
+            P = P + dparams.bias
+        if params.scale is not None:
+            Q = Q + inv * dparams.scale
+        dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
         return dy.astype(dtype), Moments(mean_dx, 2 * mean_cdx, jnp.zeros_like(used.count))
 
-    return (y, used), tangent(x, params, used, weights, train, dx, dparams)
+    dy, dused = tangent(x, params, used, weights, train, dx, dparams)
+    return (y, used), (dy, cast(dused, used.mean.dtype))
 
 
 def _normalize_usable(x, weights, used, params, axes, epsilon, dtype):
-    """Normalizes with samples that are not usable at the mean."""
+    """Normalizes, with the mean in place of what is neither counted nor finite."""
     if weights is not None:
         wide = arithmetic_dtype(x, used.mean)
         x = _where_usable(x, weights, x.astype(wide), expand(used.mean.astype(wide), x.ndim, axes))

@@ -136,6 +136,11 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
     """
     running = with_count_per_feature(jax.lax.stop_gradient(running))
     batch = jax.lax.stop_gradient(batch)
+    if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(running.mean):
+        raise ValueError(
+            f"running.mean has dtype {running.mean.dtype}, but x is complex; wanted a complex one, as made by "
+            "jbn.init(features, dtype=jnp.complex64)."
+        )
     wide = arithmetic_dtype(running.mean, batch.mean)
     new = update(cast(running, wide), cast(batch, wide))
     new = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, running)

@@ -1,7 +1,15 @@
 """The strictest JAX that a user may run, for every test: what holds here holds with the defaults."""
 
-import jax
+import os
+import tempfile
+
 import pytest
+
+# Jobs that the tests train, in this process and in others, compile the same programs again and again.
+_cache = tempfile.TemporaryDirectory(prefix="jbn-tests-")
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": _cache.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+
+import jax  # noqa: E402  (reads the environment above)
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -5,12 +5,12 @@ A checkpoint has the items `model` (parameters and running statistics, which bel
 seed and the step, so nothing else is needed to go on exactly.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
-from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from train.state import TrainState
@@ -28,7 +28,7 @@ class Checkpoints:
     """The checkpoints of one run: the newest two and the best one by validation."""
 
     def __init__(self, run_dir: Path):
-        logging.set_verbosity(logging.ERROR)  # Orbax reports at length what is no news here
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports at length what is no news here
         policies = [
             checkpoint_managers.LatestN(2),
             checkpoint_managers.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False),

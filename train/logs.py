@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import TimeRemainingColumn
+from rich.text import Text
 from tensorboardX import SummaryWriter
 
 from train.run_directory import replace_text
@@ -49,21 +51,22 @@ class Logs:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.speed:,.0f} steps/s"),
+            _Rate(),
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("training", total=total_steps, completed=first_step)
         self._in_table = False
 
     def __enter__(self) -> "Logs":
-        self._progress.start()
+        if self._console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
         self._file.close()
         self._tensorboard.close()
 
@@ -95,6 +98,13 @@ class Logs:
             self.say(_HEADER)
             self._in_table = True
         self.say(_row(step, epoch, results, self.seconds))
+
+
+class _Rate(ProgressColumn):
+    """Steps per second, once they are known."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:,.0f} steps/s" if task.speed else "compiling")
 
 
 def _row(step: int, epoch: float, results: Results, seconds: float) -> str:

@@ -141,14 +141,14 @@ def _results(job: Job, state: TrainState) -> Results:
 
 
 def _heading(job: Job, step: int | None) -> str:
-    dataset, devices = job.data, jax.devices()
+    sizes = [f"{len(getattr(job.data, split).labels):,} {split}" for split in ("train", "validation", "test")]
     parameters = sum(leaf.size for leaf in jax.tree.leaves(job.initial.params))
-    going_on = "" if step is None else f"\nGoing on from step {step}."
-    return (
-        f"{job.config.data.name}: {len(dataset.train.labels)} training, {len(dataset.validation.labels)} validation "
-        f"and {len(dataset.test.labels)} test examples. {job.config.model.name}: {parameters:,} parameters. "
-        f"{job.total_steps} steps of {job.config.batch_size} on {devices[0].device_kind}.{going_on}"
-    )
+    lines = [
+        f"data   {job.config.data.name}: {', '.join(sizes)} examples",
+        f"model  {job.config.model.name}: {parameters:,} parameters, norm {job.config.model.norm}",
+        f"run    {job.total_steps:,} steps of {job.config.batch_size} on {jax.devices()[0].device_kind}",
+    ]
+    return "\n".join(lines) + ("" if step is None else f", going on from step {step:,}")
 
 
 def _summary(run_dir: Path, checkpoints: Checkpoints, status: str, seconds: float) -> dict[str, Any]:
