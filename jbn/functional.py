@@ -10,11 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, arithmetic_dtype, as_samples, as_weights, expand, feature_axes
-from jbn.axes import real_dtype
+from jbn.axes import Axes, expand, feature_axes
+from jbn.checks import as_samples, as_weights, check_epsilon, check_shapes
+from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.running import UpdateRule, absorb, ema
-from jbn.statistics import Moments, cast, moments, ratio, select, weighted_sum, where_counted
-from jbn.statistics import with_count_per_feature
+from jbn.statistics import (
+    Moments,
+    cast,
+    moments,
+    ratio,
+    select,
+    weighted_sum,
+    where_counted,
+    with_count_per_feature,
+)
 
 
 class Params(NamedTuple):
@@ -101,8 +110,8 @@ def normalize(
     x = as_samples(x)
     axes = feature_axes(x.ndim, axis)
     params = Params(None, None) if params is None else params
-    _check_epsilon(epsilon)
-    _check_shapes(x, axes, moments=moments, params=params)
+    check_epsilon(epsilon)
+    check_shapes(x, axes, moments=moments, params=params)
     wide = arithmetic_dtype(x, *jax.tree.leaves((moments, params)))
     moments = cast(moments, wide)
     multiplier = jax.lax.rsqrt(moments.var + epsilon).astype(wide)
@@ -156,8 +165,8 @@ def batch_norm(
 
     Raises:
       TypeError: `x` is an integer array, or `mask` is complex.
-      ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is negative,
-        or `params` or `running` have another shape than the features of `x`.
+      ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is
+        negative, or `params` or `running` have another shape than the features of `x`.
 
     Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
 
@@ -175,8 +184,8 @@ def batch_norm(
     axes = feature_axes(x.ndim, axis)
     weights = as_weights(mask, x)
     params = Params(None, None) if params is None else params
-    _check_epsilon(epsilon)
-    _check_shapes(x, axes, running=running, params=params)
+    check_epsilon(epsilon)
+    check_shapes(x, axes, running=running, params=params)
     running = with_count_per_feature(jax.lax.stop_gradient(running))
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     if isinstance(train, bool | np.bool_) and not train:
@@ -203,8 +212,8 @@ def _normalize_batch_jvp(axes, epsilon, dtype, primals, tangents):
         P = dbias - a*mean(dx);  Q = inv*dscale - a*inv^2*mean(Re(conj(c)*dx))
         dy = a*dx + c*Q + P
 
-    JAX transposes these two reductions into the two of the backward pass. The rule is plain JAX code, in which
-    `used` has the derivative that this same rule gives it, so every further derivative follows.
+    JAX transposes these two reductions into the two of the backward pass. The rule is plain JAX code, in
+    which `used` has the derivative that this same rule gives it, so every further derivative follows.
     """
     x, params, _, weights, train = primals
     dx, dparams, *_ = tangents
@@ -252,26 +261,10 @@ def _normalize_usable(x, weights, used, params, axes, epsilon, dtype):
     return normalize(x, used, params, axis=axes, epsilon=epsilon, dtype=dtype)
 
 
-def _where_usable(x: jax.Array, weights: jax.Array | None, values: jax.Array, fallback: ArrayLike) -> jax.Array:
+def _where_usable(
+    x: jax.Array, weights: jax.Array | None, values: jax.Array, fallback: ArrayLike
+) -> jax.Array:
     """Takes `fallback` where `x` is not finite and has weight 0, and `values` everywhere else."""
     if weights is None:
         return values
     return jnp.where(weights.astype(bool) | jnp.isfinite(x), values, fallback)
-
-
-def _check_epsilon(epsilon: float) -> None:
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon}; wanted a number > 0, such as the default 1e-5.")
-
-
-def _check_shapes(x: jax.Array, axes: tuple[int, ...], **trees: Params | Moments) -> None:
-    wanted = tuple(x.shape[a] for a in axes)
-    for name, tree in trees.items():
-        for field, leaf in tree._asdict().items():
-            shape = np.shape(leaf)
-            if leaf is None or shape == wanted or (field == "count" and shape == ()):
-                continue
-            raise ValueError(
-                f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {wanted} "
-                f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis."
-            )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jbn.axes import arithmetic_dtype
+from jbn.dtypes import arithmetic_dtype
 from jbn.statistics import Moments, cast, merge, ratio, select, with_count_per_feature
 
 UpdateRule = Callable[[Moments, Moments], Moments]
@@ -84,8 +84,8 @@ class cumulative:
         count = count + 1;  w = 1 / count
         running = (1 - w) * running + w * batch
 
-    PyTorch's `momentum=None` is `cumulative(unbiased=True)`. The variance is that within a batch; `jbn.pooled`
-    adds the variance between batches.
+    PyTorch's `momentum=None` is `cumulative(unbiased=True)`. The variance is that within a batch;
+    `jbn.pooled` adds the variance between batches.
 
     Args:
       unbiased: average n/(n-1) * var, n being the batch's total weight (and leave a feature with n <= 1
@@ -138,8 +138,8 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
     batch = jax.lax.stop_gradient(batch)
     if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(running.mean):
         raise ValueError(
-            f"running.mean has dtype {running.mean.dtype}, but x is complex; wanted a complex one, as made by "
-            "jbn.init(features, dtype=jnp.complex64)."
+            f"running.mean has dtype {running.mean.dtype}, but x is complex; wanted a complex one, as made "
+            "by jbn.init(features, dtype=jnp.complex64)."
         )
     wide = arithmetic_dtype(running.mean, batch.mean)
     new = update(cast(running, wide), cast(batch, wide))
@@ -148,7 +148,9 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
     return select(usable, new, running)
 
 
-def _average(running: Moments, batch: Moments, weight: jax.Array, count: jax.Array, unbiased: bool) -> Moments:
+def _average(
+    running: Moments, batch: Moments, weight: jax.Array, count: jax.Array, unbiased: bool
+) -> Moments:
     """Weighs the old values and the batch's; exactly the batch's with weight 1."""
     batch_var = batch.var * ratio(batch.count, batch.count - 1) if unbiased else batch.var
     var = (1 - weight) * running.var + weight * batch_var

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, arithmetic_dtype, as_samples, as_weights, expand, feature_axes, other_axes
-from jbn.axes import real_dtype
+from jbn.axes import Axes, expand, feature_axes, other_axes
+from jbn.checks import as_samples, as_weights
+from jbn.dtypes import arithmetic_dtype, real_dtype
 
 
 class Moments(NamedTuple):

@@ -1,3 +1,5 @@
+from operator import itemgetter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +39,9 @@ VECTORS = jnp.array([[0.23, 1.26, -2.41], [0.56, 0.75, 1.00]])
 def test_worked_example_gives_0_and_2_with_scale_and_bias_1():
     y, _ = jbn.batch_norm(VECTORS, jbn.Params(jnp.ones(3), jnp.ones(3)), jbn.init(3)[1], train=True)
     assert_allclose(y, [[0, 2, 0], [2, 0, 2]], atol=4e-4)  # up to epsilon over the variance, 1e-5 / 0.027
-    exact = 1 + np.array([[-1, 1, -1], [1, -1, 1]]) / np.sqrt(1 + 1e-5 / np.array([0.027225, 0.065025, 2.907025]))
+    exact = 1 + np.array([[-1, 1, -1], [1, -1, 1]]) / np.sqrt(
+        1 + 1e-5 / np.array([0.027225, 0.065025, 2.907025])
+    )
     assert_allclose(y, exact, atol=2e-6)
 
 
@@ -69,7 +73,9 @@ def test_training_and_inference_are_those_of_float64(dtype, axis, mask):
         assert_allclose(new.var, 0.75 + 0.25 * var, rtol=tolerance)
 
         z, same = jbn.batch_norm(x, params, new, train=False, axis=axis, mask=mask)
-        assert_allclose(z, reference.normalize(x, new.mean, new.var, *params, axis), atol=20 * TOLERANCE[dtype])
+        assert_allclose(
+            z, reference.normalize(x, new.mean, new.var, *params, axis), atol=20 * TOLERANCE[dtype]
+        )
         jax.tree.map(assert_array_equal, same, new)
         assert y.dtype == z.dtype == x.dtype
         assert [leaf.dtype for leaf in new] == [leaf.dtype for leaf in running]
@@ -95,7 +101,9 @@ def test_scale_and_bias_are_optional(params):
 @pytest.mark.parametrize("features, shape", [(3, (3,)), ((3, 2), (3, 2)), ((), ())])
 def test_init_makes_the_identity_map_and_empty_moments(features, shape):
     params, running = jbn.init(features, dtype=jnp.bfloat16)
-    for leaf, value, dtype in zip((*params, *running), (1, 0, 0, 1, 0), [jnp.bfloat16] * 2 + [jnp.float32] * 3):
+    for leaf, value, dtype in zip(
+        (*params, *running), (1, 0, 0, 1, 0), [jnp.bfloat16] * 2 + [jnp.float32] * 3
+    ):
         assert_array_equal(leaf, np.full(shape, value))
         assert leaf.dtype == dtype
     assert jbn.init(3, use_scale=False, use_bias=False)[0] == jbn.Params(None, None)
@@ -121,7 +129,9 @@ def test_wider_moments_and_parameters_widen_the_arithmetic(x64):
     running = running._replace(mean=running.mean + np.pi, var=running.var * np.e)
     y = jbn.normalize(x, running, params, dtype=jnp.float64)
     assert_allclose(y, reference.normalize(x, running.mean, running.var, *params), rtol=1e-13)
-    dparams = jax.grad(lambda p: jnp.sum(jnp.sin(jbn.batch_norm(x, p, jbn.init(3)[1], train=True)[0])))(params)
+    dparams = jax.grad(lambda p: jnp.sum(jnp.sin(jbn.batch_norm(x, p, jbn.init(3)[1], train=True)[0])))(
+        params
+    )
     assert [leaf.dtype for leaf in dparams] == [jnp.float64] * 2
 
 
@@ -176,7 +186,9 @@ WRAPPERS = {
     "jit": jax.jit,
     "checkpoint": jax.checkpoint,
     "vmap": lambda f: lambda *args: jax.vmap(f)(*(jnp.stack([a, a]) for a in args))[1],
-    "scan": lambda f: lambda *args: jax.lax.scan(lambda total, _: (total + f(*args), None), 0.0, None, length=1)[0],
+    "scan": lambda f: (
+        lambda *args: jax.lax.scan(lambda total, _: (total + f(*args), None), 0.0, None, length=1)[0]
+    ),
 }
 
 
@@ -274,7 +286,9 @@ def test_uncounted_rows_may_hold_anything_when_the_loss_is_masked_too(train, hel
     assert_array_equal(dx_poisoned[~mask[:, 0]], 0)
     assert_allclose(y_poisoned[mask[:, 0]], y[mask[:, 0]], rtol=1e-6)
     assert_allclose(y_poisoned[~mask[:, 0]], jnp.broadcast_to(params.bias, (2, 3)), rtol=1e-6)
-    for actual, expected in zip(jax.tree.leaves((dparams_poisoned, new_poisoned)), jax.tree.leaves((dparams, new))):
+    for actual, expected in zip(
+        jax.tree.leaves((dparams_poisoned, new_poisoned)), jax.tree.leaves((dparams, new))
+    ):
         assert_allclose(actual, expected, rtol=1e-6)
 
 
@@ -361,7 +375,9 @@ def test_jit_is_eager(train):
         return jbn.batch_norm(x, params, running, train=train)
 
     jax.tree.map(
-        lambda a, b: assert_allclose(a, b, rtol=1e-6, atol=1e-6), jax.jit(f)(x, params, running), f(x, params, running)
+        lambda a, b: assert_allclose(a, b, rtol=1e-6, atol=1e-6),
+        jax.jit(f)(x, params, running),
+        f(x, params, running),
     )
 
 
@@ -394,9 +410,9 @@ def test_vmap_trains_an_ensemble_in_which_each_member_has_its_own_state():
     f = jax.vmap(lambda x, params, running: jbn.batch_norm(x, params, running, train=True))
     y, running = f(x, *members)
     for i in range(4):
-        params, start = jax.tree.map(lambda leaf: leaf[i], members)
+        actual, (params, start) = jax.tree.map(itemgetter(i), ((y, running), members))
         expected = jbn.batch_norm(x[i], params, start, train=True)
-        jax.tree.map(lambda a, b: assert_allclose(a[i], b, rtol=1e-5, atol=1e-6), (y, running), expected)
+        jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -405,18 +421,36 @@ def test_vmap_trains_an_ensemble_in_which_each_member_has_its_own_state():
         (dict(x=np.ones((4, 3), int)), TypeError, "x has dtype int"),
         (dict(axis=5), ValueError, "axis=5 is out of range"),
         (dict(axis=(0, 0)), ValueError, r"axis=\(0, 0\) names a feature axis twice"),
-        (dict(axis=0), ValueError, r"has shape \(3,\), but x of shape \(4, 3\) has features of shape \(4,\) on axis"),
-        (dict(x=np.ones((4, 5), np.float32)), ValueError, r"running.mean has shape \(3,\).*features of shape \(5,\)"),
+        (
+            dict(axis=0),
+            ValueError,
+            r"has shape \(3,\), but x of shape \(4, 3\) has features of shape \(4,\) on axis",
+        ),
+        (
+            dict(x=np.ones((4, 5), np.float32)),
+            ValueError,
+            r"running.mean has shape \(3,\).*features of shape \(5,\)",
+        ),
         (dict(params=jbn.init(2)[0]), ValueError, r"params.scale has shape \(2,\).*jbn.init"),
         (dict(epsilon=0.0), ValueError, "epsilon=0.0; wanted a number > 0"),
         (dict(mask=np.ones(7)), ValueError, r"mask of shape \(7,\) does not broadcast"),
         (dict(mask=-np.ones((4, 1))), ValueError, "mask holds a weight that is negative"),
-        (dict(x=np.ones((4, 3), np.complex64)), ValueError, "running.mean has dtype float32, but x is complex"),
+        (
+            dict(x=np.ones((4, 3), np.complex64)),
+            ValueError,
+            "running.mean has dtype float32, but x is complex",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):
     params, running = jbn.init(3)
-    arguments = {"x": np.ones((4, 3), np.float32), "params": params, "running": running, "train": True, **call}
+    arguments = {
+        "x": np.ones((4, 3), np.float32),
+        "params": params,
+        "running": running,
+        "train": True,
+        **call,
+    }
     with pytest.raises(error, match=message):
         jbn.batch_norm(**arguments)
 

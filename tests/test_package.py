@@ -14,12 +14,15 @@ def test_public_names_are_those_of_the_interface():
 
 
 def test_import_jbn_imports_neither_flax_nor_the_training_program():
-    code = "import jbn, sys; print([m for m in sys.modules if m.split('.')[0] in ('flax', 'optax', 'orbax', 'train')])"
+    others = ("flax", "optax", "orbax", "train")
+    code = f"import jbn, sys; print([name for name in sys.modules if name.split('.')[0] in {others}])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_wheel_holds_the_typed_library_alone(tmp_path):
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True
+    )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"jbn"}

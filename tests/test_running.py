@@ -9,14 +9,20 @@ from numpy.testing import assert_allclose, assert_array_equal
 import jbn
 
 RULES = [jbn.ema(0.9), jbn.ema(0.9, debias=True), jbn.cumulative(), jbn.pooled()]
-UNBIASED = [jbn.ema(0.9, unbiased=True), jbn.ema(0.9, unbiased=True, debias=True), jbn.cumulative(unbiased=True)]
+UNBIASED = [
+    jbn.ema(0.9, unbiased=True),
+    jbn.ema(0.9, unbiased=True, debias=True),
+    jbn.cumulative(unbiased=True),
+]
 N = 8.0
 
 
 def batches(k=5):
     rng = np.random.RandomState(0)
     return [
-        jbn.Moments(*(jnp.asarray(leaf, jnp.float32) for leaf in (rng.randn(3), rng.rand(3) + 0.5, np.full(3, N))))
+        jbn.Moments(
+            *(jnp.asarray(leaf, jnp.float32) for leaf in (rng.randn(3), rng.rand(3) + 0.5, np.full(3, N)))
+        )
         for _ in range(k)
     ]
 

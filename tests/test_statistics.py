@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
@@ -46,7 +47,11 @@ def test_moments_are_those_of_float64_for_any_axis_mask_and_dtype(dtype, axis, m
         actual = jbn.moments(x, axis=axis, mask=mask)
         assert_moments(actual, reference.moments(x, axis, mask), TOLERANCE[dtype])
         real = jnp.float64 if dtype == "float64" else jnp.float32
-        assert [leaf.dtype for leaf in actual] == [jnp.complex64 if dtype == "complex64" else real, real, real]
+        assert [leaf.dtype for leaf in actual] == [
+            jnp.complex64 if dtype == "complex64" else real,
+            real,
+            real,
+        ]
 
 
 def test_worked_example_means_and_biased_variances():
@@ -180,9 +185,21 @@ def test_merge_takes_a_scalar_count_for_every_feature():
         (lambda x: jbn.moments(x, axis=(1, -1)), ValueError, r"axis=\(1, -1\) names a feature axis twice"),
         (lambda x: jbn.moments(x, axis=0.5), TypeError, "integer"),
         (lambda x: jbn.moments(x.astype(int)), TypeError, r"x has dtype int32; wanted a floating.*astype"),
-        (lambda x: jbn.moments(x, mask=jnp.ones(4)), ValueError, r"mask of shape \(4,\) does not broadcast to x"),
-        (lambda x: jbn.moments(x, mask=jnp.ones((1, 4, 3))), ValueError, r"mask of shape \(1, 4, 3\) does not"),
-        (lambda x: jbn.moments(x, mask=-jnp.ones((4, 3))), ValueError, "mask holds a weight that is negative"),
+        (
+            lambda x: jbn.moments(x, mask=jnp.ones(4)),
+            ValueError,
+            r"mask of shape \(4,\) does not broadcast to x",
+        ),
+        (
+            lambda x: jbn.moments(x, mask=jnp.ones((1, 4, 3))),
+            ValueError,
+            r"mask of shape \(1, 4, 3\) does not",
+        ),
+        (
+            lambda x: jbn.moments(x, mask=-jnp.ones((4, 3))),
+            ValueError,
+            "mask holds a weight that is negative",
+        ),
         (lambda x: jbn.moments(x, mask=jnp.full((4, 1), np.nan)), ValueError, "mask holds a weight .* NaN"),
         (lambda x: jbn.moments(x, mask=x.astype(jnp.complex64)), TypeError, "mask has dtype complex64"),
         (lambda x: jbn.merge(), ValueError, "merge got no moments"),

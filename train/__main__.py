@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tomllib
 from pathlib import Path
 
 USAGE = """\
@@ -15,7 +14,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def main(arguments: list[str]) -> int:
-    """Runs one command and returns the exit code: 0 finished, 1 failed, 2 bad input, 128 + N stopped by signal N."""
+    """Runs one command and returns the exit code: 0 finished, 1 failed, 2 bad input, 128 + N for signal N."""
     from train.config import UserError  # after this file's own --help, which needs nothing
 
     try:

@@ -1,8 +1,8 @@
 """Checkpoints of the training state: a thin layer over Orbax.
 
-A checkpoint has the items `model` (parameters and running statistics, which belong together), `optimizer` and
-`meta` (the step and the sums that the next log line reports). Data order and learning rate are functions of the
-seed and the step, so nothing else is needed to go on exactly.
+A checkpoint has the items `model` (parameters and running statistics, which belong together), `optimizer`
+and `meta` (the step and the sums that the next log line reports). Data order and learning rate are
+functions of the seed and the step, so nothing else is needed to go on exactly.
 """
 
 import logging

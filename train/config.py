@@ -1,7 +1,7 @@
 """What a job is: the schema, and loading it from TOML files and command-line flags.
 
-The dataclasses are the schema. A TOML file is turned into flags, and tyro parses file and command line alike, so
-that both have the same keys, the same types and the same messages.
+The dataclasses are the schema. A TOML file is turned into flags, and tyro parses file and command line alike,
+so that both have the same keys, the same types and the same messages.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Config:
-    """Train a network. The run directory receives metrics, checkpoints and a summary; a second call resumes."""
+    """Train a network. The run directory receives metrics, checkpoints, a summary; a second call resumes."""
 
     run_dir: str
     """Where the run's files go."""

@@ -90,8 +90,8 @@ def _find(config: Data) -> Path:
     accepted = "an .npz file with x_train, y_train, x_test and y_test"
     if not given:
         raise UserError(
-            f"data.name = {config.name!r} needs a file: give --data.path, or set $JBN_DATA, to {accepted}, or to "
-            f"the folder that holds it as {config.name}.npz."
+            f"data.name = {config.name!r} needs a file: give --data.path, or set $JBN_DATA, to {accepted}, "
+            f"or to the folder that holds it as {config.name}.npz."
         )
     path = Path(given)
     path = path / f"{config.name}.npz" if path.is_dir() else path
@@ -123,14 +123,17 @@ def _split(path: Path, part: str, x: np.ndarray, y: np.ndarray) -> Split:
     def require(holds: bool, what: str) -> None:
         if not holds:
             raise UserError(
-                f"{path}: x_{part} is {x.dtype}{list(x.shape)}, y_{part} is {y.dtype}{list(y.shape)}; wanted {what}."
+                f"{path}: x_{part} is {x.dtype}{list(x.shape)}, y_{part} is {y.dtype}{list(y.shape)}; "
+                f"wanted {what}."
             )
 
     require(x.ndim in (2, 3, 4), f"x_{part} of shape (n, features), (n, h, w) or (n, h, w, channels)")
     require(y.shape in ((len(x),), (len(x), 1)), f"one label in y_{part} for each of the {len(x)} examples")
     require(len(x) > 0, "one example or more")
     require(np.issubdtype(y.dtype, np.integer) and y.min() >= 0, f"labels in y_{part} that are integers >= 0")
-    require(x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating), f"x_{part} of uint8 or floating point")
+    require(
+        x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating), f"x_{part} of uint8 or floating point"
+    )
     inputs = x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x.astype(np.float32)
     require(bool(np.isfinite(inputs).all()), f"finite numbers in x_{part}")
     return Split(inputs[..., None] if x.ndim == 3 else inputs, y.reshape(-1).astype(np.int32))

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from tensorboardX import SummaryWriter
 
@@ -86,11 +93,11 @@ class Logs:
     def results(self, step: int, epoch: float, results: Results) -> None:
         """Writes the results of one evaluation, split by split."""
         for split, values in results.items():
+            finite = {key: value for key, value in values.items() if math.isfinite(value)}
             # JSON has no NaN.
-            finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-            line = {"step": step, "split": split, **finite, "seconds": round(self.seconds, 3)}
-            self._file.write(json.dumps(line) + "\n")
-            for key, value in values.items():
+            line = {"step": step, "split": split, **dict.fromkeys(values), **finite}
+            self._file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}) + "\n")
+            for key, value in finite.items():
                 self._tensorboard.add_scalar(f"{key}/{split}", value, step)
         self._file.flush()
         self._tensorboard.flush()

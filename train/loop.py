@@ -1,5 +1,6 @@
 """Running a job: the one place where side effects happen, in one order."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from train import data, models, optim, report, run_directory, state as states
+from train import data, models, optim, report, run_directory
+from train import state as states
 from train.checkpoint import Checkpoints
 from train.config import Config, UserError, total_steps
 from train.logs import Logs, Results, read_metrics
@@ -16,7 +18,9 @@ from train.state import TrainState
 from train.stopping import StopRequests
 
 EVAL_BATCH = 512
-SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait at most, unless a step is longer
+SECONDS_PER_DISPATCH = (
+    0.2  # how long a stop request and the progress bar wait at most, unless a step is longer
+)
 
 
 class RunFailed(Exception):
@@ -41,7 +45,9 @@ class Job:
         """Returns loss and accuracy over a split, each example counted once."""
         batches = data.eval_batches(split, EVAL_BATCH)
         sums = [states.eval_step(self.model, state.params, state.batch_stats, batch) for batch in batches]
-        return states.Sums(*(np.sum(leaves, dtype=np.float64) for leaves in zip(*jax.device_get(sums)))).means()
+        return states.Sums(
+            *(np.sum(leaves, dtype=np.float64) for leaves in zip(*jax.device_get(sums)))
+        ).means()
 
 
 def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
@@ -60,8 +66,8 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
     job = Job(config)
     if run_directory.is_finished(earlier) and job.total_steps < earlier["step"]:
         raise UserError(
-            f"run_dir = '{run_dir}' holds {earlier['step']} steps of this job, now asked for {job.total_steps}; "
-            "wanted as many or more. Give another --run_dir for a shorter run."
+            f"run_dir = '{run_dir}' holds {earlier['step']} steps of this job, now asked for "
+            f"{job.total_steps}; wanted as many or more. Give another --run_dir for a shorter run."
         )
     run_directory.begin(config)
     with Checkpoints(run_dir) as checkpoints:
@@ -75,7 +81,8 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
             except RunFailed as failure:
                 error = failure
             seconds = logs.seconds
-        status = "failed" if error else "finished" if checkpoints.latest_step == job.total_steps else "stopped"
+        finished = checkpoints.latest_step == job.total_steps
+        status = "failed" if error else "finished" if finished else "stopped"
         summary = _summary(run_dir, checkpoints, status, seconds)
     report.draw_curves(run_dir)
     run_directory.write_json(run_dir / "summary.json", summary)
@@ -112,23 +119,32 @@ def _train(job: Job, state: TrainState, checkpoints: Checkpoints, logs: Logs, st
         batches = {"start": first * config.batch_size, "steps": steps, "batch_size": config.batch_size}
         state = states.train_steps(job.model, job.optimizer, state, train, order, **batches, loop=job.loop)
         step = int(state.step)
-        at_once = max(1, min(2 * at_once, round(steps * SECONDS_PER_DISPATCH / (time.perf_counter() - started))))
+        rate = steps / (time.perf_counter() - started)
+        at_once = max(1, min(2 * at_once, round(rate * SECONDS_PER_DISPATCH)))
 
         if int(state.failed_at) != states.NEVER:
-            raise RunFailed(
-                f"the loss of step {int(state.failed_at)} is not finite. The newest checkpoint: "
-                f"{checkpoints.latest_step or 'none'}. Try a lower optimizer.learning_rate."
-            )
+            raise _failure(f"the loss of step {int(state.failed_at)}", checkpoints)
         logs.advance(step)
+        stopping = stop.received is not None
         if step == next_eval:
             results = _results(job, state)
             logs.results(step, step / job.steps_per_epoch, results)
+            for split, values in results.items():
+                if not math.isfinite(values["loss"]):
+                    raise _failure(f"the {split} loss after step {step}", checkpoints)
             state = state._replace(sums=states.no_sums())
             checkpoints.save(state, results.get("validation"))
-        elif stop.received:
+        elif stopping:
             checkpoints.save(state, None)
-        if stop.received:
+        if stopping:
             break
+
+
+def _failure(what: str, checkpoints: Checkpoints) -> RunFailed:
+    newest = (
+        "There is no checkpoint yet" if (step := checkpoints.latest_step) is None else f"Step {step} is saved"
+    )
+    return RunFailed(f"{what} is not finite. {newest}. Try a lower optimizer.learning_rate.")
 
 
 def _results(job: Job, state: TrainState) -> Results:

@@ -35,8 +35,8 @@ class MLP(nn.Module):
 
 
 class CNN(nn.Module):
-    """For each width two 3x3 convolutions, each with normalization and activation, and 2x2 pooling; then the mean
-    over positions and a linear map to the classes."""
+    """For each width two 3x3 convolutions, each with normalization and activation, and 2x2 pooling; then the
+    mean over positions and a linear map to the classes."""
 
     widths: tuple[int, ...]
     classes: int
@@ -76,7 +76,7 @@ def build(config: Model, input_shape: tuple[int, ...], classes: int) -> nn.Modul
 
 
 def _norm(config: Model) -> Callable[..., Layer]:
-    """Returns what makes a normalization layer, given use_running_average. A further norm is a further line."""
+    """Returns what makes a norm layer, given use_running_average. A further norm is a further line."""
     # Debiased, running statistics are right from the first step on, also in jobs of a few hundred steps.
     rule = jbn.ema(config.norm_momentum, debias=True)
     return {

@@ -7,7 +7,7 @@ from train.config import Optimizer
 
 
 def schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step: a linear warm-up, then the schedule over the rest."""
+    """Returns the learning rate as a function of the step: a linear warm-up, then the schedule."""
     warmup = min(config.warmup_steps, steps)
     after = {
         "constant": optax.constant_schedule(config.learning_rate),

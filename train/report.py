@@ -17,7 +17,11 @@ def draw_curves(run_dir: Path) -> None:
     FigureCanvasAgg(figure)
     for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
         for split in ("train", "validation", "test"):
-            points = [(line["step"], line[key]) for line in lines if line["split"] == split and line[key] is not None]
+            points = [
+                (line["step"], line[key])
+                for line in lines
+                if line["split"] == split and line[key] is not None
+            ]
             if points:
                 axes.plot(*zip(*points), label=split, marker=".")
         axes.set(xlabel="step", ylabel=key)

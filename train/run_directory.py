@@ -1,12 +1,12 @@
 """The run directory: whose it is, and its small JSON files.
 
-    config.json       the resolved job
-    environment.json  versions and devices of the latest start
-    metrics.jsonl     one line an evaluation and split (train/logs.py)
-    summary.json      what the run reached
-    checkpoints/      train/checkpoint.py
-    tensorboard/      the metrics once more
-    curves.png        their picture (train/report.py)
+config.json       the resolved job
+environment.json  versions and devices of the latest start
+metrics.jsonl     one line an evaluation and split (train/logs.py)
+summary.json      what the run reached; absent while it runs
+checkpoints/      train/checkpoint.py
+tensorboard/      the metrics once more
+curves.png        their picture (train/report.py)
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ def earlier_summary(config: Config) -> dict[str, Any] | None:
     differing = configs.differences(read_config(path), config, ignore=_NOT_COMPARED + may_grow)
     if differing:
         raise UserError(
-            f"run_dir = '{path}' holds another job: {'; '.join(differing)}. Give another --run_dir, or go back to "
-            "the values there to resume it."
+            f"run_dir = '{path}' holds another job: {'; '.join(differing)}. Give another --run_dir, or go "
+            "back to the values there to resume it."
         )
     return summary
 
@@ -68,6 +68,8 @@ def begin(config: Config) -> None:
     path = Path(config.run_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        # First, so that a run that grows and is killed is not taken for the finished one it grew from.
+        (path / "summary.json").unlink(missing_ok=True)
         write_json(path / "config.json", dataclasses.asdict(config))
         write_json(path / "environment.json", _environment())
     except OSError as error:

@@ -36,7 +36,9 @@ class TrainState(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def create(model: nn.Module, optimizer: optax.GradientTransformation, seed: int, inputs: jax.Array) -> TrainState:
+def create(
+    model: nn.Module, optimizer: optax.GradientTransformation, seed: int, inputs: jax.Array
+) -> TrainState:
     """Initializes everything at step 0; of `inputs` only the shape matters."""
     variables = model.init(jax.random.key(seed), inputs, train=False)
     params = variables["params"]
@@ -56,7 +58,11 @@ def no_sums() -> Sums:
 
 
 def train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, state: TrainState, inputs: jax.Array, labels: jax.Array
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    inputs: jax.Array,
+    labels: jax.Array,
 ) -> TrainState:
     """Takes one optimization step on one batch."""
 
@@ -82,8 +88,8 @@ def train_step(
 def loops_well(model: nn.Module, inputs: jax.Array) -> bool:
     """Tells whether a loop in one compiled program is the fast way to take many steps.
 
-    It is, but for convolutions on a CPU: there XLA computes their gradients in a loop some 25 times slower than
-    outside (jax issue 12868).
+    It is, but for convolutions on a CPU: there XLA computes their gradients in a loop some 25 times slower
+    than outside (jax issue 12868).
     """
     program = jax.make_jaxpr(partial(model.init, train=False))(jax.random.key(0), inputs)
     return jax.default_backend() != "cpu" or "conv_general_dilated" not in str(program)

@@ -13,7 +13,9 @@ class StopRequests:
         self.received: int | None = None  # the signal's number
 
     def __enter__(self) -> "StopRequests":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *_: Any) -> None:

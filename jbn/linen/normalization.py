@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jbn.axes import Axes, feature_axes, promote
+from jbn.axes import Axes, feature_axes
+from jbn.dtypes import promote
 from jbn.functional import Params, batch_norm
 from jbn.running import UpdateRule, ema
 from jbn.statistics import Moments
@@ -21,8 +22,8 @@ class BatchNorm(nn.Module):
 
     A shell over `jbn.batch_norm`, with the arguments, defaults and variables of `flax.linen.BatchNorm`:
     `scale` and `bias` in the collection "params", `mean` and `var` in "batch_stats", all in the features'
-    shape. In training the moments are the batch's, and "batch_stats" must be mutable; `init` leaves the running
-    moments as they start. In inference they are the running ones.
+    shape. In training the moments are the batch's, and "batch_stats" must be mutable; `init` leaves the
+    running moments as they start. In inference they are the running ones.
 
     Attributes:
       use_running_average: True in inference, False in training; here or in the call.

@@ -15,7 +15,14 @@ def make_config(tmp_path):
 
     def make(**changes):
         sections = {"data": Data, "model": Model, "optimizer": Optimizer}
-        values = {"run_dir": str(tmp_path / "run"), "steps": 30, "eval_every": 12, "model": {"widths": (16,)}} | changes
-        return Config(**{key: sections[key](**value) if key in sections else value for key, value in values.items()})
+        values = {
+            "run_dir": str(tmp_path / "run"),
+            "steps": 30,
+            "eval_every": 12,
+            "model": {"widths": (16,)},
+        } | changes
+        return Config(
+            **{key: sections[key](**value) if key in sections else value for key, value in values.items()}
+        )
 
     return make

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import pytest
 from numpy.testing import assert_array_equal
 
-from train import models, optim, state as states
+from train import models, optim
+from train import state as states
 from train.checkpoint import Checkpoints
 from train.config import Model, Optimizer
 
@@ -32,7 +33,9 @@ def test_restore_gives_back_every_bit(tmp_path, norm):
         model = checkpoints.restore_model(7, state_at(0, norm=norm))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     jax.tree.map(assert_array_equal, restored, state)
-    assert [leaf.dtype for leaf in jax.tree.leaves(restored)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    assert [leaf.dtype for leaf in jax.tree.leaves(restored)] == [
+        leaf.dtype for leaf in jax.tree.leaves(state)
+    ]
     jax.tree.map(assert_array_equal, (model.params, model.batch_stats), (state.params, state.batch_stats))
     assert int(model.step) == 0
 

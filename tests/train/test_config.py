@@ -135,7 +135,10 @@ def test_config_survives_json(job):
 
 def test_differences_name_the_keys_and_both_values(job):
     a, b = config.load(job, []), config.load(job, ["--seed", "8", "--model.norm", "none", "--run-dir", "x"])
-    assert config.differences(a, b, ignore=["run_dir"]) == ["model.norm = 'batch', now 'none'", "seed = 7, now 8"]
+    assert config.differences(a, b, ignore=["run_dir"]) == [
+        "model.norm = 'batch', now 'none'",
+        "seed = 7, now 8",
+    ]
 
 
 @pytest.mark.parametrize("length, steps", [(["--steps", "9"], 9), (["--epochs", "1.5"], 15)])

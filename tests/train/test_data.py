@@ -60,7 +60,9 @@ def test_own_arrays_may_be_images_or_vectors(tmp_path, shape, dtype, wanted):
     loaded = load_npz(tmp_path, arrays=given, validation=0)
     assert loaded.train.inputs.shape == (20, *wanted) and loaded.train.inputs.dtype == np.float32
     scale = 255 if dtype == np.uint8 else 1  # bytes become [0, 1]; floating point is left as it is
-    assert_array_equal(loaded.train.inputs.reshape(given["x_train"].shape), np.float32(given["x_train"]) / np.float32(scale))
+    assert_array_equal(
+        loaded.train.inputs.reshape(given["x_train"].shape), np.float32(given["x_train"]) / np.float32(scale)
+    )
     assert loaded.classes == 4
 
 
@@ -84,9 +86,13 @@ def test_real_mnist_has_its_known_sizes_and_first_labels():
 @pytest.mark.parametrize("name", ["mnist", "npz"])
 def test_missing_file_names_the_path_and_what_is_accepted(tmp_path, monkeypatch, name):
     monkeypatch.delenv("JBN_DATA", raising=False)
-    with pytest.raises(UserError, match=r"--data.path, or set \$JBN_DATA, to an .npz file with x_train, y_train"):
+    with pytest.raises(
+        UserError, match=r"--data.path, or set \$JBN_DATA, to an .npz file with x_train, y_train"
+    ):
         data.load(Data(name=name))
-    with pytest.raises(UserError, match=rf"{tmp_path}/{name}.npz does not exist; wanted an .npz file with x_train"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path}/{name}.npz does not exist; wanted an .npz file with x_train"
+    ):
         data.load(Data(name=name, path=str(tmp_path)))
 
 
@@ -126,7 +132,10 @@ def test_truncated_archive_is_named(tmp_path):
     [
         ({"y_test": None}, r"wanted \['y_test'\] too"),
         ({"x_train": np.array([Bomb()], object)}, "cannot be read as an .npz file of plain arrays"),
-        ({"x_train": np.zeros((20, 4, 5), np.uint8)}, r"x_train has shape \(4, 5, 1\), one of x_test \(4, 4, 1\)"),
+        (
+            {"x_train": np.zeros((20, 4, 5), np.uint8)},
+            r"x_train has shape \(4, 5, 1\), one of x_test \(4, 4, 1\)",
+        ),
         ({"x_train": np.zeros(20, np.uint8)}, r"wanted x_train of shape \(n, features\)"),
         ({"x_train": np.zeros((20, 4, 4), np.int32)}, "wanted x_train of uint8 or floating point"),
         ({"x_test": np.full((8, 4, 4), np.nan, np.float32)}, "wanted finite numbers in x_test"),
@@ -155,7 +164,9 @@ def test_order_is_a_permutation_that_follows_from_seed_and_epoch():
 
 def test_too_few_examples_for_a_batch_are_named():
     assert data.steps_per_epoch(100, 32) == 3
-    with pytest.raises(UserError, match="batch_size = 101, but there are 100 training examples; .* 100 or less"):
+    with pytest.raises(
+        UserError, match="batch_size = 101, but there are 100 training examples; .* 100 or less"
+    ):
         data.steps_per_epoch(100, 101)
 
 

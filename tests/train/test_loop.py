@@ -48,7 +48,8 @@ def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
         (step, split) for step in (12, 24, 30) for split in ("train", "validation", "test")
     ]
     tests = {line["step"]: line for line in lines if line["split"] == "test"}
-    best = max((l for l in lines if l["split"] == "validation"), key=lambda l: (l["accuracy"], -l["loss"]))["step"]
+    quality = lambda line: (line["accuracy"], -line["loss"])
+    best = max((line for line in lines if line["split"] == "validation"), key=quality)["step"]
     seconds = summary.pop("wall_seconds")
     assert 0 < seconds < 120
     assert summary == {
@@ -61,14 +62,18 @@ def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
     }
     names = "checkpoints config.json curves.png environment.json metrics.jsonl summary.json tensorboard"
     assert sorted(path.name for path in Path(config.run_dir).iterdir()) == names.split()
-    assert json.loads((Path(config.run_dir) / "summary.json").read_text()) == summary | {"wall_seconds": seconds}
+    assert json.loads((Path(config.run_dir) / "summary.json").read_text()) == summary | {
+        "wall_seconds": seconds
+    }
 
 
 def test_batch_normalization_makes_the_job_learn(make_config):
     assert fit(make_config(steps=60, eval_every=60))["test_accuracy"] > 0.93
 
 
-@pytest.mark.parametrize("model", [{"widths": (16,)}, {"widths": (4,), "name": "cnn", "norm": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "model", [{"widths": (16,)}, {"widths": (4,), "name": "cnn", "norm": "none"}], ids=str
+)
 def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(make_config, tmp_path, model):
     # Two steps an epoch; stops fall on steps with and without an evaluation.
     job = {"steps": 5, "eval_every": 2, "batch_size": 600, "model": model}
@@ -129,6 +134,18 @@ def test_more_steps_extend_a_finished_job_and_fewer_are_refused(make_config):
         fit(make_config(steps=20))
 
 
+def test_job_that_was_killed_while_it_grew_goes_on_growing(make_config, monkeypatch):
+    fit(make_config())
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop.states, "train_steps", killed)
+        fit(make_config(steps=40))
+    assert fit(make_config(steps=40))["step"] == 40
+
+
 def test_job_whose_end_was_not_noted_is_finished_by_its_checkpoint(make_config):
     config = make_config()
     summary = fit(config)
@@ -144,15 +161,26 @@ def test_job_without_validation_ends_with_its_last_step(make_config):
     assert {line["split"] for line in metrics(config)} == {"train", "test"}
 
 
-def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(make_config):
+@pytest.mark.parametrize(
+    "every, message, saved",
+    [
+        (1, "the validation loss after step 2 is not finite. Step 1 is saved. Try a lower", 1),
+        (12, "the loss of step 2 is not finite. There is no checkpoint yet", None),
+    ],
+)
+def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
+    make_config, every, message, saved
+):
+    # The first step goes nowhere, the second one away.
     broken = {"learning_rate": 1e38, "warmup_steps": 30}
-    config = make_config(model={"norm": "none", "widths": (16,)}, optimizer=broken, eval_every=1)
-    with pytest.raises(loop.RunFailed, match=r"the loss of step \d+ is not finite. The newest checkpoint: \d+"):
+    config = make_config(model={"norm": "none", "widths": (16,)}, optimizer=broken, eval_every=every)
+    with pytest.raises(loop.RunFailed, match=message):
         fit(config)
     summary = json.loads((Path(config.run_dir) / "summary.json").read_text())
-    assert summary["status"] == "failed" and summary["step"] >= 1
-    for leaf in jax.tree.leaves(final_state(config).params):
-        assert np.isfinite(leaf).all()
+    assert (summary["status"], summary["step"]) == ("failed", saved)
+    if saved:
+        for leaf in jax.tree.leaves(final_state(config).params):
+            assert np.isfinite(leaf).all()
 
 
 def test_bad_data_leaves_no_run_directory_behind(make_config):

@@ -94,7 +94,10 @@ def test_mnist_job_reaches_its_accuracy_on_real_mnist(tmp_path):
         (["configs/digits_mlp.toml", "--seed", "zero"], "--seed"),
         (["configs/digits_mlp.toml", "--seed", "-1"], "seed = -1"),
         (["configs/digits_lmp.toml"], "configs/digits_lmp.toml does not exist"),
-        (["configs/mnist_mlp.toml", "--data.path", "/no/such.npz"], "/no/such.npz does not exist; wanted an .npz"),
+        (
+            ["configs/mnist_mlp.toml", "--data.path", "/no/such.npz"],
+            "/no/such.npz does not exist; wanted an .npz",
+        ),
         (["eval", "/no/such/run"], "'/no/such/run' is not a run directory"),
         (["trian", "configs/digits_mlp.toml"], "is no command"),
         ([], "usage: python -m train"),
@@ -162,5 +165,7 @@ def test_job_ended_by_a_signal_resumes_to_the_same_result(tmp_path, uninterrupte
     resumed = run(*JOB, "--run-dir", run_dir)
     assert resumed.returncode == 0 and ", going on from step " in resumed.stdout
     # Every loss after the signal is the same to the last digit.
-    without_time = [[{**line, "seconds": None} for line in read_metrics(path)] for path in (run_dir, uninterrupted)]
+    without_time = [
+        [{**line, "seconds": None} for line in read_metrics(path)] for path in (run_dir, uninterrupted)
+    ]
     assert without_time[0] == without_time[1]

@@ -17,7 +17,10 @@ def built(**options):
 
 
 def names(tree):
-    return {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @pytest.mark.parametrize("name, layers", [("mlp", 2), ("cnn", 4)])

@@ -27,8 +27,13 @@ def test_learning_rate_warms_up_then_follows_the_schedule_to_the_end(schedule, a
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_weight_decay_spares_scale_and_bias(name):
-    optimizer = optim.build(Optimizer(name=name, learning_rate=0.1, weight_decay=0.5, schedule="constant"), steps=10)
-    zeros = {layer: {key: jnp.zeros_like(value) for key, value in leaves.items()} for layer, leaves in PARAMS.items()}
+    optimizer = optim.build(
+        Optimizer(name=name, learning_rate=0.1, weight_decay=0.5, schedule="constant"), steps=10
+    )
+    zeros = {
+        layer: {key: jnp.zeros_like(value) for key, value in leaves.items()}
+        for layer, leaves in PARAMS.items()
+    }
     updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
     new = optax.apply_updates(PARAMS, updates)
     assert (new["Dense_0"]["kernel"] < PARAMS["Dense_0"]["kernel"]).all()

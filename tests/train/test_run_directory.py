@@ -39,7 +39,9 @@ def test_same_job_may_come_back_with_its_data_or_itself_moved(make_config, tmp_p
 
 def test_other_job_is_refused_with_the_keys_that_differ(make_config):
     run_directory.begin(make_config())
-    with pytest.raises(UserError, match=r"holds another job: model.widths = \(16,\), now \(8,\); seed = 0, now 1"):
+    with pytest.raises(
+        UserError, match=r"holds another job: model.widths = \(16,\), now \(8,\); seed = 0, now 1"
+    ):
         run_directory.earlier_summary(make_config(seed=1, model={"widths": (8,)}))
 
 
@@ -55,7 +57,9 @@ def test_length_may_grow_once_a_job_is_finished(make_config, status, refused):
         assert run_directory.earlier_summary(longer)["status"] == status
 
 
-@pytest.mark.parametrize("make", [lambda path: path.write_text(""), lambda path: (path / "thesis").mkdir(parents=True)])
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text(""), lambda path: (path / "thesis").mkdir(parents=True)]
+)
 def test_what_is_no_run_is_never_written_to(make_config, make):
     config = make_config()
     make(Path(config.run_dir))
@@ -91,7 +95,9 @@ def test_every_key_of_the_schema_is_compared_but_where_things_lie(make_config):
     config = make_config()
     run_directory.begin(config)
     changed = {"seed": 1, "steps": 7, "epochs": 1.0, "batch_size": 3, "eval_every": 3}
-    assert set(changed) | {"run_dir", "data", "model", "optimizer"} == {f.name for f in dataclasses.fields(config)}
+    assert set(changed) | {"run_dir", "data", "model", "optimizer"} == {
+        f.name for f in dataclasses.fields(config)
+    }
     for key, value in changed.items():
         with pytest.raises(UserError, match=f"{key} = "):
             run_directory.earlier_summary(dataclasses.replace(config, **{key: value}))

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
-from train import models, optim, state as states
+from train import models, optim
+from train import state as states
 from train.config import Model, Optimizer
 from train.data import Batch, Split
 
@@ -68,7 +69,9 @@ def test_how_many_steps_are_taken_at_a_time_cannot_change_a_bit(loop):
 
 def test_loop_in_the_program_and_outside_agree():
     (model, optimizer, inside), outside = setup(), setup()[2]
-    inside, outside = (take(model, optimizer, s, 0, 5, loop) for s, loop in ((inside, True), (outside, False)))
+    inside, outside = (
+        take(model, optimizer, s, 0, 5, loop) for s, loop in ((inside, True), (outside, False))
+    )
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-6), inside, outside)
 
 

@@ -1,0 +1,71 @@
+"""Checks of arguments: each error names the argument, what it was, what was wanted, and the fix."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+
+def as_samples(x: ArrayLike) -> jax.Array:
+    """Returns `x` as a JAX array of floating point or complex numbers.
+
+    Raises:
+      TypeError: `x` holds integers or Booleans.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"x has dtype {x.dtype}; wanted a floating point or complex dtype. "
+            "Convert it first, as in x.astype(jnp.float32)."
+        )
+    return x
+
+
+def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
+    """Returns `mask` with as many axes as `x`, without a gradient; None stays None.
+
+    Raises:
+      ValueError: `mask` does not broadcast to `x`, or holds a weight that is negative or NaN (seen only
+        outside `jit`).
+      TypeError: `mask` is complex.
+    """
+    if mask is None:
+        return None
+    known = None if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
+    mask = jnp.asarray(mask)
+    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
+        raise TypeError(f"mask has dtype {mask.dtype}; wanted Booleans or real weights.")
+    shape = (1,) * (x.ndim - mask.ndim) + mask.shape
+    if len(shape) != x.ndim or any(m not in (1, n) for m, n in zip(shape, x.shape)):
+        raise ValueError(
+            f"mask of shape {mask.shape} does not broadcast to x of shape {x.shape}; give it one value for "
+            "each position, or size 1 along the axes that share a value, as in mask[:, None]."
+        )
+    if known is not None and not np.all(known >= 0):
+        raise ValueError("mask holds a weight that is negative or NaN; wanted weights >= 0.")
+    return jax.lax.stop_gradient(mask.reshape(shape))
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raises a ValueError unless `epsilon` > 0."""
+    if not epsilon > 0:
+        raise ValueError(f"epsilon={epsilon}; wanted a number > 0, such as the default 1e-5.")
+
+
+def check_shapes(x: jax.Array, axes: tuple[int, ...], **trees: NamedTuple) -> None:
+    """Raises a ValueError unless every leaf of the named trees has the shape of the features of `x`.
+
+    A leaf may be None, and a count may be a scalar.
+    """
+    wanted = tuple(x.shape[a] for a in axes)
+    for name, tree in trees.items():
+        for field, leaf in tree._asdict().items():
+            shape = np.shape(leaf)
+            if leaf is None or shape == wanted or (field == "count" and shape == ()):
+                continue
+            raise ValueError(
+                f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {wanted} "
+                f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis."
+            )

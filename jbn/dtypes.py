@@ -1,0 +1,22 @@
+"""Which dtypes to compute in, under any of JAX's promotion modes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+
+def promote(*values: ArrayLike | DTypeLike) -> np.dtype:
+    """Returns the dtype that arrays or dtypes promote to, under `jax_numpy_dtype_promotion="strict"` too."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*values)
+
+
+def arithmetic_dtype(*values: ArrayLike | DTypeLike) -> np.dtype:
+    """Returns the dtype to compute in: wide enough for every argument, and float32 at least."""
+    return promote(jnp.float32, *values)
+
+
+def real_dtype(dtype: DTypeLike) -> np.dtype:
+    """Returns the dtype of the real part: float32 for complex64, and for real dtypes the same."""
+    return np.finfo(dtype).dtype if np.issubdtype(dtype, np.complexfloating) else np.dtype(dtype)
