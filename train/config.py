@@ -118,17 +118,19 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     return config.steps if config.steps is not None else math.ceil(config.epochs * steps_per_epoch)
 
 
-def _from_file(path: Path) -> Config:
+def _from_file(path: Path, above: tuple[Path, ...] = ()) -> Config:
+    if path.resolve() in above:
+        raise UserError(f"{path} inherits from itself; wanted a `base` that does not lead back here.")
     try:
         table = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `python -m train list` shows the configs.") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path} cannot be read as TOML: {error}") from None
-    base = table.pop("base", None)
     default = Config(run_dir=f"runs/{path.stem}")
-    if base is not None:
-        default = dataclasses.replace(_from_file(path.parent / base), run_dir=default.run_dir)
+    if "base" in table:
+        base = _from_file(path.parent / str(table.pop("base")), (*above, path.resolve()))
+        default = dataclasses.replace(base, run_dir=default.run_dir)
     arguments = [text for key, value in _flatten(table).items() for text in _as_flag(key, value)]
     try:
         return _parse(arguments, default, f"python -m train {path}")

@@ -37,8 +37,13 @@ def load(config: Data) -> Dataset:
       UserError: a file is missing or malformed.
     """
     train, test = _digits() if config.name == "digits" else _npz(_find(config))
-    # The two splits are labelled together, so that a class that only one of them has is counted.
+    # Both count, for a class that only one of them has.
     classes = int(max(train.labels.max(), test.labels.max())) + 1
+    if classes > len(train.labels):
+        raise UserError(
+            f"data.name = {config.name!r} has labels up to {classes - 1} and {len(train.labels)} training "
+            "examples; wanted labels from 0 to the number of classes - 1."
+        )
     held_out = round(len(train.labels) * config.validation)
     shuffled = _permutation(0, len(train.labels))
     return Dataset(

@@ -80,7 +80,11 @@ def read_config(path: Path) -> Config:
     """Reads the job of a run directory."""
     if not (path / "config.json").is_file():
         raise UserError(f"'{path}' is not a run directory: it has no config.json.")
-    return configs.from_dict(read_json(path / "config.json"))
+    values = read_json(path / "config.json")
+    try:
+        return configs.from_dict(values)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"'{path / 'config.json'}' is not a job of this program: {error}") from None
 
 
 def _environment() -> dict[str, Any]:
@@ -100,7 +104,10 @@ def _environment() -> dict[str, Any]:
 
 def read_json(path: Path) -> Any:
     """Reads one JSON file."""
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{path}' cannot be read: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

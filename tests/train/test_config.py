@@ -119,6 +119,15 @@ def test_values_that_make_no_sense_are_named(job, flags, message):
         config.load(job, flags)
 
 
+@pytest.mark.parametrize(
+    "base, message", [("job.toml", "inherits from itself"), ("no.toml", "does not exist")]
+)
+def test_base_that_leads_nowhere_is_named(tmp_path, base, message):
+    path = write(tmp_path / "job.toml", f'base = "{base}"')
+    with pytest.raises(UserError, match=f"{base} {message}"):
+        config.load(path, [])
+
+
 @pytest.mark.parametrize("text, message", [(None, "does not exist"), ("epochs = ", "cannot be read as TOML")])
 def test_files_that_cannot_be_read_are_named(tmp_path, text, message):
     path = tmp_path / "job.toml"

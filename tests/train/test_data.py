@@ -153,6 +153,11 @@ def test_malformed_arrays_are_named_with_their_file(tmp_path, monkeypatch, chang
     assert not (tmp_path / "exploded").exists()
 
 
+def test_labels_that_cannot_be_classes_are_named(tmp_path):
+    with pytest.raises(UserError, match="has labels up to 20 and 20 training examples; wanted labels from 0"):
+        load_npz(tmp_path, arrays=arrays() | {"y_test": np.full(8, 20)})
+
+
 def test_order_is_a_permutation_that_follows_from_seed_and_epoch():
     order = data.order(3, 5, 100)
     assert_array_equal(np.sort(order), np.arange(100))

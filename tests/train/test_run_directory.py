@@ -86,6 +86,15 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert run_directory.read_json(path) == {"a": 1}
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"run_dir": "x"', '{"run_dir": "x", "colour": 3}'])
+def test_config_that_cannot_be_read_is_named(make_config, text):
+    config = make_config()
+    run_directory.begin(config)
+    (Path(config.run_dir) / "config.json").write_text(text)
+    with pytest.raises(UserError, match="config.json' (cannot be read|is not a job of this program)"):
+        run_directory.earlier_summary(config)
+
+
 def test_config_of_no_run_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a run directory"):
         run_directory.read_config(tmp_path)
