@@ -134,7 +134,6 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
     The rule computes in float32 at least; the result has the dtypes of `running` and carries no gradient. A
     feature whose batch moments are not finite, or that had no samples, keeps every leaf as it was.
     """
-    running = with_count_per_feature(jax.lax.stop_gradient(running))
     batch = jax.lax.stop_gradient(batch)
     if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(running.mean):
         raise ValueError(

@@ -81,6 +81,14 @@ def test_training_and_inference_are_those_of_float64(dtype, axis, mask):
         assert [leaf.dtype for leaf in new] == [leaf.dtype for leaf in running]
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_epsilon_is_added_to_the_variance_in_both_modes(train):
+    x, (params, running) = random((7, 3), sd=0.5), layer(3)
+    y, _ = jbn.batch_norm(x, params, running, train=train, epsilon=0.7)
+    mean, var = reference.moments(x)[:2] if train else running[:2]
+    assert_allclose(y, reference.normalize(x, mean, var, *params, epsilon=0.7), atol=5e-6)
+
+
 def test_running_moments_after_k_steps_are_the_geometric_sum():
     decay, x = 0.9, random((5, 16, 3))
     _, running = jbn.init(3)
@@ -300,11 +308,12 @@ def test_uncounted_rows_are_normalized_from_their_own_x():
     assert_allclose(y[~counted], reference.normalize(x, mean, var, *params)[~counted], atol=5e-6)
 
 
-def test_fully_masked_batch_changes_nothing_and_is_finite():
+@pytest.mark.parametrize("rule", [jbn.ema(0.9), jbn.pooled(), lambda running, batch: batch])
+def test_fully_masked_batch_changes_nothing_and_is_finite(rule):
     x, (params, running), mask = random((7, 3)), layer(3), np.zeros((7, 1), bool)
 
     def loss(x, params):
-        y, new = jbn.batch_norm(x, params, running, train=True, mask=mask)
+        y, new = jbn.batch_norm(x, params, running, train=True, mask=mask, update=rule)
         return jnp.sum(jnp.sin(y), where=mask), (y, new)
 
     grads, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(x, params)
@@ -320,11 +329,15 @@ def test_fully_masked_batch_changes_nothing_and_is_finite():
 @pytest.mark.parametrize("rule", [jbn.ema(0.9), jbn.cumulative(), jbn.pooled(), lambda running, batch: batch])
 def test_batch_that_is_not_finite_spares_the_running_moments_feature_by_feature(rule):
     x, (_, running) = random((7, 3)), layer(3)
-    poisoned = x.at[2, 0].set(np.nan).at[3, 1].set(np.inf)
     _, clean = jbn.batch_norm(x, None, running, train=True, update=rule)
-    _, new = jbn.batch_norm(poisoned, None, running, train=True, update=rule)
-    for leaf, old, wanted in zip(new, running, clean):
-        assert_array_equal(leaf, [old[0], old[1], wanted[2]])
+    # NaN; infinity; a finite mean and a variance that overflows.
+    for poison in ({2: np.nan}, {2: np.inf}, {2: 1e30, 3: -1e30}):
+        poisoned = x
+        for row, value in poison.items():
+            poisoned = poisoned.at[row, :2].set(value)
+        _, new = jbn.batch_norm(poisoned, None, running, train=True, update=rule)
+        for leaf, old, wanted in zip(new, running, clean):
+            assert_array_equal(leaf, [old[0], old[1], wanted[2]])
 
 
 def test_update_may_be_any_function():

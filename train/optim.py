@@ -8,14 +8,14 @@ from train.config import Optimizer
 
 def schedule(config: Optimizer, steps: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step: a linear warm-up, then the schedule."""
-    warmup = min(config.warmup_steps, steps)
+    peak, warmup = config.learning_rate, config.warmup_steps
     after = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1)),
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
     }[config.schedule]
     if not warmup:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, config.learning_rate, warmup), after], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def build(config: Optimizer, steps: int) -> optax.GradientTransformation:
