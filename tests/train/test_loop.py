@@ -67,6 +67,22 @@ def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
     }
 
 
+def test_best_step_is_by_validation_and_not_by_test(make_config, monkeypatch):
+    results = iter([0.2, 0.1, 0.9, 0.3, 0.5, 0.8])  # validation and test after steps 12, 24 and 30
+    monkeypatch.setattr(loop.Job, "evaluate", lambda *_: {"loss": 1.0, "accuracy": next(results)})
+    summary = fit(make_config())
+    assert (summary["best_step"], summary["test_accuracy"], summary["best_test_accuracy"]) == (24, 0.3, 0.8)
+
+
+def test_train_lines_are_means_since_the_line_before(make_config):
+    config = make_config()
+    fit(config)
+    assert int(final_state(config).sums.examples) == 0
+    longer = make_config(steps=35)
+    fit(longer, stop_after=1)
+    assert int(final_state(longer).sums.examples) == 128 * (int(final_state(longer).step) - 30) > 0
+
+
 def test_batch_normalization_makes_the_job_learn(make_config):
     assert fit(make_config(steps=60, eval_every=60))["test_accuracy"] > 0.93
 

@@ -90,14 +90,15 @@ def test_steps_visit_the_rows_in_their_order():
 @pytest.mark.parametrize("padding", [0, 5])
 def test_eval_step_counts_each_example_once_and_no_padding(padding):
     model, _, state = setup()
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
     inputs, labels = DATA.inputs[:8], DATA.labels[:8]
-    batch = Batch(
-        np.concatenate([inputs, np.full((padding, 4, 4, 1), 9, np.float32)]),
-        np.concatenate([labels, np.zeros(padding, np.int32)]),
-        np.arange(8 + padding) < 8,
-    )
+    logits = model.apply(variables, inputs, train=False)
+    # Padding that would be answered correctly.
+    zeros = np.zeros((padding, 4, 4, 1), np.float32)
+    answers = np.argmax(model.apply(variables, zeros, train=False), -1).astype(np.int32)
+    mask = np.arange(8 + padding) < 8
+    batch = Batch(np.concatenate([inputs, zeros]), np.concatenate([labels, answers]), mask)
     sums = states.eval_step(model, state.params, state.batch_stats, batch)
-    logits = model.apply({"params": state.params, "batch_stats": state.batch_stats}, inputs, train=False)
     assert_allclose(sums.loss, softmax_loss(logits, labels).sum(), rtol=1e-5)
     assert_array_equal(sums[1:], [(np.argmax(logits, -1) == labels).sum(), 8])
     assert sums.means()["accuracy"] == int(sums.correct) / 8
