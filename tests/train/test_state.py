@@ -94,10 +94,13 @@ def test_eval_step_counts_each_example_once_and_no_padding(padding):
     inputs, labels = DATA.inputs[:8], DATA.labels[:8]
     logits = model.apply(variables, inputs, train=False)
     # Padding that would be answered correctly.
-    zeros = np.zeros((padding, 4, 4, 1), np.float32)
-    answers = np.argmax(model.apply(variables, zeros, train=False), -1).astype(np.int32)
-    mask = np.arange(8 + padding) < 8
-    batch = Batch(np.concatenate([inputs, zeros]), np.concatenate([labels, answers]), mask)
+    zero = np.zeros((1, 4, 4, 1), np.float32)
+    answer = np.argmax(model.apply(variables, zero, train=False), -1).astype(np.int32)
+    batch = Batch(
+        np.concatenate([inputs, *padding * [zero]]),
+        np.concatenate([labels, *padding * [answer]]),
+        np.arange(8 + padding) < 8,
+    )
     sums = states.eval_step(model, state.params, state.batch_stats, batch)
     assert_allclose(sums.loss, softmax_loss(logits, labels).sum(), rtol=1e-5)
     assert_array_equal(sums[1:], [(np.argmax(logits, -1) == labels).sum(), 8])
