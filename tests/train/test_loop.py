@@ -69,9 +69,22 @@ def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
 
 def test_best_step_is_by_validation_and_not_by_test(make_config, monkeypatch):
     results = iter([0.2, 0.1, 0.9, 0.3, 0.5, 0.8])  # validation and test after steps 12, 24 and 30
-    monkeypatch.setattr(loop.Job, "evaluate", lambda *_: {"loss": 1.0, "accuracy": next(results)})
-    summary = fit(make_config())
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Job, "evaluate", lambda *_: {"loss": 1.0, "accuracy": next(results)})
+        summary = fit(make_config())
     assert (summary["best_step"], summary["test_accuracy"], summary["best_test_accuracy"]) == (24, 0.3, 0.8)
+    assert loop.evaluate(Path(make_config().run_dir))["step"] == 24
+
+
+def test_seed_decides_the_initial_weights_and_each_epoch_has_its_order(make_config, monkeypatch):
+    orders, order = [], loop.data.order
+    monkeypatch.setattr(loop.data, "order", lambda *arguments: orders.append(arguments) or order(*arguments))
+    config = make_config(seed=3)
+    fit(config, stop_after=1)
+    fit(config)
+    assert list(dict.fromkeys(orders)) == [(3, epoch, 1293) for epoch in range(3)]
+    kernels = [loop.Job(make_config(seed=seed)).initial.params["Dense_0"]["kernel"] for seed in (3, 4)]
+    assert (kernels[0] != kernels[1]).all()
 
 
 def test_train_lines_are_means_since_the_line_before(make_config):
