@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 def as_samples(x: ArrayLike) -> jax.Array:
@@ -27,8 +27,8 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """Returns `mask` with as many axes as `x`, without a gradient; None stays None.
 
     Raises:
-      ValueError: `mask` does not broadcast to `x`, or holds a weight that is negative or NaN (seen only
-        outside `jit`).
+      ValueError: `mask` does not broadcast to `x`, or holds a weight that is negative or not finite
+        (seen only outside `jit`).
       TypeError: `mask` is complex.
     """
     if mask is None:
@@ -43,8 +43,8 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
             f"mask of shape {mask.shape} does not broadcast to x of shape {x.shape}; give it one value for "
             "each position, or size 1 along the axes that share a value, as in mask[:, None]."
         )
-    if known is not None and not np.all(known >= 0):
-        raise ValueError("mask holds a weight that is negative or NaN; wanted weights >= 0.")
+    if known is not None and not np.all((known >= 0) & (known < np.inf)):
+        raise ValueError("mask holds a weight that is negative or not finite; wanted weights >= 0.")
     return jax.lax.stop_gradient(mask.reshape(shape))
 
 
@@ -54,18 +54,40 @@ def check_epsilon(epsilon: float) -> None:
         raise ValueError(f"epsilon={epsilon}; wanted a number > 0, such as the default 1e-5.")
 
 
-def check_shapes(x: jax.Array, axes: tuple[int, ...], **trees: NamedTuple) -> None:
-    """Raises a ValueError unless every leaf of the named trees has the shape of the features of `x`.
+def result_dtype(x: jax.Array, dtype: DTypeLike | None) -> np.dtype:
+    """Returns the dtype that the user wants, or that of `x`.
+
+    Raises:
+      TypeError: `dtype` cannot hold a normalized `x`.
+    """
+    wanted = jnp.dtype(x.dtype if dtype is None else dtype)
+    kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
+    if not jnp.issubdtype(wanted, kind):
+        raise TypeError(
+            f"dtype={wanted} cannot hold the result for x of dtype {x.dtype}; wanted {kind.__name__}."
+        )
+    return wanted
+
+
+def check_features(x: jax.Array, axes: tuple[int, ...], name: str, value: NamedTuple, kind: type) -> None:
+    """Checks that an argument is of its kind and each leaf has the shape of the features of `x`.
 
     A leaf may be None, and a count may be a scalar.
+
+    Raises:
+      TypeError: it is something else.
+      ValueError: a leaf has another shape.
     """
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{name} is a {type(value).__name__}; wanted jbn.{kind.__name__}, as jbn.init makes it."
+        )
     wanted = tuple(x.shape[a] for a in axes)
-    for name, tree in trees.items():
-        for field, leaf in tree._asdict().items():
-            shape = np.shape(leaf)
-            if leaf is None or shape == wanted or (field == "count" and shape == ()):
-                continue
-            raise ValueError(
-                f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {wanted} "
-                f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis."
-            )
+    for field, leaf in value._asdict().items():
+        shape = np.shape(leaf)
+        if leaf is None or shape == wanted or (field == "count" and shape == ()):
+            continue
+        raise ValueError(
+            f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {wanted} "
+            f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis."
+        )

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes, expand, feature_axes
-from jbn.checks import as_samples, as_weights, check_epsilon, check_shapes
+from jbn.checks import as_samples, as_weights, check_epsilon, check_features, result_dtype
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.running import UpdateRule, absorb, ema
 from jbn.statistics import (
@@ -95,7 +95,8 @@ def normalize(
       An array of the shape of `x`. It carries the gradient to `x`, to `moments` and to `params`.
 
     Raises:
-      TypeError: `x` is an integer array.
+      TypeError: `x` is an integer array, `dtype` cannot hold the result, or `moments` or `params` is something
+        else.
       ValueError: `axis` is out of range or repeated, `epsilon` <= 0, or `moments` or `params` have another
         shape than the features of `x`.
 
@@ -111,7 +112,9 @@ def normalize(
     axes = feature_axes(x.ndim, axis)
     params = Params(None, None) if params is None else params
     check_epsilon(epsilon)
-    check_shapes(x, axes, moments=moments, params=params)
+    check_features(x, axes, "moments", moments, Moments)
+    check_features(x, axes, "params", params, Params)
+    dtype = result_dtype(x, dtype)
     wide = arithmetic_dtype(x, *jax.tree.leaves((moments, params)))
     moments = cast(moments, wide)
     multiplier = jax.lax.rsqrt(moments.var + epsilon).astype(wide)
@@ -120,7 +123,7 @@ def normalize(
     y = (x.astype(wide) - expand(moments.mean, x.ndim, axes)) * expand(multiplier, x.ndim, axes)
     if params.bias is not None:
         y = y + expand(params.bias.astype(wide), x.ndim, axes)
-    return y.astype(x.dtype if dtype is None else dtype)
+    return y.astype(dtype)
 
 
 def batch_norm(
@@ -164,7 +167,8 @@ def batch_norm(
       the mean's shape), without gradient.
 
     Raises:
-      TypeError: `x` is an integer array, or `mask` is complex.
+      TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, or `params` or
+        `running` is something else.
       ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is
         negative, or `params` or `running` have another shape than the features of `x`.
 
@@ -185,9 +189,10 @@ def batch_norm(
     weights = as_weights(mask, x)
     params = Params(None, None) if params is None else params
     check_epsilon(epsilon)
-    check_shapes(x, axes, running=running, params=params)
+    check_features(x, axes, "running", running, Moments)
+    check_features(x, axes, "params", params, Params)
+    dtype = result_dtype(x, dtype)
     running = with_count_per_feature(jax.lax.stop_gradient(running))
-    dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     if isinstance(train, bool | np.bool_) and not train:
         return _normalize_usable(x, weights, running, params, axes, epsilon, dtype), running
     train = jnp.asarray(train, bool)

@@ -445,6 +445,18 @@ def test_vmap_trains_an_ensemble_in_which_each_member_has_its_own_state():
             r"running.mean has shape \(3,\).*features of shape \(5,\)",
         ),
         (dict(params=jbn.init(2)[0]), ValueError, r"params.scale has shape \(2,\).*jbn.init"),
+        (dict(params=(1.0, 2.0)), TypeError, "params is a tuple; wanted jbn.Params"),
+        (dict(running=jbn.init(3)[0]), TypeError, "running is a Params; wanted jbn.Moments"),
+        (
+            dict(dtype=np.int32),
+            TypeError,
+            "dtype=int32 cannot hold the result for x of dtype float32; wanted inexact",
+        ),
+        (
+            dict(mask=np.full((4, 1), np.inf)),
+            ValueError,
+            "mask holds a weight that is negative or not finite",
+        ),
         (dict(epsilon=0.0), ValueError, "epsilon=0.0; wanted a number > 0"),
         (dict(mask=np.ones(7)), ValueError, r"mask of shape \(7,\) does not broadcast"),
         (dict(mask=-np.ones((4, 1))), ValueError, "mask holds a weight that is negative"),

@@ -33,21 +33,24 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def _train(path: Path, overrides: list[str]) -> int:
     from train.config import load
 
     config = load(path, overrides)
-    from train.loop import RunFailed, fit
     from train.stopping import StopRequests
 
-    try:
-        with StopRequests() as stop:
+    with StopRequests() as stop:  # around the imports too, which take a second
+        from train.loop import RunFailed, fit
+
+        try:
             summary = fit(config, stop)
-    except RunFailed as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        except RunFailed as error:
+            print(f"failed: {error}", file=sys.stderr)
+            return 1
     reached = "no evaluation yet"
     if summary["best_step"] is not None and summary["test_accuracy"] is not None:
         reached = f"test accuracy {summary['test_accuracy']:.4f} at its best step {summary['best_step']}"

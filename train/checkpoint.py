@@ -13,6 +13,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from train.config import UserError
 from train.state import TrainState
 
 Metrics = dict[str, float]
@@ -70,14 +71,23 @@ class Checkpoints:
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Restores the whole state of a step, with the structure, shapes and dtypes of `like`."""
-        items = {name: ocp.args.StandardRestore(item) for name, item in _items(like).items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return like._replace(**restored.model, opt_state=restored.optimizer, **restored.meta)
+        restored = self._read(step, _items(like))
+        return like._replace(**restored["model"], opt_state=restored["optimizer"], **restored["meta"])
 
     def restore_model(self, step: int, like: TrainState) -> TrainState:
         """Restores parameters and running statistics of a step, and leaves the rest of `like` as it is."""
-        args = ocp.args.Composite(model=ocp.args.StandardRestore(_items(like)["model"]))
-        return like._replace(**self._manager.restore(step, args=args).model)
+        return like._replace(**self._read(step, {"model": _items(like)["model"]})["model"])
+
+    def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
+        wanted = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)).items())
+        except Exception as error:  # what Orbax raises depends on which of a checkpoint's files is broken
+            folder = self._manager.directory / str(step)
+            raise UserError(
+                f"'{folder}' is no whole checkpoint ({type(error).__name__}). Delete that folder to go on from "
+                "the one before."
+            ) from error
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -115,7 +115,12 @@ def differences(a: Config, b: Config, *, ignore: Sequence[str] = ()) -> list[str
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
     """Returns how many steps the job has."""
-    return config.steps if config.steps is not None else math.ceil(config.epochs * steps_per_epoch)
+    steps = config.steps if config.steps is not None else math.ceil(config.epochs * steps_per_epoch)
+    if steps >= 2**31:
+        raise UserError(
+            f"The job has {steps} steps; wanted fewer than 2**31, which is how far steps are counted."
+        )
+    return steps
 
 
 def _from_file(path: Path, above: tuple[Path, ...] = ()) -> Config:
@@ -179,7 +184,7 @@ def _check(config: Config) -> None:
         "optimizer.learning_rate": ("a number > 0", lambda value: 0 < value < math.inf),
         "optimizer.momentum": ("a number in [0, 1)", lambda value: 0 <= value < 1),
         "optimizer.weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
-        "optimizer.warmup_steps": ("0 or more", lambda value: value >= 0),
+        "optimizer.warmup_steps": ("0 or more", lambda value: 0 <= value < 2**31),
     }
     for key, (wanted, holds) in rules.items():
         if not holds(values[key]):

@@ -45,6 +45,8 @@ def load(config: Data) -> Dataset:
             "examples; wanted labels from 0 to the number of classes - 1."
         )
     held_out = round(len(train.labels) * config.validation)
+    if held_out == len(train.labels):
+        raise UserError(f"data.validation = {config.validation} leaves no example to train on; wanted less.")
     shuffled = _permutation(0, len(train.labels))
     return Dataset(
         train=_take(train, np.sort(shuffled[held_out:])),
@@ -112,6 +114,8 @@ def _npz(path: Path) -> tuple[Split, Split]:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as an .npz file of plain arrays: {error}") from None
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise UserError(f"{path} has members that are no arrays; wanted an archive that np.savez wrote.")
     missing = {"x_train", "y_train", "x_test", "y_test"} - set(arrays)
     if missing:
         raise UserError(f"{path} has {sorted(arrays)}; wanted {sorted(missing)} too.")
@@ -134,12 +138,14 @@ def _split(path: Path, part: str, x: np.ndarray, y: np.ndarray) -> Split:
 
     require(x.ndim in (2, 3, 4), f"x_{part} of shape (n, features), (n, h, w) or (n, h, w, channels)")
     require(y.shape in ((len(x),), (len(x), 1)), f"one label in y_{part} for each of the {len(x)} examples")
-    require(len(x) > 0, "one example or more")
-    require(np.issubdtype(y.dtype, np.integer) and y.min() >= 0, f"labels in y_{part} that are integers >= 0")
+    require(x.size > 0, "one example or more, of one number or more")
+    in_range = np.issubdtype(y.dtype, np.integer) and y.min() >= 0 and y.max() < 2**31
+    require(in_range, f"labels in y_{part} that are integers >= 0 and < 2**31")
     require(
         x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating), f"x_{part} of uint8 or floating point"
     )
-    inputs = x.astype(np.float32) / np.float32(255) if x.dtype == np.uint8 else x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        inputs = x.astype(np.float32) / np.float32(255 if x.dtype == np.uint8 else 1)
     require(bool(np.isfinite(inputs).all()), f"finite numbers in x_{part}")
     return Split(inputs[..., None] if x.ndim == 3 else inputs, y.reshape(-1).astype(np.int32))
 

@@ -1,5 +1,6 @@
 """What a run says: metrics.jsonl (the truth), TensorBoard, and the table and progress on the console."""
 
+import contextlib
 import json
 import math
 import time
@@ -31,15 +32,13 @@ _HEADER = (
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl, up to a last line that a kill may have cut."""
+    """Reads metrics.jsonl, without a last line that a kill may have cut."""
     path = run_dir / "metrics.jsonl"
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for line in lines if isinstance(line, dict) and {"step", "split"} <= set(line)]
 
 
 class Logs:
@@ -118,5 +117,9 @@ def _row(step: int, epoch: float, results: Results, seconds: float) -> str:
     cells = [f"{step:7d}{epoch:7.1f}"]
     for split in _SPLITS:
         values = results.get(split)
-        cells.append(f"{values['loss']:8.4f}{values['accuracy']:10.4f}" if values else f"{'-':>8}{'-':>10}")
+        if values:
+            loss = f"{values['loss']:.4f}" if values["loss"] < 100 else f"{values['loss']:.1e}"
+            cells.append(f"{loss:>8}{values['accuracy']:10.4f}")
+        else:
+            cells.append(f"{'-':>8}{'-':>10}")
     return "".join(cells) + f"{seconds:9.1f}"

@@ -69,8 +69,9 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
             f"run_dir = '{run_dir}' holds {earlier['step']} steps of this job, now asked for "
             f"{job.total_steps}; wanted as many or more. Give another --run_dir for a shorter run."
         )
-    run_directory.begin(config)
-    with Checkpoints(run_dir) as checkpoints:
+    run_directory.create(config)
+    with run_directory.locked(run_dir), Checkpoints(run_dir) as checkpoints:
+        run_directory.begin(config)
         step = checkpoints.latest_step
         state = job.initial if step is None else checkpoints.restore(step, job.initial)
         error = None
@@ -81,11 +82,11 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
             except RunFailed as failure:
                 error = failure
             seconds = logs.seconds
-        finished = checkpoints.latest_step == job.total_steps
+        finished = (checkpoints.latest_step or 0) >= job.total_steps
         status = "failed" if error else "finished" if finished else "stopped"
         summary = _summary(run_dir, checkpoints, status, seconds)
-    report.draw_curves(run_dir)
-    run_directory.write_json(run_dir / "summary.json", summary)
+        report.draw_curves(run_dir)
+        run_directory.write_json(run_dir / "summary.json", summary)
     if error:
         raise error
     return summary

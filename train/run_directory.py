@@ -9,11 +9,14 @@ tensorboard/      the metrics once more
 curves.png        their picture (train/report.py)
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,7 +53,7 @@ def earlier_summary(config: Config) -> dict[str, Any] | None:
 
 def is_finished(summary: dict[str, Any] | None) -> bool:
     """Tells whether a run came to its end."""
-    return summary is not None and summary["status"] == "finished"
+    return isinstance(summary, dict) and summary.get("status") == "finished"
 
 
 def same_length(config: Config) -> bool:
@@ -59,21 +62,42 @@ def same_length(config: Config) -> bool:
     return all(getattr(earlier, key) == getattr(config, key) for key in _LENGTH)
 
 
-def begin(config: Config) -> None:
-    """Creates the run directory and notes what runs in it, and on what.
+def create(config: Config) -> None:
+    """Creates the run directory.
 
     Raises:
-      UserError: the directory cannot be written.
+      UserError: it cannot be created.
     """
-    path = Path(config.run_dir)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        # First, so that a run that grows and is killed is not taken for the finished one it grew from.
-        (path / "summary.json").unlink(missing_ok=True)
-        write_json(path / "config.json", dataclasses.asdict(config))
-        write_json(path / "environment.json", _environment())
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"run_dir = '{path}' cannot be written: {error}") from None
+        raise UserError(f"run_dir = '{config.run_dir}' cannot be created: {error}") from None
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other processes from training in a run directory; the lock ends with the process, however it ends.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    directory = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"run_dir = '{path}' is in use by another process; wait, or give another.") from None
+    finally:
+        os.close(directory)
+
+
+def begin(config: Config) -> None:
+    """Notes what runs in the run directory, and on what."""
+    path = Path(config.run_dir)
+    # First, so that a run that grows and is killed is not taken for the finished one it grew from.
+    (path / "summary.json").unlink(missing_ok=True)
+    write_json(path / "config.json", dataclasses.asdict(config))
+    write_json(path / "environment.json", _environment())
 
 
 def read_config(path: Path) -> Config:

@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
     batch_stats: Any  # running statistics; {} without batch normalization
     opt_state: optax.OptState
     sums: Sums  # of training, since they were last reported
-    failed_at: jax.Array  # (), int32: the first step whose loss was not finite, or NEVER
+    failed_at: jax.Array  # (), int32: the first step, from 1, whose loss was not finite; or NEVER
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -81,7 +81,9 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
         sums=jax.tree.map(jnp.add, state.sums, sums),
-        failed_at=jnp.where(jnp.isfinite(loss), state.failed_at, jnp.minimum(state.failed_at, state.step)),
+        failed_at=jnp.where(
+            jnp.isfinite(loss), state.failed_at, jnp.minimum(state.failed_at, state.step + 1)
+        ),
     )
 
 

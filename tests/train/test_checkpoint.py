@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -6,7 +8,7 @@ from numpy.testing import assert_array_equal
 from train import models, optim
 from train import state as states
 from train.checkpoint import Checkpoints
-from train.config import Model, Optimizer
+from train.config import Model, Optimizer, UserError
 
 NAN = float("nan")
 
@@ -66,6 +68,19 @@ def test_step_is_saved_once(tmp_path):
         assert checkpoints.best_step == 3
         with pytest.raises(RuntimeError, match="declined to save step 2 after step 3"):
             checkpoints.save(state_at(2), None)
+
+
+@pytest.mark.parametrize("broken", ["model", "optimizer", "meta"])
+def test_checkpoint_with_a_part_missing_is_named_and_the_one_before_still_there(tmp_path, broken):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (3, 4):
+            checkpoints.save(state_at(step), metrics(0.5))
+    shutil.rmtree(tmp_path / "checkpoints" / "4" / broken)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="checkpoints/4' is no whole"):
+        checkpoints.restore(4, state_at(0))
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert int(checkpoints.restore(checkpoints.latest_step, state_at(0)).step) == 3
 
 
 def test_empty_directory_has_no_checkpoint(tmp_path):

@@ -155,6 +155,12 @@ def test_total_steps_follow_from_either_length(job, length, steps):
     assert config.total_steps(config.load(job, length), steps_per_epoch=10) == steps
 
 
+@pytest.mark.parametrize("length", [["--steps", "3000000000"], ["--epochs", "1e9"]])
+def test_more_steps_than_are_counted_are_refused(job, length):
+    with pytest.raises(UserError, match="wanted fewer than 2"):
+        config.total_steps(config.load(job, length), steps_per_epoch=10)
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
 def test_every_config_in_the_project_loads_and_says_what_it_is(path):
     assert config.load(path, []).run_dir == f"runs/{path.stem}"

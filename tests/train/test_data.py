@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -142,6 +143,12 @@ def test_truncated_archive_is_named(tmp_path):
         ({"x_test": np.zeros((0, 4, 4), np.uint8), "y_test": np.zeros(0, int)}, "wanted one example or more"),
         ({"y_train": np.zeros(19, int)}, "wanted one label in y_train for each of the 20 examples"),
         ({"y_train": np.zeros(20)}, "wanted labels in y_train that are integers >= 0"),
+        ({"y_train": np.full(20, 2**64 - 1, np.uint64)}, r"integers >= 0 and < 2\*\*31"),
+        (
+            {"x_train": np.zeros((20, 0)), "x_test": np.zeros((8, 0))},
+            "one example or more, of one number or more",
+        ),
+        ({"x_train": np.full((20, 4, 4), 1e300)}, "wanted finite numbers in x_train"),
         ({"y_train": np.full(20, -1)}, "wanted labels in y_train that are integers >= 0"),
     ],
 )
@@ -151,6 +158,19 @@ def test_malformed_arrays_are_named_with_their_file(tmp_path, monkeypatch, chang
     with pytest.raises(UserError, match=f"mine.npz.*{message}"):
         load_npz(tmp_path, arrays=given)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_archive_of_other_files_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
+        for name in arrays():
+            archive.writestr(name, b"text")
+    with pytest.raises(UserError, match="mine.npz has members that are no arrays"):
+        data.load(Data(name="npz", path=str(tmp_path / "mine.npz")))
+
+
+def test_validation_that_leaves_nothing_to_train_on_is_named(tmp_path):
+    with pytest.raises(UserError, match="data.validation = 0.999 leaves no example to train on"):
+        load_npz(tmp_path, arrays=arrays(), validation=0.999)
 
 
 def test_labels_that_cannot_be_classes_are_named(tmp_path):

@@ -1,5 +1,6 @@
 import json
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from train.logs import Logs, read_metrics
@@ -41,6 +42,14 @@ def test_going_on_drops_what_was_logged_after_the_checkpoint(tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path)][::3] == [10, 20, 30, 40]
 
 
+@pytest.mark.parametrize("broken", ["[]", "{}", "\x00", "3", '{"step": 1}'])
+def test_line_that_is_no_result_costs_no_other_line(tmp_path, broken):
+    write(tmp_path, [10])
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(broken + "\n" + whole)
+    assert len(read_metrics(tmp_path)) == 3
+
+
 def test_line_that_a_kill_cut_is_dropped(tmp_path):
     write(tmp_path, [10])
     whole = (tmp_path / "metrics.jsonl").read_text()
@@ -67,6 +76,12 @@ def test_console_shows_a_table_that_fits_80_columns_as_it_goes(tmp_path, capsys)
     ]
     assert printed[2].split()[:8] == ["10", "1.0", "1.5000", "0.5000", "nan", "0.2500", "2.0000", "0.1250"]
     assert len(printed) == 4 and max(map(len, printed)) <= 80
+
+
+def test_large_losses_keep_to_their_column(tmp_path, capsys):
+    with Logs(tmp_path, first_step=0, total_steps=100) as logs:
+        logs.results(10, 1.0, {split: {"loss": 3e30, "accuracy": 0.5} for split in RESULTS})
+    assert capsys.readouterr().out.splitlines()[-1].split()[2:8] == ["3.0e+30", "0.5000"] * 3
 
 
 def test_tensorboard_has_the_same_values(tmp_path):

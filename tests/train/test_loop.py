@@ -194,7 +194,7 @@ def test_job_without_validation_ends_with_its_last_step(make_config):
     "every, message, saved",
     [
         (1, "the validation loss after step 2 is not finite. Step 1 is saved. Try a lower", 1),
-        (12, "the loss of step 2 is not finite. There is no checkpoint yet", None),
+        (12, "the loss of step 3 is not finite. There is no checkpoint yet", None),
     ],
 )
 def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint(
@@ -224,6 +224,7 @@ def test_run_without_a_checkpoint_cannot_be_evaluated(make_config):
     from train import run_directory
 
     config = make_config()
+    run_directory.create(config)
     run_directory.begin(config)
     with pytest.raises(UserError, match="has no checkpoint yet"):
         loop.evaluate(Path(config.run_dir))

@@ -8,8 +8,13 @@ from train import run_directory
 from train.config import UserError
 
 
-def finish(config, status="finished", step=30):
+def begin(config):
+    run_directory.create(config)
     run_directory.begin(config)
+
+
+def finish(config, status="finished", step=30):
+    begin(config)
     run_directory.write_json(Path(config.run_dir) / "summary.json", {"status": status, "step": step})
 
 
@@ -22,7 +27,7 @@ def test_unused_directory_has_no_earlier_run(make_config):
 
 def test_begin_writes_a_config_that_can_be_run_again_and_the_environment(make_config):
     config = make_config(seed=3)
-    run_directory.begin(config)
+    begin(config)
     assert run_directory.read_config(Path(config.run_dir)) == config
     environment = json.loads((Path(config.run_dir) / "environment.json").read_text())
     assert {"jax", "flax", "optax", "jbn"} <= set(environment["packages"])
@@ -38,7 +43,7 @@ def test_same_job_may_come_back_with_its_data_or_itself_moved(make_config, tmp_p
 
 
 def test_other_job_is_refused_with_the_keys_that_differ(make_config):
-    run_directory.begin(make_config())
+    begin(make_config())
     with pytest.raises(
         UserError, match=r"holds another job: model.widths = \(16,\), now \(8,\); seed = 0, now 1"
     ):
@@ -69,8 +74,16 @@ def test_what_is_no_run_is_never_written_to(make_config, make):
 
 def test_directory_that_cannot_be_made_is_named(make_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run' cannot be written: .*Not a directory"):
-        run_directory.begin(make_config(run_dir=str(tmp_path / "file" / "run")))
+    with pytest.raises(UserError, match="file/run' cannot be created: .*Not a directory"):
+        begin(make_config(run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
+    with run_directory.locked(tmp_path):
+        with pytest.raises(UserError, match="is in use by another process"), run_directory.locked(tmp_path):
+            pass
+    with run_directory.locked(tmp_path):
+        pass
 
 
 def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -89,7 +102,7 @@ def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("text", ["", "[]", '{"run_dir": "x"', '{"run_dir": "x", "colour": 3}'])
 def test_config_that_cannot_be_read_is_named(make_config, text):
     config = make_config()
-    run_directory.begin(config)
+    begin(config)
     (Path(config.run_dir) / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json' (cannot be read|is not a job of this program)"):
         run_directory.earlier_summary(config)
@@ -102,7 +115,7 @@ def test_config_of_no_run_is_refused(tmp_path):
 
 def test_every_key_of_the_schema_is_compared_but_where_things_lie(make_config):
     config = make_config()
-    run_directory.begin(config)
+    begin(config)
     changed = {"seed": 1, "steps": 7, "epochs": 1.0, "batch_size": 3, "eval_every": 3}
     assert set(changed) | {"run_dir", "data", "model", "optimizer"} == {
         f.name for f in dataclasses.fields(config)

@@ -112,4 +112,4 @@ def test_first_step_whose_loss_is_not_finite_is_remembered():
     state = take(model, optimizer, state, 0, 2)
     assert int(state.failed_at) == states.NEVER
     broken = state._replace(params=jax.tree.map(lambda leaf: leaf * np.nan, state.params))
-    assert int(take(model, optimizer, broken, 16, 3).failed_at) == 2
+    assert int(take(model, optimizer, broken, 16, 3).failed_at) == 3
