@@ -19,8 +19,10 @@ def feature_axes(ndim: int, axis: Axes) -> tuple[int, ...]:
       ValueError: an axis is out of range, or named twice.
       TypeError: an axis is not an integer.
     """
-    given = tuple(axis) if isinstance(axis, Sequence) else (axis,)
-    axes = [operator.index(a) for a in given]
+    try:
+        axes = [operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,))]
+    except TypeError:
+        raise TypeError(f"axis={axis!r}; wanted an integer, or a sequence of integers.") from None
     for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(

@@ -1,6 +1,6 @@
 """Checks of arguments: each error names the argument, what it was, what was wanted, and the fix."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,12 @@ def check_epsilon(epsilon: float) -> None:
     """Raises a ValueError unless `epsilon` > 0."""
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon}; wanted a number > 0, such as the default 1e-5.")
+
+
+def check_update(update: Any) -> None:
+    """Raises a TypeError unless `update` is a rule."""
+    if isinstance(update, type) or not callable(update):
+        raise TypeError(f"update={update!r}; wanted a rule, such as jbn.ema(0.9).")
 
 
 def result_dtype(x: jax.Array, dtype: DTypeLike | None) -> np.dtype:

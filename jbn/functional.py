@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes, expand, feature_axes
-from jbn.checks import as_samples, as_weights, check_epsilon, check_features, result_dtype
+from jbn.checks import as_samples, as_weights, check_epsilon, check_features, check_update, result_dtype
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.running import UpdateRule, absorb, ema
 from jbn.statistics import (
@@ -95,8 +95,8 @@ def normalize(
       An array of the shape of `x`. It carries the gradient to `x`, to `moments` and to `params`.
 
     Raises:
-      TypeError: `x` is an integer array, `dtype` cannot hold the result, or `moments` or `params` is something
-        else.
+      TypeError: `x` is an integer array, `dtype` cannot hold the result, or `moments` or `params` is of
+        another type.
       ValueError: `axis` is out of range or repeated, `epsilon` <= 0, or `moments` or `params` have another
         shape than the features of `x`.
 
@@ -159,7 +159,8 @@ def batch_norm(
         samples, keeps its running moments whatever the rule.
       mask: which positions count in the statistics: Booleans, or real weights >= 0, broadcastable to `x`; it
         carries no gradient. Every position is normalized, from its own `x`. Where the weight is 0 and `x` is
-        not finite, `x` acts as the mean and gets no gradient.
+        not finite, `x` acts as the mean and gets no gradient. A batch without any weight is normalized with
+        mean 0 and variance 0: finite, and of no use but to a masked loss.
       dtype: the dtype of `y`; that of `x` if None. The arithmetic is in float32 at least.
 
     Returns:
@@ -167,10 +168,11 @@ def batch_norm(
       the mean's shape), without gradient.
 
     Raises:
-      TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, or `params` or
-        `running` is something else.
+      TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, `update` is no
+        function, or `params` or `running` is of another type.
       ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is
-        negative, or `params` or `running` have another shape than the features of `x`.
+        negative, `params` or `running` have another shape than the features of `x`, or `x` is complex and
+        `running.mean` is not.
 
     Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
 
@@ -189,6 +191,7 @@ def batch_norm(
     weights = as_weights(mask, x)
     params = Params(None, None) if params is None else params
     check_epsilon(epsilon)
+    check_update(update)
     check_features(x, axes, "running", running, Moments)
     check_features(x, axes, "params", params, Params)
     dtype = result_dtype(x, dtype)

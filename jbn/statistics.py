@@ -32,8 +32,8 @@ def moments(x: ArrayLike, *, axis: Axes = -1, mask: ArrayLike | None = None) -> 
         mean  = sum(mask * x) / count
         var   = sum(mask * |x - mean|^2) / count
 
-    The variance is centred on the mean before squaring, so a large mean costs no accuracy. Where `count` is
-    0 all three are 0, which is the identity of `jbn.merge`.
+    The variance is centred on the mean before squaring, so a large mean costs no more accuracy than its own
+    rounding. Where `count` is 0 all three are 0, which is the identity of `jbn.merge`.
 
     Args:
       x: samples, of any shape; floating point or complex.
@@ -81,7 +81,7 @@ def merge(*parts: Moments) -> Moments:
       *parts: one or more moments of the same features. A scalar count holds for every feature.
 
     Returns:
-      The moments of all samples together.
+      The moments of all samples together, in float32 at least.
 
     Raises:
       ValueError: no moments were given.
@@ -97,7 +97,8 @@ def merge(*parts: Moments) -> Moments:
     """
     if not parts:
         raise ValueError("merge got no moments; wanted one or more.")
-    return functools.reduce(_merge_two, (with_count_per_feature(part) for part in parts))
+    wide = arithmetic_dtype(*(part.mean for part in parts), *(part.var for part in parts))
+    return functools.reduce(_merge_two, (with_count_per_feature(cast(part, wide)) for part in parts))
 
 
 def _merge_two(a: Moments, b: Moments) -> Moments:

@@ -457,6 +457,8 @@ def test_vmap_trains_an_ensemble_in_which_each_member_has_its_own_state():
             ValueError,
             "mask holds a weight that is negative or not finite",
         ),
+        (dict(update=0.9), TypeError, "update=0.9; wanted a rule, such as jbn.ema"),
+        (dict(update=jbn.ema), TypeError, "wanted a rule, such as jbn.ema"),
         (dict(epsilon=0.0), ValueError, "epsilon=0.0; wanted a number > 0"),
         (dict(mask=np.ones(7)), ValueError, r"mask of shape \(7,\) does not broadcast"),
         (dict(mask=-np.ones((4, 1))), ValueError, "mask holds a weight that is negative"),

@@ -76,6 +76,19 @@ def test_layer_works_under_strict_promotion(dtype):
     assert_allclose(y, reference.batch_norm(x), atol=5e-6)
 
 
+def test_complex_input_has_a_complex_mean_and_a_real_variance():
+    x = jax.lax.complex(random((16, 3)), random((16, 3), mean=2.0, sd=3.0)[::-1])
+    layer = jbn.linen.BatchNorm(momentum=0.0)
+    variables = layer.init(jax.random.key(0), x, use_running_average=False)
+    y, updated = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+    mean, var, _ = reference.moments(x)
+    assert_allclose(y, reference.batch_norm(x), atol=5e-6)
+    assert_allclose(updated["batch_stats"]["mean"], mean, rtol=1e-5)
+    assert_allclose(updated["batch_stats"]["var"], var, rtol=1e-5)
+    z = layer.apply({**variables, **updated}, x, use_running_average=True)
+    assert_allclose(z, y, atol=5e-6)
+
+
 def test_init_leaves_the_running_statistics_as_they_start():
     variables = jbn.linen.BatchNorm().init(jax.random.key(0), random((16, 3)), use_running_average=False)
     assert_array_equal(variables["batch_stats"]["mean"], 0)

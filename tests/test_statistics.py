@@ -187,12 +187,18 @@ def test_merge_takes_a_scalar_count_for_every_feature():
     assert_moments(jbn.merge(*parts), jbn.moments(x), 1e-6)
 
 
+def test_merge_computes_in_floating_point_whatever_it_is_given():
+    halves = [jbn.Moments(np.array([value]), np.array([1]), np.array([2])) for value in (0, 1)]
+    mean, var, count = jbn.merge(*halves)
+    assert (mean, var, count) == (0.5, 1.25, 4)
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
         (lambda x: jbn.moments(x, axis=2), ValueError, r"axis=2 is out of range for x with 2 dim.*-2 to 1"),
         (lambda x: jbn.moments(x, axis=(1, -1)), ValueError, r"axis=\(1, -1\) names a feature axis twice"),
-        (lambda x: jbn.moments(x, axis=0.5), TypeError, "integer"),
+        (lambda x: jbn.moments(x, axis=0.5), TypeError, "axis=0.5; wanted an integer"),
         (lambda x: jbn.moments(x.astype(int)), TypeError, r"x has dtype int32; wanted a floating.*astype"),
         (
             lambda x: jbn.moments(x, mask=jnp.ones(4)),

@@ -82,11 +82,11 @@ class Checkpoints:
         wanted = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
         try:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)).items())
-        except Exception as error:  # what Orbax raises depends on which of a checkpoint's files is broken
+        except Exception as error:  # what Orbax raises depends on which file is broken
             folder = self._manager.directory / str(step)
             raise UserError(
-                f"'{folder}' is no whole checkpoint ({type(error).__name__}). Delete that folder to go on from "
-                "the one before."
+                f"'{folder}' is no whole checkpoint ({type(error).__name__}). Delete that folder to go on "
+                "from the one before."
             ) from error
 
 

@@ -76,7 +76,7 @@ def create(config: Config) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from training in a run directory; the lock ends with the process, however it ends.
+    """Keeps other processes from training in a run directory. The lock ends with its process, however.
 
     Raises:
       UserError: another process trains there.

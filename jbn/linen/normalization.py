@@ -9,7 +9,7 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jbn.axes import Axes, feature_axes
-from jbn.dtypes import promote
+from jbn.dtypes import arithmetic_dtype, promote
 from jbn.functional import Params, batch_norm
 from jbn.running import UpdateRule, ema
 from jbn.statistics import Moments
@@ -20,7 +20,7 @@ class BatchNorm(nn.Module):
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    A shell over `jbn.batch_norm`, with the arguments, defaults and variables of `flax.linen.BatchNorm`:
+    A shell over `jbn.batch_norm`, with defaults and variables as in `flax.linen.BatchNorm`:
     `scale` and `bias` in the collection "params", `mean` and `var` in "batch_stats", all in the features'
     shape. In training the moments are the batch's, and "batch_stats" must be mutable; `init` leaves the
     running moments as they start. In inference they are the running ones.
@@ -94,11 +94,13 @@ class BatchNorm(nn.Module):
         x = jnp.asarray(x)
         shape = tuple(x.shape[a] for a in feature_axes(x.ndim, self.axis))
         names = Moments._fields if self.update else ("mean", "var")
-        initial = Moments(jnp.zeros, jnp.ones, jnp.zeros)
-        stats = {
-            name: self.variable("batch_stats", name, getattr(initial, name), shape, jnp.float32)
-            for name in names
-        }
+        mean_dtype = arithmetic_dtype(x) if jnp.iscomplexobj(x) else jnp.float32
+        initial = Moments(
+            mean=lambda: jnp.zeros(shape, mean_dtype),
+            var=lambda: jnp.ones(shape, jnp.float32),
+            count=lambda: jnp.zeros(shape, jnp.float32),
+        )
+        stats = {name: self.variable("batch_stats", name, getattr(initial, name)) for name in names}
         params = Params(
             scale=self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
             bias=self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,

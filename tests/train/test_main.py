@@ -136,6 +136,29 @@ def test_help_answers_without_importing_jax(arguments):
     assert done.returncode == 0 and "--" in done.stdout, done.stderr
 
 
+def test_ctrl_c_in_start_up_exits_130_without_a_traceback(tmp_path):
+    for seconds in (0.3, 0.8):
+        process = start("configs/digits_mlp.toml", "--steps", 50000, "--run-dir", tmp_path / "run")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 130, out + err
+        assert "Traceback" not in err
+
+
+def test_second_process_is_kept_out_of_a_run_directory_in_use(tmp_path):
+    job = ["configs/digits_mlp.toml", "--steps", 200000, "--run-dir", tmp_path / "run"]
+    first = start(*job)
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path / "run") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = run(*job)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=120)
+    assert first.returncode == 143
+    assert second.returncode == 2 and "is in use by another process" in second.stderr
+
+
 JOB = ["configs/digits_mlp.toml", "--steps", 20000, "--eval-every", 2000]
 
 

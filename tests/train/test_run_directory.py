@@ -79,9 +79,9 @@ def test_directory_that_cannot_be_made_is_named(make_config, tmp_path):
 
 
 def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
-    with run_directory.locked(tmp_path):
-        with pytest.raises(UserError, match="is in use by another process"), run_directory.locked(tmp_path):
-            pass
+    refused = pytest.raises(UserError, match="is in use by another process")
+    with run_directory.locked(tmp_path), refused, run_directory.locked(tmp_path):
+        pass
     with run_directory.locked(tmp_path):
         pass
 
