@@ -18,9 +18,7 @@ from train.state import TrainState
 from train.stopping import StopRequests
 
 EVAL_BATCH = 512
-SECONDS_PER_DISPATCH = (
-    0.2  # how long a stop request and the progress bar wait at most, unless a step is longer
-)
+SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait, or one step if that is longer
 
 
 class RunFailed(Exception):
@@ -44,10 +42,9 @@ class Job:
     def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:
         """Returns loss and accuracy over a split, each example counted once."""
         batches = data.eval_batches(split, EVAL_BATCH)
-        sums = [states.eval_step(self.model, state.params, state.batch_stats, batch) for batch in batches]
-        return states.Sums(
-            *(np.sum(leaves, dtype=np.float64) for leaves in zip(*jax.device_get(sums)))
-        ).means()
+        parts = [states.eval_step(self.model, state.params, state.batch_stats, batch) for batch in batches]
+        totals = (np.sum(leaves, dtype=np.float64) for leaves in zip(*jax.device_get(parts)))
+        return states.Sums(*totals).means()
 
 
 def fit(config: Config, stop: StopRequests) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Batch normalization as a Flax Linen module."""
 
 from dataclasses import KW_ONLY
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -10,9 +11,8 @@ from jax.typing import ArrayLike
 
 from jbn.axes import Axes, feature_axes
 from jbn.dtypes import arithmetic_dtype, promote
-from jbn.functional import Params, batch_norm
+from jbn.functional import Params, batch_norm, init
 from jbn.running import UpdateRule, ema
-from jbn.statistics import Moments
 
 
 class BatchNorm(nn.Module):
@@ -93,14 +93,9 @@ class BatchNorm(nn.Module):
         )
         x = jnp.asarray(x)
         shape = tuple(x.shape[a] for a in feature_axes(x.ndim, self.axis))
-        names = Moments._fields if self.update else ("mean", "var")
-        mean_dtype = arithmetic_dtype(x) if jnp.iscomplexobj(x) else jnp.float32
-        initial = Moments(
-            mean=lambda: jnp.zeros(shape, mean_dtype),
-            var=lambda: jnp.ones(shape, jnp.float32),
-            count=lambda: jnp.zeros(shape, jnp.float32),
-        )
-        stats = {name: self.variable("batch_stats", name, getattr(initial, name)) for name in names}
+        _, initial = init(shape, dtype=arithmetic_dtype(x) if jnp.iscomplexobj(x) else jnp.float32)
+        names = initial._fields if self.update else ("mean", "var")
+        stats = {name: self.variable("batch_stats", name, partial(getattr, initial, name)) for name in names}
         params = Params(
             scale=self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
             bias=self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
@@ -108,7 +103,7 @@ class BatchNorm(nn.Module):
         y, running = batch_norm(
             x,
             params,
-            Moments(**{"count": jnp.zeros(()), **{name: stat.value for name, stat in stats.items()}}),
+            initial._replace(**{name: stat.value for name, stat in stats.items()}),
             train=not use_running_average,
             axis=self.axis,
             epsilon=self.epsilon,

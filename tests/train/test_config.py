@@ -150,7 +150,7 @@ def test_differences_name_the_keys_and_both_values(job):
     ]
 
 
-@pytest.mark.parametrize("length, steps", [(["--steps", "9"], 9), (["--epochs", "1.5"], 15)])
+@pytest.mark.parametrize("length, steps", [(["--steps", "9"], 9), (["--epochs", "1.55"], 16)])
 def test_total_steps_follow_from_either_length(job, length, steps):
     assert config.total_steps(config.load(job, length), steps_per_epoch=10) == steps
 

@@ -96,6 +96,20 @@ def test_train_lines_are_means_since_the_line_before(make_config):
     assert int(final_state(longer).sums.examples) == 128 * (int(final_state(longer).step) - 30) > 0
 
 
+def test_steps_of_one_dispatch_stay_inside_their_epoch_and_evaluation(make_config, monkeypatch):
+    spans, train_steps = [], loop.states.train_steps
+
+    def spy(*arguments, start, steps, batch_size, loop):
+        spans.append((start // batch_size, steps))
+        return train_steps(*arguments, start=start, steps=steps, batch_size=batch_size, loop=loop)
+
+    monkeypatch.setattr(loop.states, "train_steps", spy)
+    monkeypatch.setattr(loop, "SECONDS_PER_DISPATCH", 1e9)
+    fit(make_config())
+    # Doubling, up to the ends of the epochs (10, 20, 30) and the evaluations (12, 24, 30).
+    assert spans == [(0, 1), (1, 2), (3, 4), (7, 3), (0, 2), (2, 8), (0, 4), (4, 6)]
+
+
 def test_batch_normalization_makes_the_job_learn(make_config):
     assert fit(make_config(steps=60, eval_every=60))["test_accuracy"] > 0.93
 

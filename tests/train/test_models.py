@@ -50,6 +50,8 @@ def test_hidden_units_have_mean_0_and_variance_1_over_a_training_batch(name):
     )
     outputs = jax.tree.leaves(state["intermediates"])
     assert len(outputs) == (2 if name == "mlp" else 4)
+    if name == "cnn":
+        assert [y.shape for y in outputs] == 2 * [(4, 8, 8, 6)] + 2 * [(4, 4, 4, 5)]
     for y in outputs:
         over = tuple(range(y.ndim - 1))
         var = np.var(y, over)
@@ -59,12 +61,12 @@ def test_hidden_units_have_mean_0_and_variance_1_over_a_training_batch(name):
 
 
 def test_running_statistics_are_debiased():
-    model, variables = built(norm_momentum=0.99)
+    model, variables = built(norm_momentum=0.75)
     _, state = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
     first = state["batch_stats"]["BatchNorm_0"]
     kernel = variables["params"]["Dense_0"]["kernel"]
     assert_allclose(first["mean"], np.mean(IMAGES.reshape(4, -1) @ kernel, 0), rtol=1e-4, atol=1e-6)
-    assert_allclose(first["count"], 0.01, rtol=1e-5)
+    assert_allclose(first["count"], 0.25, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
@@ -83,7 +85,9 @@ def test_bfloat16_is_for_activations_alone(name, norm):
 
 @pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
 def test_activation_is_the_one_named(activation):
-    model, _ = built(activation=activation)
+    model, variables = built(activation=activation)
+    linear = model.clone(activation=lambda x: x)
+    assert (model.apply(variables, IMAGES, train=False) != linear.apply(variables, IMAGES, train=False)).all()
     x = jnp.linspace(-2, 2, 9)
     expected = {"relu": np.maximum(x, 0), "sigmoid": 1 / (1 + np.exp(-x)), "tanh": np.tanh(x)}
     assert_allclose(model.activation(x), expected[activation], rtol=1e-6, atol=1e-6)
