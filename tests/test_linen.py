@@ -30,7 +30,7 @@ def close(a, b):
     jax.tree.map(lambda p, q: assert_allclose(np.float32(p), np.float32(q), rtol=1e-5, atol=5e-6), a, b)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "defaults")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_variables_dtypes_and_numbers_are_those_of_flax_on_ordinary_input(standard_promotion, dtype, options):
     x, key, mask = random((8, 4, 3), dtype), jax.random.key(0), jnp.arange(8)[:, None, None] > 2

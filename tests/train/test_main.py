@@ -1,33 +1,17 @@
-"""The command itself, as a user runs it: a subprocess in the checkout."""
+"""The command itself, as a user runs it: what it prints, leaves behind and exits with."""
 
 import contextlib
 import json
 import os
 import pty
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from command import ROOT, run
 
 from train.logs import read_metrics
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(*arguments, **environment):
-    command = [sys.executable, "-m", "train", *map(str, arguments)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, env=os.environ | environment, **pipes)
-
-
-def run(*arguments, **environment):
-    process = start(*arguments, **environment)
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
 @pytest.mark.parametrize("name, reached", [("digits_mlp", 0.97), ("digits_cnn", 0.985)])
@@ -134,63 +118,3 @@ def test_help_answers_without_importing_jax(arguments):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--" in done.stdout, done.stderr
-
-
-def test_ctrl_c_while_it_compiles_exits_130_without_a_traceback(tmp_path):
-    process = start("configs/digits_mlp.toml", "--steps", 200000, "--run-dir", tmp_path / "run")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, out + err
-    assert "a second signal ends it at once" in err and "Traceback" not in err
-    assert out.splitlines()[-1].startswith("Stopped at step ")
-
-
-def test_second_process_is_kept_out_of_a_run_directory_in_use(tmp_path):
-    job = ["configs/digits_mlp.toml", "--steps", 200000, "--run-dir", tmp_path / "run"]
-    first = start(*job)
-    deadline = time.monotonic() + 120
-    while not read_metrics(tmp_path / "run") and time.monotonic() < deadline:
-        time.sleep(0.01)
-    second = run(*job)
-    first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=120)
-    assert first.returncode == 143
-    assert second.returncode == 2 and "is in use by another process" in second.stderr
-
-
-JOB = ["configs/digits_mlp.toml", "--steps", 20000, "--eval-every", 2000]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
-    assert run(*JOB, "--run-dir", run_dir).returncode == 0
-    return run_dir
-
-
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_job_ended_by_a_signal_resumes_to_the_same_result(tmp_path, uninterrupted, number, code):
-    run_dir = tmp_path / "run"
-    process = start(*JOB, "--run-dir", run_dir)
-    deadline = time.monotonic() + 120
-    # The second evaluation follows the first checkpoint.
-    while len(read_metrics(run_dir)) < 6 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, out + err
-    if number != signal.SIGKILL:
-        summary = json.loads((run_dir / "summary.json").read_text())
-        assert summary["status"] == "stopped" and 0 < summary["step"] < 20000
-        assert out.splitlines()[-1].startswith(f"Stopped at step {summary['step']}: ")
-
-    resumed = run(*JOB, "--run-dir", run_dir)
-    assert resumed.returncode == 0 and ", going on from step " in resumed.stdout
-    # Every loss after the signal is the same to the last digit.
-    without_time = [
-        [{**line, "seconds": None} for line in read_metrics(path)] for path in (run_dir, uninterrupted)
-    ]
-    assert without_time[0] == without_time[1]
