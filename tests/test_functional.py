@@ -342,7 +342,7 @@ def test_batch_that_is_not_finite_spares_the_running_moments_feature_by_feature(
 
 def test_update_may_be_any_function():
     x, (_, running) = random((7, 3)), layer(3)
-    rule = lambda running, batch: batch._replace(var=batch.var + running.var)  # noqa: E731
+    rule = lambda running, batch: batch._replace(var=batch.var + running.var)
     _, new = jbn.batch_norm(x, None, running, train=True, update=rule)
     mean, var, count = reference.moments(x)
     for leaf, wanted in zip(new, (mean, var + 1, count)):

@@ -44,7 +44,7 @@ def test_without_norm_the_layers_have_biases_and_no_statistics(name):
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_hidden_units_have_mean_0_and_variance_1_over_a_training_batch(name):
     model, variables = built(name=name)
-    is_norm = lambda module, _: type(module).__name__ == "BatchNorm"  # noqa: E731
+    is_norm = lambda module, _: type(module).__name__ == "BatchNorm"
     _, state = model.apply(
         variables, IMAGES, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=is_norm
     )

@@ -10,16 +10,16 @@ from command import run, start
 from train.logs import read_metrics
 
 
-def wait_until(holds):
+def wait_while_running(process, until):
     deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline
+    while not until():
+        assert process.poll() is None and time.monotonic() < deadline, process.poll()
         time.sleep(0.01)
 
 
 def test_ctrl_c_while_it_compiles_exits_130_without_a_traceback(tmp_path):
     process = start("configs/digits_mlp.toml", "--steps", 200000, "--run-dir", tmp_path / "run")
-    wait_until((tmp_path / "run").exists)
+    wait_while_running(process, until=(tmp_path / "run").exists)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, out + err
@@ -30,7 +30,7 @@ def test_ctrl_c_while_it_compiles_exits_130_without_a_traceback(tmp_path):
 def test_second_process_is_kept_out_of_a_run_directory_in_use(tmp_path):
     job = ["configs/digits_mlp.toml", "--steps", 200000, "--run-dir", tmp_path / "run"]
     first = start(*job)
-    wait_until(lambda: read_metrics(tmp_path / "run"))
+    wait_while_running(first, until=lambda: read_metrics(tmp_path / "run"))
     second = run(*job)
     first.send_signal(signal.SIGTERM)
     first.communicate(timeout=120)
@@ -53,7 +53,7 @@ def test_job_ended_by_a_signal_resumes_to_the_same_result(tmp_path, uninterrupte
     run_dir = tmp_path / "run"
     process = start(*JOB, "--run-dir", run_dir)
     # The second evaluation follows the first checkpoint.
-    wait_until(lambda: len(read_metrics(run_dir)) >= 6)
+    wait_while_running(process, until=lambda: len(read_metrics(run_dir)) >= 6)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == code, out + err
