@@ -10,20 +10,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, expand, feature_axes
+from jbn.axes import Axes, expand, feature_axes, other_axes
 from jbn.checks import as_samples, as_weights, check_epsilon, check_features, check_update, result_dtype
+from jbn.collectives import AxisName, NamedAxes, named_axes, total, vary_like
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.running import UpdateRule, absorb, ema
 from jbn.statistics import (
     Moments,
     cast,
-    moments,
+    finite_centre,
+    measure,
+    merge_named,
+    merge_rows,
     ratio,
     select,
-    weighted_sum,
+    weigh,
     where_counted,
     with_count_per_feature,
 )
+from jbn.virtual_batches import count_parts, map_parts
 
 
 class Params(NamedTuple):
@@ -116,7 +121,7 @@ def normalize(
     check_features(x, axes, "params", params, Params)
     dtype = result_dtype(x, dtype)
     wide = arithmetic_dtype(x, *jax.tree.leaves((moments, params)))
-    moments = cast(moments, wide)
+    moments = finite_centre(cast(moments, wide))
     multiplier = jax.lax.rsqrt(moments.var + epsilon).astype(wide)
     if params.scale is not None:
         multiplier = multiplier * params.scale.astype(wide)
@@ -136,6 +141,9 @@ def batch_norm(
     epsilon: float = 1e-5,
     update: UpdateRule = ema(0.99),
     mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    virtual_batch_size: int | None = None,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes each feature: with the batch's own moments in training, with the running ones in inference.
@@ -195,37 +203,45 @@ def batch_norm(
     check_features(x, axes, "running", running, Moments)
     check_features(x, axes, "params", params, Params)
     dtype = result_dtype(x, dtype)
+    parts = count_parts(x, axes, virtual_batch_size)
     running = with_count_per_feature(jax.lax.stop_gradient(running))
     if isinstance(train, bool | np.bool_) and not train:
         return _normalize_usable(x, weights, running, params, axes, epsilon, dtype), running
+    over = named_axes(axis_name, axis_index_groups)
     train = jnp.asarray(train, bool)
-    y, used = _normalize_batch(axes, epsilon, dtype, x, params, running, weights, train)
+    if parts is None:
+        y, used = _normalize_batch(axes, over, epsilon, dtype, x, params, running, weights, train)
+    else:
+        normalize_part = partial(_normalize_batch, axes, NamedAxes(), epsilon, dtype)
+        y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
+        used = merge_named(merge_rows(used), over)
     return y, select(train, absorb(update, running, used), running)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _normalize_batch(axes, epsilon, dtype, x, params, running, weights, train):
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def _normalize_batch(axes, over, epsilon, dtype, x, params, running, weights, train):
     """Returns the normalized samples and the moments used: the batch's if `train`, else the running ones."""
-    batch = moments(x, axis=axes, mask=weights)
+    batch = measure(x, axes, weights, over)
     wide = arithmetic_dtype(batch.mean, running.mean)
     used = select(train, cast(batch, wide), cast(running, wide))
     return _normalize_usable(x, weights, used, params, axes, epsilon, dtype), used
 
 
 @_normalize_batch.defjvp
-def _normalize_batch_jvp(axes, epsilon, dtype, primals, tangents):
+def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
     """The derivative in closed form, grouped per feature.
 
         c = x - mean;  a = scale * inv
         P = dbias - a*mean(dx);  Q = inv*dscale - a*inv^2*mean(Re(conj(c)*dx))
         dy = a*dx + c*Q + P
 
-    JAX transposes these two reductions into the two of the backward pass. The rule is plain JAX code, in
-    which `used` has the derivative that this same rule gives it, so every further derivative follows.
+    JAX transposes these two reductions into the two of the backward pass: the sums over devices of both in one
+    collective, from which the gradients of scale and bias come too. The rule is plain JAX code, in which `used`
+    has the derivative that this same rule gives it, so every further derivative follows.
     """
     x, params, _, weights, train = primals
     dx, dparams, *_ = tangents
-    y, used = _normalize_batch(axes, epsilon, dtype, *primals)
+    y, used = _normalize_batch(axes, over, epsilon, dtype, *primals)
 
     # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
     @partial(jax.checkpoint, prevent_cse=False)
@@ -233,29 +249,33 @@ def _normalize_batch_jvp(axes, epsilon, dtype, primals, tangents):
         def per_sample(values):
             return expand(values, x.ndim, axes)
 
-        def mean_over_batch(samples):
-            # The moments move with x only in training.
-            total = weighted_sum(where_counted(samples, weights), weights, axes)
-            return jnp.where(train, ratio(total, used.count), 0)
+        def sum_of(samples):
+            return jnp.sum(weigh(where_counted(samples, weights), weights), other_axes(x.ndim, axes))
+
+        def or_constant(leaf, value):
+            return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)
 
         wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
-        used = cast(used, wide)
-        params, dparams = jax.tree.map(lambda leaf: leaf.astype(wide), (params, dparams))
+        used = finite_centre(cast(used, wide))
+        scale = or_constant(params.scale, 1)
+        dscale, dbias = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
+        dscale, dbias = vary_like(jnp.stack([dscale, dbias]), used.mean)
+
         mean = per_sample(used.mean)
         c = _where_usable(x, weights, x.astype(wide), mean) - mean
         dx = _where_usable(x, weights, dx.astype(wide), 0)
-        mean_dx, mean_cdx = mean_over_batch(dx), mean_over_batch(jnp.real(jnp.conj(c) * dx))
+        sums = total(jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(c) * dx)).astype(wide)]), over)
+        # The moments move with x only in training.
+        moving = train & jnp.isfinite(used.var)
+        mean_dx, mean_cdx = jnp.where(moving[None], ratio(sums, used.count[None]), 0)
 
         inv = jax.lax.rsqrt(used.var + epsilon).astype(wide)
-        a = inv if params.scale is None else inv * params.scale
-        P = -a * mean_dx
-        Q = -a * inv**2 * mean_cdx.astype(wide)
-        if params.bias is not None:
-            P = P + dparams.bias
-        if params.scale is not None:
-            Q = Q + inv * dparams.scale
+        a = inv * scale
+        P = dbias - a * mean_dx
+        Q = inv * dscale - a * inv**2 * mean_cdx
+        P, Q = vary_like(jnp.stack([P, Q]), x)
         dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
-        return dy.astype(dtype), Moments(mean_dx, 2 * mean_cdx, jnp.zeros_like(used.count))
+        return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))
 
     dy, dused = tangent(x, params, used, weights, train, dx, dparams)
     return (y, used), (dy, cast(dused, used.mean.dtype))

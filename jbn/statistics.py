@@ -1,7 +1,7 @@
 """Moments: measuring the mean and the variance of a set of samples, and merging those of several sets."""
 
-import functools
-import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes, expand, feature_axes, other_axes
 from jbn.checks import as_samples, as_weights
+from jbn.collectives import AxisName, NamedAxes, gather, named_axes, split_devices, total
 from jbn.dtypes import arithmetic_dtype, real_dtype
 
 
@@ -25,21 +26,36 @@ class Moments(NamedTuple):
     count: jax.Array  # (features...), real, >= 0: the number of samples, or the sum of their weights
 
 
-def moments(x: ArrayLike, *, axis: Axes = -1, mask: ArrayLike | None = None) -> Moments:
+def moments(
+    x: ArrayLike,
+    *,
+    axis: Axes = -1,
+    mask: ArrayLike | None = None,
+    axis_name: AxisName | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
     """Measures the mean and the biased variance of each feature over all other axes.
 
         count = sum(mask)
         mean  = sum(mask * x) / count
         var   = sum(mask * |x - mean|^2) / count
 
-    The variance is centred on the mean before squaring, so a large mean costs no more accuracy than its own
-    rounding. Where `count` is 0 all three are 0, which is the identity of `jbn.merge`.
+    The variance is centred on the mean before squaring, and what the mean's rounding adds to it is taken off
+    again, so a large mean costs no accuracy. Where `count` is 0 all three are 0, which is the identity of
+    `jbn.merge`. A variance beyond the dtype's range is infinite, and its mean finite.
+
+    With `axis_name`, moments are those of all devices' samples together: each device measures its own, and
+    `jbn.merge` merges them, by count, so that unequal masks and empty shards are exact. It takes one
+    collective, in which each of D devices sends 3 D values per feature.
 
     Args:
       x: samples, of any shape; floating point or complex.
       axis: the feature axis or axes, which are kept; statistics reduce over every other axis.
       mask: which positions count: Booleans, or real weights >= 0 (a weight of 2 is the sample twice). It must
         broadcast to `x` and carries no gradient. Positions with weight 0 may hold anything, NaN included.
+      axis_name: name or names of the axes that `jax.shard_map` or `jax.vmap` map over and that share one
+        batch. A `vmap` axis inside a `shard_map` needs `check_vma=False` there.
+      axis_index_groups: a partition of the indices along the named axes; only members of one group share.
 
     Returns:
       Moments in the features' shape and in float32, or in the dtype of `x` where that is wider; variance and
@@ -47,24 +63,41 @@ def moments(x: ArrayLike, *, axis: Axes = -1, mask: ArrayLike | None = None) -> 
 
     Raises:
       TypeError: `x` is an integer array, or `mask` is complex.
-      ValueError: `axis` is out of range or repeated, or `mask` does not broadcast or is negative.
+      ValueError: `axis` is out of range or repeated, `mask` does not broadcast or is negative, `axis_name` is
+        not bound, or `axis_index_groups` is no partition.
 
     Reference: Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2.
 
-    >>> import jax.numpy as jnp, jbn
-    >>> batch = jbn.moments(jnp.array([[1.0, 10.0], [3.0, 30.0]]))
+    >>> import jax, jax.numpy as jnp, jbn
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> batch = jbn.moments(x)
     >>> print(batch.mean, batch.var, batch.count)
     [ 2. 20.] [  1. 100.] [2. 2.]
+    >>> per_example = jax.vmap(lambda x: jbn.moments(x, axis_name="batch").mean, axis_name="batch")
+    >>> print(per_example(x))
+    [[ 2. 20.]
+     [ 2. 20.]]
     """
     x = as_samples(x)
     axes = feature_axes(x.ndim, axis)
-    weights = as_weights(mask, x)
-    x = where_counted(x.astype(arithmetic_dtype(x)), weights)
+    return measure(x, axes, as_weights(mask, x), named_axes(axis_name, axis_index_groups))
+
+
+def measure(
+    x: jax.Array, axes: tuple[int, ...], weights: jax.Array | None, over: NamedAxes = NamedAxes()
+) -> Moments:
+    """Does the work of `moments`, for arguments that were checked."""
+    reduced = other_axes(x.ndim, axes)
+    x = x.astype(arithmetic_dtype(x))
     count = _count(weights, x, axes)
-    mean = ratio(weighted_sum(x, weights, axes), count)
-    centred = where_counted(x - expand(mean, x.ndim, axes), weights)
-    var = ratio(weighted_sum(abs_squared(centred), weights, axes), count)
-    return Moments(mean, var, count)
+    mean, var = _merge(
+        mean=x,
+        var=jnp.zeros((1,) * x.ndim, count.dtype),
+        weights=weights,
+        count=expand(count, x.ndim, axes),
+        total=partial(jnp.sum, axis=reduced, keepdims=True),
+    )
+    return merge_named(Moments(jnp.squeeze(mean, reduced), jnp.squeeze(var, reduced), count), over)
 
 
 def merge(*parts: Moments) -> Moments:
@@ -98,16 +131,65 @@ def merge(*parts: Moments) -> Moments:
     if not parts:
         raise ValueError("merge got no moments; wanted one or more.")
     wide = arithmetic_dtype(*(part.mean for part in parts), *(part.var for part in parts))
-    return functools.reduce(_merge_two, (with_count_per_feature(cast(part, wide)) for part in parts))
+    parts = [with_count_per_feature(cast(part, wide)) for part in parts]
+    return merge_rows(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
 
 
-def _merge_two(a: Moments, b: Moments) -> Moments:
-    count = a.count + b.count
-    weight = ratio(b.count, count)
-    difference = b.mean - a.mean
-    mean = a.mean + weight.astype(difference.dtype) * difference
-    var = (1 - weight) * a.var + weight * b.var + weight * (1 - weight) * abs_squared(difference)
-    return select(a.count == 0, b, select(b.count == 0, a, Moments(mean, var, count)))
+def merge_rows(parts: Moments) -> Moments:
+    """Merges moments that are stacked along a first axis."""
+    return jax.tree.map(lambda leaf: leaf[0], _merge_by(partial(jnp.sum, axis=0, keepdims=True), parts))
+
+
+def merge_named(part: Moments, over: NamedAxes) -> Moments:
+    """Merges the moments of all members of one's group, in one collective between devices."""
+    if not over.names:
+        return part
+    vectorized, devices = split_devices(over)
+    if vectorized.names:
+        part = _merge_by(partial(total, over=vectorized), part)
+    if devices.names:
+        rows, in_group = gather(jnp.stack([leaf.astype(part.mean.dtype) for leaf in part]), devices)
+        mean, var, count = jnp.moveaxis(rows, 1, 0)
+        part = merge_rows(Moments(mean, jnp.real(var), jnp.where(in_group[:, 0], jnp.real(count), 0)))
+    return part
+
+
+def _merge_by(total: Callable[[jax.Array], jax.Array], parts: Moments) -> Moments:
+    count = total(parts.count)
+    # Shares are exactly 1 and 0 where there is one part, so that its moments come out as they are.
+    shares = ratio(parts.count, jnp.broadcast_to(count, parts.count.shape))
+    mean, var = _merge(parts.mean, parts.var, shares, jnp.ones_like(count), total)
+    return Moments(mean, var, count)
+
+
+def _merge(
+    mean: jax.Array,
+    var: jax.Array,
+    weights: jax.Array | None,
+    count: jax.Array,
+    total: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    """The one formula: merges parts that have means, variances and weights, whatever a part is.
+
+        mean = sum(weight_i * mean_i) / count
+        var  = sum(weight_i * (var_i + |mean_i - mean|^2)) / count
+
+    A sample is a part with variance 0. `total` adds up: over axes, over rows, over the members of a `vmap`.
+    """
+
+    def average(values):
+        return ratio(total(weigh(values, weights)), count)
+
+    mean = where_counted(mean, weights)
+    # Any point nearby would do: its distance from the mean is measured and taken off below. Scaled by a power
+    # of two, so that no sum of finite numbers overflows.
+    centre = jax.lax.stop_gradient(average(mean * 2.0**-32) * 2.0**32)
+    apart = where_counted(mean - centre, weights)
+    offset = average(apart)
+    spread = average(where_counted(var, weights) + abs_squared(apart))
+    offset = jnp.where(jnp.isfinite(spread), offset, 0)
+    var = spread - abs_squared(offset)
+    return centre + offset, var - jax.lax.stop_gradient(jnp.minimum(var, 0))
 
 
 def with_count_per_feature(m: Moments) -> Moments:
@@ -120,6 +202,11 @@ def cast(m: Moments, dtype: DTypeLike) -> Moments:
     """Converts the mean to a dtype, variance and count to its real part's."""
     real = real_dtype(dtype)
     return Moments(jnp.asarray(m.mean, dtype), jnp.asarray(m.var, real), jnp.asarray(m.count, real))
+
+
+def finite_centre(m: Moments) -> Moments:
+    """Centres at 0 what is beyond the dtype's range: divided by an infinite deviation, finite samples are 0."""
+    return m._replace(mean=jnp.where(jnp.isfinite(m.var), m.mean, 0))
 
 
 def select(condition: ArrayLike, a: Moments, b: Moments) -> Moments:
@@ -137,23 +224,24 @@ def abs_squared(x: jax.Array) -> jax.Array:
     return jnp.real(x * jnp.conj(x))
 
 
-def where_counted(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+def where_counted(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Puts 0 where the weight is 0, so that no NaN held there reaches a value or a derivative."""
-    return x if weights is None else jnp.where(weights.astype(bool), x, 0)
+    return values if weights is None else jnp.where(weights.astype(bool), values, 0)
 
 
-def weighted_sum(x: jax.Array, weights: jax.Array | None, axes: tuple[int, ...]) -> jax.Array:
-    """Sums over all but the feature axes."""
-    weighted = x if weights is None else x * weights.astype(x.dtype)
-    return jnp.sum(weighted, other_axes(x.ndim, axes))
+def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Multiplies by the weights, if there are any."""
+    return values if weights is None else values * weights.astype(values.dtype)
 
 
 def _count(weights: jax.Array | None, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     if weights is None:
         weights = jnp.ones((1,) * x.ndim, bool)
-    reduced = other_axes(x.ndim, axes)
-    # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
-    # float32 can count one by one.
-    shared = math.prod(x.shape[a] for a in reduced if weights.shape[a] == 1)
-    total = jnp.sum(weights, reduced, dtype=real_dtype(x.dtype)) * shared
-    return jnp.broadcast_to(total, tuple(x.shape[a] for a in axes))
+    reduced, real = other_axes(x.ndim, axes), real_dtype(x.dtype)
+    count = jnp.sum(weights, reduced, dtype=real)
+    for a in reduced:
+        # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
+        # float32 can count one by one. The size may be symbolic, in `jax.export`.
+        if weights.shape[a] == 1:
+            count = count * jnp.asarray(x.shape[a], real)
+    return jnp.broadcast_to(count, tuple(x.shape[a] for a in axes))

@@ -1,0 +1,129 @@
+"""Named axes: the devices of a `shard_map`, or the members of a `vmap`, that share one batch."""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+AxisName = Hashable | Sequence[Hashable]
+
+
+class NamedAxes(NamedTuple):
+    """Axes over which one batch is spread, and which of their members share statistics."""
+
+    names: tuple[Hashable, ...] = ()  # no name: nobody else
+    groups: tuple[tuple[int, ...], ...] | None = None  # partition of the members' indices; None: all share
+
+
+def named_axes(axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[int]] | None) -> NamedAxes:
+    """Checks the two arguments against the axes that are bound here.
+
+    Raises:
+      ValueError: a name is not bound or named twice, or the groups are not a partition of the axis.
+    """
+    if axis_name is None:
+        names = ()
+    else:
+        names = tuple(axis_name) if isinstance(axis_name, tuple | list) else (axis_name,)
+    if len(set(names)) < len(names):
+        raise ValueError(f"axis_name={axis_name!r} names an axis twice; wanted each one once.")
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"axis_name={axis_name!r}: {name!r} is not bound here; wanted the name of an axis that is mapped "
+                f"around this call, by jax.shard_map or jax.vmap(..., axis_name={name!r}). Under plain jit, "
+                "statistics of a sharded batch are global without a name: pass axis_name=None."
+            ) from None
+    if axis_index_groups is None:
+        return NamedAxes(names)
+    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
+    size = axis_size(names)
+    if not names or sorted(i for group in groups for i in group) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups} with axis_name={axis_name!r}; wanted each index of the "
+            f"named axis, 0 to {size - 1}, in exactly one group."
+        )
+    return NamedAxes(names, groups)
+
+
+def axis_size(names: tuple[Hashable, ...]) -> int:
+    """Returns how many members the named axes have together."""
+    return int(np.prod([jax.lax.axis_size(name) for name in names], dtype=int))
+
+
+def smallest_group(over: NamedAxes) -> int:
+    """Returns how many members the smallest group has."""
+    return axis_size(over.names) if over.groups is None else min(map(len, over.groups))
+
+
+def split_devices(over: NamedAxes) -> tuple[NamedAxes, NamedAxes]:
+    """Tells the axes that JAX merely vectorizes over from those along which values travel between devices.
+
+    Groups of a mixture of both count as the first.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    devices = tuple(name for name in over.names if name in manual)
+    if devices == over.names:
+        return NamedAxes(), over
+    if over.groups is not None:
+        return over, NamedAxes()
+    return NamedAxes(tuple(name for name in over.names if name not in manual)), NamedAxes(devices)
+
+
+def total(values: jax.Array, over: NamedAxes) -> jax.Array:
+    """Adds up the members of one's group, in one collective.
+
+    Each group has a row of its own in what travels: JAX takes its `axis_index_groups` neither in a `shard_map`
+    that checks replication nor in `vmap`.
+    """
+    if over.groups is None:
+        return jax.lax.psum(values, over.names)
+    group = jnp.asarray(_group_of_member(over))[jax.lax.axis_index(over.names)]
+    rows = _in_own_row(values, group, len(over.groups), over.names)
+    return jnp.sum(jnp.where(_is_row(group, rows), rows, 0), 0)
+
+
+def gather(values: jax.Array, over: NamedAxes) -> tuple[jax.Array, jax.Array]:
+    """Collects the values of all members, in one collective; and tells who is in one's own group.
+
+    A sum of arrays in which each member fills its own row is the same for all, and `shard_map` knows that; it
+    would not know it of an `all_gather`.
+
+    Returns:
+      An array with the values of each member along a new first axis, and Booleans along the same axis.
+    """
+    member, size = jax.lax.axis_index(over.names), axis_size(over.names)
+    rows = _in_own_row(values, member, size, over.names)
+    if over.groups is None:
+        return rows, jnp.ones((size,) + (1,) * values.ndim, bool)
+    group_of = jnp.asarray(_group_of_member(over))
+    return rows, jnp.expand_dims(group_of == group_of[member], range(1, rows.ndim))
+
+
+def vary_like(values: jax.Array, x: jax.Array) -> jax.Array:
+    """Marks values that are the same on all devices as varying over those that `x` varies over.
+
+    JAX does so itself, once for each use of each value, and the backward pass then has a collective for each.
+    Where it is done first, for stacked values, there is one.
+    """
+    return values + jnp.zeros_like(x, shape=(), dtype=values.dtype)
+
+
+def _in_own_row(values, row, rows, names):
+    empty = jnp.zeros((rows, *values.shape), values.dtype)
+    return jax.lax.psum(jnp.where(_is_row(row, empty), values[None], empty), names)
+
+
+def _is_row(row, rows):
+    return jnp.expand_dims(jnp.arange(rows.shape[0]) == row, range(1, rows.ndim))
+
+
+def _group_of_member(over):
+    group_of = np.zeros(axis_size(over.names), int)
+    for index, group in enumerate(over.groups):
+        group_of[list(group)] = index
+    return group_of
