@@ -34,9 +34,9 @@ def named_axes(axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[
             jax.lax.axis_size(name)
         except NameError:
             raise ValueError(
-                f"axis_name={axis_name!r}: {name!r} is not bound here; wanted the name of an axis that is mapped "
-                f"around this call, by jax.shard_map or jax.vmap(..., axis_name={name!r}). Under plain jit, "
-                "statistics of a sharded batch are global without a name: pass axis_name=None."
+                f"axis_name={axis_name!r}: {name!r} is not bound here; wanted the name of an axis mapped "
+                f"around this call, by jax.shard_map or jax.vmap(..., axis_name={name!r}). Under plain jit, pass "
+                "axis_name=None: statistics of a sharded batch are global without a name."
             ) from None
     if axis_index_groups is None:
         return NamedAxes(names)
@@ -63,25 +63,24 @@ def smallest_group(over: NamedAxes) -> int:
 def split_devices(over: NamedAxes) -> tuple[NamedAxes, NamedAxes]:
     """Tells the axes that JAX merely vectorizes over from those along which values travel between devices.
 
-    Groups of a mixture of both count as the first.
+    Groups that cut across both count as the first.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    devices = tuple(name for name in over.names if name in manual)
-    if devices == over.names:
-        return NamedAxes(), over
-    if over.groups is not None:
+    vectorized = tuple(name for name in over.names if name not in manual)
+    if vectorized and over.groups:
         return over, NamedAxes()
-    return NamedAxes(tuple(name for name in over.names if name not in manual)), NamedAxes(devices)
+    devices = tuple(name for name in over.names if name in manual)
+    return NamedAxes(vectorized), NamedAxes(devices, over.groups)
 
 
 def total(values: jax.Array, over: NamedAxes) -> jax.Array:
     """Adds up the members of one's group, in one collective.
 
-    Each group has a row of its own in what travels: JAX takes its `axis_index_groups` neither in a `shard_map`
-    that checks replication nor in `vmap`.
+    Each group has a row of its own in what travels: JAX takes no `axis_index_groups` in `vmap`, nor in a
+    `shard_map` that checks replication.
     """
     if over.groups is None:
-        return jax.lax.psum(values, over.names)
+        return _psum(values, over.names)
     group = jnp.asarray(_group_of_member(over))[jax.lax.axis_index(over.names)]
     rows = _in_own_row(values, group, len(over.groups), over.names)
     return jnp.sum(jnp.where(_is_row(group, rows), rows, 0), 0)
@@ -115,7 +114,20 @@ def vary_like(values: jax.Array, x: jax.Array) -> jax.Array:
 
 def _in_own_row(values, row, rows, names):
     empty = jnp.zeros((rows, *values.shape), values.dtype)
-    return jax.lax.psum(jnp.where(_is_row(row, empty), values[None], empty), names)
+    return _psum(jnp.where(_is_row(row, empty), values[None], empty), names)
+
+
+def _psum(values, names):
+    try:
+        return jax.lax.psum(values, names)
+    except (AssertionError, ValueError) as error:
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        if manual and not set(names) <= set(manual):
+            raise ValueError(
+                f"axis_name={names} names a vmap axis inside a jax.shard_map over {manual} that checks "
+                "replication, where JAX cannot add up; pass check_vma=False to that shard_map."
+            ) from error
+        raise
 
 
 def _is_row(row, rows):

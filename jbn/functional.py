@@ -1,6 +1,8 @@
 """Batch normalization as pure functions, with the one derivative rule that they share."""
 
+import math
 import operator
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes, expand, feature_axes, other_axes
 from jbn.checks import as_samples, as_weights, check_epsilon, check_features, check_update, result_dtype
-from jbn.collectives import AxisName, NamedAxes, named_axes, total, vary_like
+from jbn.collectives import AxisName, NamedAxes, named_axes, smallest_group, total, vary_like
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.running import UpdateRule, absorb, ema
 from jbn.statistics import (
@@ -150,9 +152,9 @@ def batch_norm(
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    In training `mean` and `var` are those of `jbn.moments(x, axis=axis, mask=mask)`, the gradient flows
-    through them, and the running moments absorb them by the rule `update`. In inference `mean` and `var` are
-    the running ones, which are constants and are returned as they came.
+    In training `mean` and `var` are those of `jbn.moments(x, axis=axis, mask=mask, axis_name=axis_name)`, the
+    gradient flows through them, and the running moments absorb them by the rule `update`. In inference `mean`
+    and `var` are the running ones, which are constants and are returned as they came.
 
     Args:
       x: samples, of any shape; floating point or complex.
@@ -169,6 +171,15 @@ def batch_norm(
         carries no gradient. Every position is normalized, from its own `x`. Where the weight is 0 and `x` is
         not finite, `x` acts as the mean and gets no gradient. A batch without any weight is normalized with
         mean 0 and variance 0: finite, and of no use but to a masked loss.
+      axis_name: name or names of the axes that `jax.shard_map` or `jax.vmap` map over and that share one
+        batch: one collective forward, as `jbn.moments` tells, and one backward. It has no effect in
+        inference. Under plain `jit`, statistics of a sharded batch are global without a name.
+      axis_index_groups: a partition of the indices along the named axes; only members of one group share.
+      virtual_batch_size: normalize ceil(N / virtual_batch_size) consecutive parts of the N examples each with
+        its own moments (ghost batches: Hoffer et al. 2017). Their sizes differ by one at most, as in
+        `numpy.array_split`. N is the size of the first axis that is no feature axis, on each device for
+        itself; the running moments absorb the merge of all parts, over `axis_name` too. Under plain `jit`, N
+        over the number of devices gives local statistics. It has no effect in inference.
       dtype: the dtype of `y`; that of `x` if None. The arithmetic is in float32 at least.
 
     Returns:
@@ -179,8 +190,15 @@ def batch_norm(
       TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, `update` is no
         function, or `params` or `running` is of another type.
       ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is
-        negative, `params` or `running` have another shape than the features of `x`, or `x` is complex and
-        `running.mean` is not.
+        negative, `params` or `running` have another shape than the features of `x`, `x` is complex and
+        `running.mean` is not, `axis_name` is not bound, `axis_index_groups` is no partition, or
+        `virtual_batch_size` < 1.
+
+    Warns:
+      UserWarning: in training there is one value per feature, so that every output is the bias.
+
+    A feature whose variance is beyond the dtype's range (deviations above 1e19 in float32) is divided by
+    infinity: the output is the bias.
 
     Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
 
@@ -208,6 +226,7 @@ def batch_norm(
     if isinstance(train, bool | np.bool_) and not train:
         return _normalize_usable(x, weights, running, params, axes, epsilon, dtype), running
     over = named_axes(axis_name, axis_index_groups)
+    _warn_of_one_value(x, axes, parts, over)
     train = jnp.asarray(train, bool)
     if parts is None:
         y, used = _normalize_batch(axes, over, epsilon, dtype, x, params, running, weights, train)
@@ -235,9 +254,9 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         P = dbias - a*mean(dx);  Q = inv*dscale - a*inv^2*mean(Re(conj(c)*dx))
         dy = a*dx + c*Q + P
 
-    JAX transposes these two reductions into the two of the backward pass: the sums over devices of both in one
-    collective, from which the gradients of scale and bias come too. The rule is plain JAX code, in which `used`
-    has the derivative that this same rule gives it, so every further derivative follows.
+    JAX transposes these two reductions into the two of the backward pass, summed over devices in one collective
+    from which the gradients of scale and bias come too. The rule is plain JAX code, in which `used` has the
+    derivative that this same rule gives it, so every further derivative follows.
     """
     x, params, _, weights, train = primals
     dx, dparams, *_ = tangents
@@ -279,6 +298,23 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
 
     dy, dused = tangent(x, params, used, weights, train, dx, dparams)
     return (y, used), (dy, cast(dused, used.mean.dtype))
+
+
+def _warn_of_one_value(x, axes, parts, over):
+    sizes = [x.shape[a] for a in other_axes(x.ndim, axes)]
+    if parts is None:
+        sizes.append(smallest_group(over))
+    else:
+        sizes[0] //= parts
+    if math.prod(sizes) == 1:
+        warnings.warn(
+            f"x of shape {x.shape} has one value per feature of axis {axes}"
+            + (f", counted over axis_name={over.names}" if over.names and parts is None else "")
+            + (f", in {parts} virtual batches" if parts else "")
+            + ": it is its own mean, so in training every output is the bias. Train on larger batches, or "
+            "normalize with the running moments (train=False).",
+            stacklevel=3,
+        )
 
 
 def _normalize_usable(x, weights, used, params, axes, epsilon, dtype):

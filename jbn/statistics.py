@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, expand, feature_axes, other_axes
+from jbn.axes import Axes, feature_axes, other_axes
 from jbn.checks import as_samples, as_weights
 from jbn.collectives import AxisName, NamedAxes, gather, named_axes, split_devices, total
 from jbn.dtypes import arithmetic_dtype, real_dtype
@@ -46,7 +46,7 @@ def moments(
 
     With `axis_name`, moments are those of all devices' samples together: each device measures its own, and
     `jbn.merge` merges them, by count, so that unequal masks and empty shards are exact. It takes one
-    collective, in which each of D devices sends 3 D values per feature.
+    collective of 3 D values per feature for D devices.
 
     Args:
       x: samples, of any shape; floating point or complex.
@@ -89,15 +89,11 @@ def measure(
     """Does the work of `moments`, for arguments that were checked."""
     reduced = other_axes(x.ndim, axes)
     x = x.astype(arithmetic_dtype(x))
-    count = _count(weights, x, axes)
-    mean, var = _merge(
-        mean=x,
-        var=jnp.zeros((1,) * x.ndim, count.dtype),
-        weights=weights,
-        count=expand(count, x.ndim, axes),
-        total=partial(jnp.sum, axis=reduced, keepdims=True),
-    )
-    return merge_named(Moments(jnp.squeeze(mean, reduced), jnp.squeeze(var, reduced), count), over)
+    count = _count(weights, x, reduced)
+    var = jnp.zeros_like(count, shape=(1,) * x.ndim)
+    mean, var = _merge(x, var, weights, count, partial(jnp.sum, axis=reduced, keepdims=True))
+    local = Moments(mean, var, jnp.zeros_like(var) + count)
+    return merge_named(jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), local), over)
 
 
 def merge(*parts: Moments) -> Moments:
@@ -156,9 +152,9 @@ def merge_named(part: Moments, over: NamedAxes) -> Moments:
 
 def _merge_by(total: Callable[[jax.Array], jax.Array], parts: Moments) -> Moments:
     count = total(parts.count)
-    # Shares are exactly 1 and 0 where there is one part, so that its moments come out as they are.
-    shares = ratio(parts.count, jnp.broadcast_to(count, parts.count.shape))
-    mean, var = _merge(parts.mean, parts.var, shares, jnp.ones_like(count), total)
+    # A part that is all there is weighs 1, so that it comes out as it is.
+    weights = jnp.where((parts.count == count) & (count > 0), 1, parts.count)
+    mean, var = _merge(parts.mean, parts.var, weights, total(weights), total)
     return Moments(mean, var, count)
 
 
@@ -194,8 +190,10 @@ def _merge(
 
 def with_count_per_feature(m: Moments) -> Moments:
     """Returns the same moments with the count broadcast to the mean's shape."""
-    mean, var = jnp.asarray(m.mean), jnp.asarray(m.var)
-    return Moments(mean, var, jnp.broadcast_to(jnp.asarray(m.count, var.dtype), mean.shape))
+    var, count = jnp.asarray(m.var), jnp.asarray(m.count)
+    # A sum, for it has the variance's sharding too.
+    count = jnp.zeros_like(var) + jnp.expand_dims(count.astype(var.dtype), range(var.ndim - count.ndim))
+    return Moments(jnp.asarray(m.mean), var, count)
 
 
 def cast(m: Moments, dtype: DTypeLike) -> Moments:
@@ -205,7 +203,7 @@ def cast(m: Moments, dtype: DTypeLike) -> Moments:
 
 
 def finite_centre(m: Moments) -> Moments:
-    """Centres at 0 what is beyond the dtype's range: divided by an infinite deviation, finite samples are 0."""
+    """Centres at 0 what has no finite variance, so that finite samples over an infinite deviation are 0."""
     return m._replace(mean=jnp.where(jnp.isfinite(m.var), m.mean, 0))
 
 
@@ -234,14 +232,14 @@ def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     return values if weights is None else values * weights.astype(values.dtype)
 
 
-def _count(weights: jax.Array | None, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """Adds up the weights over some axes of `x`, which keep size 1, as do feature axes that share a weight."""
     if weights is None:
         weights = jnp.ones((1,) * x.ndim, bool)
-    reduced, real = other_axes(x.ndim, axes), real_dtype(x.dtype)
-    count = jnp.sum(weights, reduced, dtype=real)
+    count = jnp.sum(weights, reduced, dtype=real_dtype(x.dtype), keepdims=True)
     for a in reduced:
         # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
         # float32 can count one by one. The size may be symbolic, in `jax.export`.
         if weights.shape[a] == 1:
-            count = count * jnp.asarray(x.shape[a], real)
-    return jnp.broadcast_to(count, tuple(x.shape[a] for a in axes))
+            count = count * jnp.asarray(x.shape[a], count.dtype)
+    return count

@@ -1,11 +1,13 @@
 """Virtual batches, also called ghost batches: parts of a batch that are normalized each on its own."""
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 from jbn.axes import other_axes
 
@@ -27,8 +29,8 @@ def count_parts(x: jax.Array, axes: tuple[int, ...], virtual_batch_size: int | N
         raise ValueError(f"virtual_batch_size={size}; wanted a number of examples >= 1, or None for all.")
     if not other_axes(x.ndim, axes):
         raise ValueError(
-            f"virtual_batch_size={size} needs a batch axis to split, but x of shape {x.shape} has only feature "
-            f"axes {axes}; outside of jax.vmap it would have one."
+            f"virtual_batch_size={size} needs a batch axis to split, but x of shape {x.shape} has feature axes "
+            f"{axes} only; outside of jax.vmap it would have one."
         )
     return max(1, -(-x.shape[batch_axis(x.ndim, axes)] // size))
 
@@ -41,9 +43,9 @@ def batch_axis(ndim: int, axes: tuple[int, ...]) -> int:
 def map_parts(f: Callable[..., Any], parts: int, axes: tuple[int, ...]) -> Callable[..., Any]:
     """Applies `f(x, params, running, weights, train)` to consecutive parts of the batch.
 
-    The sizes of the parts differ by one at most, as in `numpy.array_split`. All are computed at once: the batch
-    is reshaped to (parts, size), where the last row of the shorter parts is padding, which the weights mask. So
-    a batch that is sharded into as many parts stays where it is.
+    The sizes of the parts differ by one at most, as in `numpy.array_split`. All are computed at once: the
+    batch is reshaped to (parts, size), where the last row of the shorter parts is padding, which the weights
+    mask. So a batch that is sharded into as many parts stays where it is.
 
     Returns:
       A function that returns `y` in the shape of `x`, and the moments of the parts along a new first axis.
@@ -51,42 +53,69 @@ def map_parts(f: Callable[..., Any], parts: int, axes: tuple[int, ...]) -> Calla
 
     def mapped(x, params, running, weights, train):
         axis = batch_axis(x.ndim, axes)
-        examples = x.shape[axis]
-        if examples % parts:
-            ones = jnp.ones(tuple(n if a == axis else 1 for a, n in enumerate(x.shape)), bool)
-            weights = ones if weights is None else jnp.where(ones, weights, 0)
-        whole = weights is None or weights.shape[axis] == 1
-        y, moments = jax.vmap(
-            f, in_axes=(axis, None, None, None if whole else axis, None), out_axes=(axis, 0)
-        )(
+        if x.shape[axis] % parts:
+            weights = _one_per_example(weights, x, axis)
+        shared = weights is None or weights.shape[axis] == 1
+        y, moments = jax.vmap(f, (axis, None, None, None if shared else axis, None), (axis, 0))(
             _split(x, parts, axis),
             params,
             running,
-            weights if whole else _split(weights, parts, axis),
+            weights if shared else _split(weights, parts, axis),
             train,
         )
-        return _join(y, examples, axis), moments
+        return _join(y, x, axis), moments
 
     return mapped
 
 
+def _one_per_example(weights: jax.Array | None, x: jax.Array, axis: int) -> jax.Array:
+    ones = jnp.expand_dims(jnp.ones(x.shape[axis], bool), [a for a in range(x.ndim) if a != axis])
+    return ones if weights is None else jnp.where(ones, weights, 0)
+
+
 def _split(x: jax.Array, parts: int, axis: int) -> jax.Array:
     """Reshapes an axis to (parts, size); pads with 0 the parts that have one less."""
-    shape = lambda count, size: (*x.shape[:axis], count, size, *x.shape[axis + 1 :])
-    short, longer = divmod(x.shape[axis], parts)
+
+    def reshape(x, parts):
+        return x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+
+    x = _whole_parts_per_device(x, parts, axis)
+    longer = x.shape[axis] % parts
     if not longer:
-        return x.reshape(shape(parts, short))
-    first, rest = jnp.split(x, [longer * (short + 1)], axis)
-    rest = rest.reshape(shape(parts - longer, short))
-    padding = [(0, int(a == axis + 1)) for a in range(rest.ndim)]
-    return jnp.concatenate([first.reshape(shape(longer, short + 1)), jnp.pad(rest, padding)], axis)
+        return reshape(x, parts)
+    first, rest = jnp.split(x, [longer * (x.shape[axis] // parts + 1)], axis)
+    padding = [(0, int(a == axis + 1)) for a in range(x.ndim + 1)]
+    return jnp.concatenate([reshape(first, longer), jnp.pad(reshape(rest, parts - longer), padding)], axis)
 
 
-def _join(x: jax.Array, examples: int, axis: int) -> jax.Array:
-    """Undoes `_split`."""
-    merge_axes = lambda x: x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-    longer = examples % x.shape[axis]
-    if not longer:
-        return merge_axes(x)
-    first, rest = jnp.split(x, [longer], axis)
-    return jnp.concatenate([merge_axes(first), merge_axes(rest[(slice(None),) * (axis + 1) + (slice(-1),)])], axis)
+def _join(y: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """Undoes `_split` of `x`."""
+
+    def reshape(y):
+        return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+
+    longer = x.shape[axis] % y.shape[axis]
+    if longer:
+        first, rest = jnp.split(y, [longer], axis)
+        rest = jax.lax.slice_in_dim(rest, 0, rest.shape[axis + 1] - 1, axis=axis + 1)
+        y = jnp.concatenate([reshape(first), reshape(rest)], axis)
+    else:
+        y = reshape(y)
+    sharding = jax.typeof(x).sharding
+    return y if jax.typeof(y).sharding == sharding else reshard(y, sharding)
+
+
+def _whole_parts_per_device(x: jax.Array, parts: int, axis: int) -> jax.Array:
+    """Collects an explicitly sharded batch on every device, unless each has as many whole parts."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis]
+    if names is None:
+        return x
+    devices = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+    if x.shape[axis] % parts == 0 and parts % devices == 0:
+        return x
+    spec = list(sharding.spec)
+    spec[axis] = None
+    return jax.sharding.reshard(
+        x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+    )

@@ -1,5 +1,6 @@
 """Batch normalization as a Flax Linen module."""
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from functools import partial
 
@@ -10,9 +11,11 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jbn.axes import Axes, feature_axes
+from jbn.collectives import AxisName
 from jbn.dtypes import arithmetic_dtype, promote
-from jbn.functional import Params, batch_norm, init
+from jbn.functional import Params, batch_norm, init, normalize
 from jbn.running import UpdateRule, ema
+from jbn.statistics import moments
 
 
 class BatchNorm(nn.Module):
@@ -38,9 +41,12 @@ class BatchNorm(nn.Module):
       use_scale: learn a scale.
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
+      axis_name: name or names of the mapped axes that share one batch; not used in `init`.
+      axis_index_groups: a partition of the indices along the named axes; only members of one group share.
       update: another rule for the running moments, in place of `momentum`: `jbn.cumulative()`,
         `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further variable `count`
         then stands in "batch_stats", which is what such rules average by.
+      virtual_batch_size: in training, normalize parts of about this many examples each on its own.
 
     Raises:
       ValueError: `use_running_average` is missing, or given twice; and what `jbn.batch_norm` raises.
@@ -67,8 +73,11 @@ class BatchNorm(nn.Module):
     use_scale: bool = True
     bias_init: Initializer = nn.initializers.zeros
     scale_init: Initializer = nn.initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Sequence[Sequence[int]] | None = None
     _: KW_ONLY
     update: UpdateRule | None = None
+    virtual_batch_size: int | None = None
 
     @nn.compact
     def __call__(
@@ -100,6 +109,11 @@ class BatchNorm(nn.Module):
             scale=self.param("scale", self.scale_init, shape, self.param_dtype) if self.use_scale else None,
             bias=self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None,
         )
+        dtype = self.dtype or promote(x, *jax.tree.leaves(params))
+        if self.is_initializing() and not use_running_average:
+            # Whatever the shape of the example input, and with no axis bound.
+            batch = moments(x, axis=self.axis, mask=mask)
+            return normalize(x, batch, params, axis=self.axis, epsilon=self.epsilon, dtype=dtype)
         y, running = batch_norm(
             x,
             params,
@@ -109,9 +123,12 @@ class BatchNorm(nn.Module):
             epsilon=self.epsilon,
             update=self.update or ema(self.momentum),
             mask=mask,
-            dtype=self.dtype or promote(x, *jax.tree.leaves(params)),
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
+            dtype=dtype,
         )
-        if not use_running_average and not self.is_initializing():
+        if not use_running_average:
             for name, stat in stats.items():
                 stat.value = getattr(running, name)
         return y
