@@ -35,8 +35,8 @@ def named_axes(axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[
         except NameError:
             raise ValueError(
                 f"axis_name={axis_name!r}: {name!r} is not bound here; wanted the name of an axis mapped "
-                f"around this call, by jax.shard_map or jax.vmap(..., axis_name={name!r}). Under plain jit, pass "
-                "axis_name=None: statistics of a sharded batch are global without a name."
+                f"around this call, by jax.shard_map or jax.vmap(..., axis_name={name!r}). Under plain jit, "
+                "pass axis_name=None: statistics of a sharded batch are global without a name."
             ) from None
     if axis_index_groups is None:
         return NamedAxes(names)

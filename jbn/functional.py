@@ -254,9 +254,9 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         P = dbias - a*mean(dx);  Q = inv*dscale - a*inv^2*mean(Re(conj(c)*dx))
         dy = a*dx + c*Q + P
 
-    JAX transposes these two reductions into the two of the backward pass, summed over devices in one collective
-    from which the gradients of scale and bias come too. The rule is plain JAX code, in which `used` has the
-    derivative that this same rule gives it, so every further derivative follows.
+    JAX transposes these two reductions into the two of the backward pass, summed over devices in one
+    collective, from which the gradients of scale and bias come too. The rule is plain JAX code, in which
+    `used` has the derivative that this same rule gives it, so every further derivative follows.
     """
     x, params, _, weights, train = primals
     dx, dparams, *_ = tangents

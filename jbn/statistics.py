@@ -233,7 +233,7 @@ def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 
 def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Adds up the weights over some axes of `x`, which keep size 1, as do feature axes that share a weight."""
+    """Adds up the weights over some axes of `x`; they keep size 1, as do feature axes that share a weight."""
     if weights is None:
         weights = jnp.ones((1,) * x.ndim, bool)
     count = jnp.sum(weights, reduced, dtype=real_dtype(x.dtype), keepdims=True)

@@ -29,10 +29,10 @@ def count_parts(x: jax.Array, axes: tuple[int, ...], virtual_batch_size: int | N
         raise ValueError(f"virtual_batch_size={size}; wanted a number of examples >= 1, or None for all.")
     if not other_axes(x.ndim, axes):
         raise ValueError(
-            f"virtual_batch_size={size} needs a batch axis to split, but x of shape {x.shape} has feature axes "
-            f"{axes} only; outside of jax.vmap it would have one."
+            f"virtual_batch_size={size} needs a batch axis to split, but x of shape {x.shape} has feature "
+            f"axes {axes} only; outside of jax.vmap it would have one."
         )
-    return max(1, -(-x.shape[batch_axis(x.ndim, axes)] // size))
+    return max(-(-x.shape[batch_axis(x.ndim, axes)] // size), 1)
 
 
 def batch_axis(ndim: int, axes: tuple[int, ...]) -> int:
@@ -114,8 +114,5 @@ def _whole_parts_per_device(x: jax.Array, parts: int, axis: int) -> jax.Array:
     devices = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
     if x.shape[axis] % parts == 0 and parts % devices == 0:
         return x
-    spec = list(sharding.spec)
-    spec[axis] = None
-    return jax.sharding.reshard(
-        x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
-    )
+    spec = PartitionSpec(*(None if a == axis else names for a, names in enumerate(sharding.spec)))
+    return reshard(x, NamedSharding(sharding.mesh, spec))
