@@ -284,14 +284,14 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         c = _where_usable(x, weights, x.astype(wide), mean) - mean
         dx = _where_usable(x, weights, dx.astype(wide), 0)
         sums = total(jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(c) * dx)).astype(wide)]), over)
-        # The moments move with x only in training.
-        moving = train & jnp.isfinite(used.var)
-        mean_dx, mean_cdx = jnp.where(moving[None], ratio(sums, used.count[None]), 0)
+        # The moments move with x only in training, and an infinite variance not at all.
+        in_range = ~jnp.isinf(used.var)
+        mean_dx, mean_cdx = jnp.where((train & in_range)[None], ratio(sums, used.count[None]), 0)
 
         inv = jax.lax.rsqrt(used.var + epsilon).astype(wide)
         a = inv * scale
         P = dbias - a * mean_dx
-        Q = inv * dscale - a * inv**2 * mean_cdx
+        Q = jnp.where(in_range, inv * dscale - a * inv**2 * mean_cdx, 0)
         P, Q = vary_like(jnp.stack([P, Q]), x)
         dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
         return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))

@@ -183,8 +183,8 @@ def _merge(
     apart = where_counted(mean - centre, weights)
     offset = average(apart)
     spread = average(where_counted(var, weights) + abs_squared(apart))
-    offset = jnp.where(jnp.isfinite(spread), offset, 0)
-    var = spread - abs_squared(offset)
+    offset = where_finite(offset)
+    var = spread - where_finite(abs_squared(offset))
     return centre + offset, var - jax.lax.stop_gradient(jnp.minimum(var, 0))
 
 
@@ -203,8 +203,8 @@ def cast(m: Moments, dtype: DTypeLike) -> Moments:
 
 
 def finite_centre(m: Moments) -> Moments:
-    """Centres at 0 what has no finite variance, so that finite samples over an infinite deviation are 0."""
-    return m._replace(mean=jnp.where(jnp.isfinite(m.var), m.mean, 0))
+    """Centres at 0 what has an infinite variance, so that finite samples over its root are 0 and not NaN."""
+    return m._replace(mean=jnp.where(jnp.isinf(m.var), 0, m.mean))
 
 
 def select(condition: ArrayLike, a: Moments, b: Moments) -> Moments:
@@ -220,6 +220,11 @@ def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 def abs_squared(x: jax.Array) -> jax.Array:
     """Computes |x|^2, which is real for complex `x` too."""
     return jnp.real(x * jnp.conj(x))
+
+
+def where_finite(x: jax.Array) -> jax.Array:
+    """Puts 0 where `x` is not finite."""
+    return jnp.where(jnp.isfinite(x), x, 0)
 
 
 def where_counted(values: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -1,0 +1,131 @@
+"""Hard inputs against float64, beside a careful two-pass computation in the precision that jbn computes in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from numpy.testing import assert_array_equal
+
+import jbn
+
+
+def normal(mean, sd, shape=(4096, 4), seed=0):
+    return np.random.RandomState(seed).normal(mean, sd, shape)
+
+
+INPUTS = {
+    "mean 0, sd 1": normal(0, 1),
+    "mean 1e4, sd 1": normal(1e4, 1),
+    "mean 1e6, sd 1": normal(1e6, 1),
+    "mean -1e6, sd 1, few rows": normal(-1e6, 1, (5, 4)),
+    "mean 100, sd 1e-3": normal(100, 1e-3),
+    "one far from the others": np.concatenate([normal(0, 1), [[1e6, -1e6, 1e3, 0]]]),
+    "sorted": np.sort(normal(1e3, 1), 0),
+    "constant": np.broadcast_to([0.1, 1234.5, -1e6, 3e-5], (4097, 4)),
+    "mixed magnitudes across features": normal(1, 1) * [1e-9, 1e-3, 1e3, 1e9],
+    "at float16's limit": normal(0, 2e4).clip(-65504, 65504),
+}
+# As float32 arithmetic wants it; the limits of its range have tests of their own.
+DTYPES = {"float16": 3e2, "bfloat16": np.inf, "float32": np.inf, "float64": np.inf, "complex64": np.inf}
+
+
+def two_pass(x):
+    """Mean and variance as a careful programmer would write them, and the samples that they normalize."""
+    x = np.asarray(x)
+    x = x.astype(np.result_type(x.dtype, np.float32)) if x.dtype.kind in "fc" else x.astype(np.float32)
+    columns = np.ascontiguousarray(x.T)  # NumPy adds pairwise along contiguous axes
+    mean = columns.mean(1)
+    var = (np.abs(columns - mean[:, None]) ** 2).mean(1)
+    return mean, var, (x - mean) / np.sqrt(var + x.real.dtype.type(1e-5))
+
+
+def assert_as_exact_as_two_passes(x):
+    """Errors are 4 times those of two passes, and a rounding of the result, at most."""
+    mean, var, _ = reference.moments(x)
+    y = reference.normalize(x, mean, var)
+    actual = jbn.moments(x)
+    actual = *actual[:2], jbn.normalize(x, actual, dtype=actual.mean.dtype)
+    sd = np.sqrt(var + 1e-5)
+    eps = np.finfo(actual[1].dtype).eps
+    # What one rounding of the mean does to each of the three; float64 is the reference's own precision.
+    step = eps * np.abs(mean)
+    squared = step**2 * (1 if eps < 1e-15 else eps)
+    floors = step + eps * sd, eps * var + squared, eps * (1 + np.abs(y)) + step / sd
+    for name, ours, theirs, exact, floor in zip(
+        ("mean", "var", "y"), actual, two_pass(x), (mean, var, y), floors
+    ):
+        error, allowed = np.abs(ours - exact), 4 * np.abs(theirs - exact) + 2 * floor
+        assert np.all(error <= allowed), f"{name}: {np.max(error - allowed)} more than is allowed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", INPUTS)
+def test_errors_are_those_of_two_passes(case, dtype):
+    x = INPUTS[case]
+    if dtype == "float16" and np.abs(x).max() > 65504:
+        x = x / np.abs(x).max(0) * 6e4
+    if dtype == "complex64":
+        x = x - 0.5j * x[::-1]
+    with jax.enable_x64(dtype == "float64"):
+        assert_as_exact_as_two_passes(jnp.asarray(x, dtype))
+
+
+@pytest.mark.parametrize("mean, sd", [(3.0, 2.0), (1e6, 1.0), (100.0, 1e-3)])
+def test_ten_million_rows_are_as_exact_as_few(mean, sd):
+    x = jnp.asarray(normal(mean, sd, (10_000_019, 1)), jnp.float32)
+    assert_as_exact_as_two_passes(x)
+    assert_array_equal(jbn.moments(x).count, np.float32(10_000_019))
+
+
+def test_mean_of_a_million_costs_the_variance_nothing():
+    # Two passes lose the square of the mean's rounding, up to 1e-3 of a variance of 1.
+    x = jnp.asarray(normal(1e6, 1, (999, 64)), jnp.float32)
+    np.testing.assert_allclose(jbn.moments(x).var, reference.moments(x)[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
+@pytest.mark.parametrize("rows", [2, 3, 1000])
+def test_nothing_is_nan_and_no_variance_negative_at_the_limits_of_a_dtype(dtype, rows):
+    finfo, rng = jnp.finfo(dtype), np.random.RandomState(rows)
+    largest = 0.99 * np.float64(finfo.max)  # a mean of the largest may round to infinity
+    signs = rng.choice([-1, 1], (rows, 1))
+    x = np.concatenate(
+        [
+            np.full((rows, 1), largest),
+            np.full((rows, 1), -largest),
+            signs * largest,
+            signs * np.float64(finfo.smallest_subnormal),
+            rng.rand(rows, 1) * np.float64(finfo.tiny),
+            signs * largest * rng.rand(rows, 1),
+            np.where(signs > 0, largest, finfo.tiny),
+            np.full((rows, 1), 1e-30),
+        ],
+        axis=1,
+    )
+    x = jnp.asarray(x + 0.5j * x if dtype == "complex64" else x, dtype)
+    params, running = jbn.init(8, dtype=dtype)
+
+    def loss(x, params):
+        y, new = jbn.batch_norm(x, params, running, train=True, update=jbn.pooled())
+        return jnp.sum(jnp.sin(y).real), (y, new)
+
+    batch = jbn.moments(x)
+    assert np.isfinite(batch.mean).all()
+    assert np.all(batch.var >= 0)
+    dx_dparams, (y, new) = jax.grad(loss, (0, 1), has_aux=True)(x, params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((dx_dparams, y, new)))
+    if dtype != "float16":  # whose squares float32 can hold
+        assert np.isinf(batch.var[2])
+        assert_array_equal(y[:, 2], 0)
+        assert_array_equal(new.count[2], 0)
+
+
+@pytest.mark.parametrize("value", [1e38, -3e38, 1e30, 1e-30, 7e4])
+def test_constant_feature_is_its_mean_whatever_its_size(value):
+    mean, var, _ = jbn.moments(jnp.full((1000, 1), value, jnp.float32))
+    np.testing.assert_allclose(mean, np.float32(value), rtol=3e-7)
+    y = jbn.normalize(jnp.full((3, 1), value, jnp.float32), jbn.Moments(mean, jnp.zeros(1), jnp.ones(1)))
+    if abs(value) < 1e10:
+        np.testing.assert_allclose(var, 0, atol=(1e-7 * value) ** 2)
+        np.testing.assert_allclose(y, 0, atol=4e-7 * abs(value) / np.sqrt(1e-5))
