@@ -131,11 +131,11 @@ def _psum(values, names):
 
 
 def _is_row(row, rows):
-    return jnp.expand_dims(jnp.arange(rows.shape[0]) == row, range(1, rows.ndim))
+    return jnp.expand_dims(jnp.arange(rows.shape[0], dtype=row.dtype) == row, range(1, rows.ndim))
 
 
 def _group_of_member(over):
-    group_of = np.zeros(axis_size(over.names), int)
+    group_of = np.zeros(axis_size(over.names), np.int32)
     for index, group in enumerate(over.groups):
         group_of[list(group)] = index
     return group_of

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes, expand, feature_axes, other_axes
 from jbn.checks import as_samples, as_weights, check_epsilon, check_features, check_update, result_dtype
-from jbn.collectives import AxisName, NamedAxes, named_axes, smallest_group, total, vary_like
+from jbn.collectives import AxisName, NamedAxes, named_axes, smallest_group, split_devices, total, vary_like
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.running import UpdateRule, absorb, ema
 from jbn.statistics import (
@@ -229,7 +229,10 @@ def batch_norm(
     _warn_of_one_value(x, axes, parts, over)
     train = jnp.asarray(train, bool)
     if parts is None:
-        y, used = _normalize_batch(axes, over, epsilon, dtype, x, params, running, weights, train)
+        # JAX forgets a vmap's axis name in a custom rule that jit stages inside it: autodiff does it there.
+        vectorized, _ = split_devices(over)
+        normalize_batch = _formula if vectorized.names else _normalize_batch
+        y, used = normalize_batch(axes, over, epsilon, dtype, x, params, running, weights, train)
     else:
         normalize_part = partial(_normalize_batch, axes, NamedAxes(), epsilon, dtype)
         y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
@@ -237,13 +240,15 @@ def batch_norm(
     return y, select(train, absorb(update, running, used), running)
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _normalize_batch(axes, over, epsilon, dtype, x, params, running, weights, train):
+def _formula(axes, over, epsilon, dtype, x, params, running, weights, train):
     """Returns the normalized samples and the moments used: the batch's if `train`, else the running ones."""
     batch = measure(x, axes, weights, over)
     wide = arithmetic_dtype(batch.mean, running.mean)
     used = select(train, cast(batch, wide), cast(running, wide))
     return _normalize_usable(x, weights, used, params, axes, epsilon, dtype), used
+
+
+_normalize_batch = jax.custom_jvp(_formula, nondiff_argnums=(0, 1, 2, 3))
 
 
 @_normalize_batch.defjvp

@@ -69,8 +69,8 @@ def map_parts(f: Callable[..., Any], parts: int, axes: tuple[int, ...]) -> Calla
 
 
 def _one_per_example(weights: jax.Array | None, x: jax.Array, axis: int) -> jax.Array:
-    ones = jnp.expand_dims(jnp.ones(x.shape[axis], bool), [a for a in range(x.ndim) if a != axis])
-    return ones if weights is None else jnp.where(ones, weights, 0)
+    weights = jnp.ones((1,) * x.ndim, bool) if weights is None else weights
+    return jnp.broadcast_to(weights, (*weights.shape[:axis], x.shape[axis], *weights.shape[axis + 1 :]))
 
 
 def _split(x: jax.Array, parts: int, axis: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Hard inputs against float64, beside a careful two-pass computation in the precision that jbn computes in."""
+"""Hard inputs against float64, beside a careful two-pass computation in jbn's precision."""
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def assert_as_exact_as_two_passes(x):
     eps = np.finfo(actual[1].dtype).eps
     # What one rounding of the mean does to each of the three; float64 is the reference's own precision.
     step = eps * np.abs(mean)
-    squared = step**2 * (1 if eps < 1e-15 else eps)
+    squared = 4 * step**2 * (1 if eps < 1e-15 else eps)
     floors = step + eps * sd, eps * var + squared, eps * (1 + np.abs(y)) + step / sd
     for name, ours, theirs, exact, floor in zip(
         ("mean", "var", "y"), actual, two_pass(x), (mean, var, y), floors
