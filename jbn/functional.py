@@ -306,18 +306,20 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
 
 
 def _warn_of_one_value(x, axes, parts, over):
-    sizes = [x.shape[a] for a in other_axes(x.ndim, axes)]
-    if parts is None:
-        sizes.append(smallest_group(over))
-    else:
+    """Counts what is known while tracing: positions, whatever a mask makes of them."""
+    sizes, where = [x.shape[a] for a in other_axes(x.ndim, axes)], ""
+    if parts is not None:
         sizes[0] //= parts
+        where = f", in {parts} virtual batches"
+    elif over.names:
+        sizes.append(smallest_group(over))
+        where = (
+            f", counted over axis_name={over.names}" + (over.groups is not None) * " in the smallest group"
+        )
     if math.prod(sizes) == 1:
         warnings.warn(
-            f"x of shape {x.shape} has one value per feature of axis {axes}"
-            + (f", counted over axis_name={over.names}" if over.names and parts is None else "")
-            + (f", in {parts} virtual batches" if parts else "")
-            + ": it is its own mean, so in training every output is the bias. Train on larger batches, or "
-            "normalize with the running moments (train=False).",
+            f"x of shape {x.shape} has one value per feature{where}. It is its own mean, so that in training "
+            "every output is the bias. Train on larger batches, or with the running moments (train=False).",
             stacklevel=3,
         )
 

@@ -15,6 +15,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+collect_ignore = ["data/torch_batch_norm.py"]  # needs PyTorch; the tests read what it wrote
+
 
 @pytest.fixture
 def x64():

@@ -5,6 +5,8 @@ import numpy as np
 import optax
 import pytest
 import reference
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
@@ -124,6 +126,43 @@ def test_any_update_rule_keeps_its_count_beside_the_statistics(rule):
         variables = {**variables, **updated}
         _, expected = jbn.batch_norm(batch, None, expected, train=True, update=rule)
     assert_allclose(jbn.Moments(**variables["batch_stats"]), expected, rtol=1e-6)
+
+
+def test_axis_name_shares_the_batch_over_devices_and_init_needs_no_axis():
+    layer, x = jbn.linen.BatchNorm(use_running_average=False, axis_name="i"), random((16, 3))
+    variables = layer.init(jax.random.key(0), x[:2])
+    mask = jnp.arange(16)[:, None] > 4
+    apply = lambda x, mask: layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(apply, mesh=mesh, in_specs=P("i"), out_specs=(P("i"), P()))
+    whole = jbn.linen.BatchNorm(use_running_average=False)
+    actual = jax.jit(mapped)(x, mask)
+    expected = whole.apply(variables, x, mask=mask, mutable=["batch_stats"])
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-5), actual, expected)
+
+    pairs = [[2 * i, 2 * i + 1] for i in range(4)]
+    grouped = jbn.linen.BatchNorm(use_running_average=False, axis_name="i", axis_index_groups=pairs)
+    apply = lambda x: grouped.apply(variables, x, mutable=["batch_stats"])[0]
+    y = jax.jit(jax.shard_map(apply, mesh=mesh, in_specs=P("i"), out_specs=P("i")))(x)
+    wanted = [whole.apply(variables, part, mutable=["batch_stats"])[0] for part in jnp.split(x, 4)]
+    assert_allclose(y, jnp.concatenate(wanted), rtol=1e-5, atol=1e-5)
+
+
+def test_virtual_batch_size_normalizes_each_part():
+    layer = jbn.linen.BatchNorm(use_running_average=False, virtual_batch_size=4, momentum=0.5)
+    x = random((8, 3))
+    variables = layer.init(jax.random.key(0), x)
+    y, updated = layer.apply(variables, x, mutable=["batch_stats"])
+    parts = [jbn.normalize(part, jbn.moments(part)) for part in jnp.split(x, 2)]
+    assert_allclose(y, jnp.concatenate(parts), rtol=1e-5, atol=1e-6)
+    assert_allclose(updated["batch_stats"]["mean"], x.mean(0) / 2, rtol=1e-5)
+
+
+def test_one_value_per_feature_warns_in_training_and_not_in_init():
+    layer, x = jbn.linen.BatchNorm(use_running_average=False), jnp.ones((1, 3))
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.warns(UserWarning, match="one value per feature"):
+        layer.apply(variables, x, mutable=["batch_stats"])
 
 
 def test_use_running_average_is_wanted_once():

@@ -1,4 +1,6 @@
+import json
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,9 @@ UNBIASED = [
     jbn.cumulative(unbiased=True),
 ]
 N = 8.0
+
+
+PYTORCH = json.loads((Path(__file__).parent / "data/torch_batch_norm.json").read_text())
 
 
 def batches(k=5):
@@ -93,6 +98,34 @@ def test_extreme_decays_are_the_last_batch_and_the_first_value(decay, debias):
     wanted = parts[-1] if decay == 0 else jbn.init(3)[1]
     assert_array_equal(running.mean, wanted.mean)
     assert_array_equal(running.var, wanted.var)
+
+
+@pytest.mark.parametrize("run", PYTORCH["runs"], ids=lambda run: f"momentum={run['momentum']}")
+def test_unbiased_rules_are_pytorch_step_by_step(run):
+    momentum = run["momentum"]
+    rule = jbn.cumulative(unbiased=True) if momentum is None else jbn.ema(1 - momentum, unbiased=True)
+    params, (_, running) = jbn.Params(jnp.array(run["scale"]), jnp.array(run["bias"])), jbn.init(3)
+
+    def loss(x, params, running, target):
+        y, new = jbn.batch_norm(x, params, running, train=True, update=rule)
+        return jnp.sum(jnp.sin(y) * target), (y, new)
+
+    for step in run["steps"]:
+        wanted = {name: np.float32(value) for name, value in step.items()}
+        grads = jax.grad(loss, (0, 1), has_aux=True)
+        (dx, dparams), (y, running) = grads(wanted["x"], params, running, wanted["target"])
+        actual = {
+            "y": y,
+            "dx": dx,
+            "dscale": dparams.scale,
+            "dbias": dparams.bias,
+            "running_mean": running.mean,
+            "running_var": running.var,
+        }
+        for name, value in actual.items():
+            assert_allclose(value, wanted[name], rtol=2e-5, atol=2e-5, err_msg=name)
+    y = jbn.normalize(np.float32(run["steps"][0]["x"]), running, params)
+    assert_allclose(y, run["inference"], rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("rule", UNBIASED)

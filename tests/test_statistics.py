@@ -177,11 +177,29 @@ def test_merge_has_an_identity_whatever_the_empty_part_holds(a, b):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.integers(0, 3), min_size=12, max_size=12), st.permutations(range(4)), st.integers(0, 99))
-def test_parts_merged_in_any_order_give_the_moments_of_the_whole(part_of_row, order, seed):
-    x, weights = samples((12, 2), seed=seed), np.random.RandomState(seed).rand(12, 2).astype(np.float32)
-    parts = [jbn.moments(x, mask=weights * (np.array(part_of_row) == part)[:, None]) for part in order]
-    assert_moments(jbn.merge(*parts), jbn.moments(x, mask=weights), 1e-5)
+@given(
+    part_of_row=st.lists(st.integers(0, 4), min_size=1, max_size=12),
+    kind=st.sampled_from(["no mask", "mask", "weights", "weights per feature"]),
+    seed=st.integers(0, 99),
+    data=st.data(),
+)
+def test_any_parts_merged_in_any_order_give_the_moments_of_the_whole(part_of_row, kind, seed, data):
+    rng, part_of_row = np.random.RandomState(seed), np.array(part_of_row)
+    weights = {
+        "no mask": np.ones((len(part_of_row), 1)),
+        "mask": rng.rand(len(part_of_row), 1) < 0.7,
+        "weights": rng.gamma(1.0, size=(len(part_of_row), 1)),
+        "weights per feature": rng.randint(0, 3, (len(part_of_row), 2)) * rng.rand(1, 2),
+    }[kind].astype(np.float32)
+    clean = samples((len(part_of_row), 2), seed=seed)
+    x = jnp.where(weights > 0, clean, np.nan)
+    parts = [jbn.moments(x, mask=weights * (part_of_row == part)[:, None]) for part in range(5)]
+    while len(parts) > 1:
+        order = data.draw(st.permutations(range(len(parts))))
+        together = data.draw(st.integers(2, len(parts)))
+        merged = jbn.merge(*(parts[i] for i in order[:together]))
+        parts = [merged, *(parts[i] for i in order[together:])]
+    assert_moments(parts[0], reference.moments(clean, mask=weights), 1e-5)
 
 
 def test_merge_takes_a_scalar_count_for_every_feature():

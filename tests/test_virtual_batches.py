@@ -104,7 +104,7 @@ def test_examples_are_counted_by_the_first_axis_that_is_no_feature_axis(x64, axi
 @pytest.mark.parametrize("rule", [jbn.pooled(), jbn.cumulative(unbiased=True), jbn.ema(0.9, debias=True)])
 def test_running_moments_absorb_the_merge_of_all_parts(rule):
     x, (params, running) = random((EXAMPLES, 3), dtype="float32"), layer(dtype="float32")
-    _, new = at_once(x, None, params, running, 3, rule)
+    _, new = jax.jit(partial(at_once, size=3, rule=rule))(x, None, params, running)
     assert_close(new, rule(running, jbn.moments(x)), 1e-5)
 
 
@@ -112,11 +112,12 @@ def test_part_without_samples_and_part_with_nan_harm_nobody_else():
     x, (params, running) = random((EXAMPLES, 3), dtype="float32"), layer(dtype="float32")
     mask = np.ones((EXAMPLES, 1))
     mask[:5] = 0
-    y, new = at_once(x.at[:5].set(np.nan), mask, params, running, 5)
+    f = jax.jit(partial(at_once, size=5))
+    y, new = f(x.at[:5].set(np.nan), mask, params, running)
     assert np.isfinite(y).all()
     assert_close(new, jbn.ema(0.5)(running, jbn.moments(x[5:])), 1e-5)
 
-    y, new = at_once(x.at[0, 0].set(np.nan), None, params, running, 5)
+    y, new = f(x.at[0, 0].set(np.nan), None, params, running)
     assert_array_equal(np.isnan(y[:, 0]), [True] * 5 + [False] * 5)
     assert_array_equal(new.mean[0], running.mean[0])
     assert np.all(new.mean[1:] != running.mean[1:])
@@ -202,11 +203,12 @@ def test_n_over_devices_gives_local_statistics_under_plain_jit(kind):
 def test_parts_that_devices_share_are_exact_on_an_explicit_mesh(size):
     x, (params, running) = random((ROWS, 5, 3), dtype="float32"), layer(dtype="float32")
     mask = np.random.RandomState(1).rand(ROWS, 1, 1).astype(np.float32)
-    expected = gradients(at_once, x, mask, params, running, size)  # on one device
+    f = jax.jit(partial(gradients, at_once, size=size))
+    expected = f(x, mask, params, running)  # on one device
     mesh = jax.make_mesh((DEVICES,), ("i",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         x, mask = jax.device_put((x, mask), NamedSharding(mesh, P("i")))
-        actual = jax.jit(partial(gradients, at_once, size=size))(x, mask, params, running)
+        actual = f(x, mask, params, running)
     assert_close(actual, expected, 3e-5)
     assert actual[0][1][0].sharding.spec == actual[1][0].sharding.spec == P("i", None, None)
 
