@@ -1,5 +1,6 @@
 """Named axes: the devices of a `shard_map`, or the members of a `vmap`, that share one batch."""
 
+import operator
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -40,12 +41,15 @@ def named_axes(axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[
             ) from None
     if axis_index_groups is None:
         return NamedAxes(names)
-    groups = tuple(tuple(int(i) for i in group) for group in axis_index_groups)
     size = axis_size(names)
+    try:
+        groups = tuple(tuple(map(operator.index, group)) for group in axis_index_groups)
+    except TypeError:
+        groups = ()
     if not names or sorted(i for group in groups for i in group) != list(range(size)):
         raise ValueError(
             f"axis_index_groups={axis_index_groups} with axis_name={axis_name!r}; wanted each index of the "
-            f"named axis, 0 to {size - 1}, in exactly one group."
+            f"named axis, 0 to {size - 1}, in exactly one group, as in [[0, 1], [2, 3]]."
         )
     return NamedAxes(names, groups)
 
@@ -90,7 +94,9 @@ def gather(values: jax.Array, over: NamedAxes) -> tuple[jax.Array, jax.Array]:
     """Collects the values of all members, in one collective; and tells who is in one's own group.
 
     A sum of arrays in which each member fills its own row is the same for all, and `shard_map` knows that; it
-    would not know it of an `all_gather`.
+    would not know it of an `all_gather`. For C features on D devices, moments in float32 take 12 C D bytes:
+    24 KB for 256 features on 8 devices, 3 MB on 1024. Two collectives of 12 C bytes would be better where
+    moving the rows takes longer than waiting for one more: at 100 GB/s and 20 microseconds, from C D = 1e5 on.
 
     Returns:
       An array with the values of each member along a new first axis, and Booleans along the same axis.

@@ -170,14 +170,15 @@ def test_large_means_are_exact_from_the_first_step(way):
 
 
 def test_counts_8_and_2_give_the_exact_mean():
-    # What averaging the means of the two shards gets wrong: 2.71 for 1.31 (each device had its own count).
-    x = jnp.concatenate([jnp.full((8, 1), 0.5), jnp.full((8, 1), 4.55)])
+    # The average of the two shards' means is 2.71.
+    low, high = 1.13 / 3, 15.13 / 3
+    x = jnp.concatenate([jnp.full((8, 1), low), jnp.full((8, 1), high)])
     mask = (jnp.arange(16) < 10)[:, None]
     mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,))
     f = lambda x, mask: jbn.moments(x, mask=mask, axis_name="a")
     moments = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("a"), out_specs=P()))(x, mask)
     assert_allclose(moments.mean, 1.31, rtol=1e-6)
-    assert_allclose(moments.var, np.var([0.5] * 8 + [4.55] * 2), rtol=1e-6)
+    assert_allclose(moments.var, np.var([low] * 8 + [high] * 2), rtol=1e-6)
     assert_array_equal(moments.count, 10)
 
 
@@ -393,6 +394,10 @@ def test_backward_pass_keeps_x_in_its_own_dtype_on_each_device(dtype):
         ({"axis_name": ("i", "i")}, "names an axis twice"),
         ({"axis_name": "i", "axis_index_groups": [[0, 1]]}, "0 to 3, in exactly one group"),
         ({"axis_name": "i", "axis_index_groups": [[0, 1], [1, 2, 3]]}, "0 to 3, in exactly one group"),
+        (
+            {"axis_name": "i", "axis_index_groups": [0, 1, 2, 3]},
+            r"\[0, 1, 2, 3\] with axis_name='i'; wanted each",
+        ),
         ({"axis_index_groups": [[0, 1]]}, "axis_name=None; wanted each index"),
     ],
 )

@@ -1,3 +1,5 @@
+import copy
+from functools import partial
 from operator import itemgetter
 
 import jax
@@ -393,18 +395,57 @@ def test_traced_inference_keeps_what_is_not_finite_to_its_own_sample():
     assert_allclose(f(x, False)[finite], expected[finite], rtol=1e-5)
 
 
-def test_equal_rules_do_not_retrace():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"virtual_batch_size": 3}, {"axis_name": "i", "axis_index_groups": [[0], [1]]}],
+    ids=range(3),
+)
+def test_steps_with_equal_options_trace_once(options):
     traces = []
 
-    @jax.jit
-    def step(x, running, update):
+    @partial(jax.jit, static_argnames="update")
+    def step(x, mask, params, running, update):
         traces.append(update)
-        return jbn.batch_norm(x, None, running, train=True, update=update)
+        f = lambda x, mask: jbn.batch_norm(
+            x, params, running, train=True, mask=mask, update=update, **copy.deepcopy(options)
+        )
+        return jax.vmap(f, axis_name="i")(x, mask)
 
-    step = jax.jit(step.__wrapped__, static_argnames="update")
-    for _ in range(3):
-        step(random((7, 3)), jbn.init(3)[1], update=jbn.ema(0.9))
+    x, (params, running) = random((2, 7, 3)), layer(3)
+    for i in range(4):
+        step(x + i, jnp.arange(14).reshape(2, 7, 1) > i, params, running, update=jbn.ema(0.9))
     assert len(traces) == 1
+
+
+def test_integer_weights_equal_repeated_rows_in_output_gradient_and_state(x64):
+    x, repeats, (params, running) = random((5, 3), "float64"), np.array([2, 0, 1, 3, 1]), layer(3, "float64")
+
+    def weighted(x, params):
+        y, new = jbn.batch_norm(x, params, running, train=True, mask=repeats[:, None])
+        return jnp.sum(repeats.astype(float)[:, None] * jnp.sin(y) ** 2), (y, new)
+
+    def repeated(x, params):
+        y, new = jbn.batch_norm(jnp.repeat(x, repeats, 0), params, running, train=True)
+        return jnp.sum(jnp.sin(y) ** 2), (y, new)
+
+    (grads, (y, new)), (grads_repeated, (y_repeated, new_repeated)) = (
+        jax.jit(jax.grad(f, (0, 1), has_aux=True))(x, params) for f in (weighted, repeated)
+    )
+    actual, expected = (jnp.repeat(y, repeats, 0), grads, new), (y_repeated, grads_repeated, new_repeated)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-10, atol=1e-12), actual, expected)
+
+
+def test_decay_may_come_from_a_schedule_inside_a_compiled_step():
+    x, (_, running) = random((3, 8, 3)), layer(3)
+
+    def step(running, batch_and_decay):
+        batch, decay = batch_and_decay
+        y, running = jbn.batch_norm(batch, None, running, train=True, update=jbn.ema(decay))
+        return running, y
+
+    new, _ = jax.lax.scan(step, running, (x, jnp.array([0.0, 0.5, 0.9])))
+    mean = np.mean(x, 1)
+    assert_allclose(new.mean, 0.9 * (0.5 * mean[0] + 0.5 * mean[1]) + 0.1 * mean[2], rtol=1e-5)
 
 
 def test_vmap_trains_an_ensemble_in_which_each_member_has_its_own_state():
