@@ -22,7 +22,6 @@ from jbn.statistics import (
     cast,
     finite_centre,
     measure,
-    merge_named,
     merge_rows,
     ratio,
     select,
@@ -236,7 +235,7 @@ def batch_norm(
     else:
         normalize_part = partial(_normalize_batch, axes, NamedAxes(), epsilon, dtype)
         y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
-        used = merge_named(merge_rows(used), over)
+        used = merge_rows(used, over)
     return y, select(train, absorb(update, running, used), running)
 
 

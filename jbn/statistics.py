@@ -46,7 +46,7 @@ def moments(
 
     With `axis_name`, moments are those of all devices' samples together: each device measures its own, and
     `jbn.merge` merges them, by count, so that unequal masks and empty shards are exact. It takes one
-    collective of 3 D values per feature for D devices.
+    collective of 4 D values per feature for D devices.
 
     Args:
       x: samples, of any shape; floating point or complex.
@@ -90,10 +90,10 @@ def measure(
     reduced = other_axes(x.ndim, axes)
     x = x.astype(arithmetic_dtype(x))
     count = _count(weights, x, reduced)
-    var = jnp.zeros_like(count, shape=(1,) * x.ndim)
-    mean, var = _merge(x, var, weights, count, partial(jnp.sum, axis=reduced, keepdims=True))
-    local = Moments(mean, var, jnp.zeros_like(var) + count)
-    return merge_named(jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), local), over)
+    rest, var = (jnp.zeros((1,) * x.ndim, dtype) for dtype in (x.dtype, count.dtype))
+    whole = _merge(_Part(x, rest, var, weights), count, partial(jnp.sum, axis=reduced, keepdims=True))
+    whole = whole._replace(count=jnp.zeros_like(whole.var) + count)
+    return _merge_named(jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole), over).moments()
 
 
 def merge(*parts: Moments) -> Moments:
@@ -131,13 +131,31 @@ def merge(*parts: Moments) -> Moments:
     return merge_rows(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
 
 
-def merge_rows(parts: Moments) -> Moments:
-    """Merges moments that are stacked along a first axis."""
+def merge_rows(parts: Moments, over: NamedAxes = NamedAxes()) -> Moments:
+    """Merges moments that are stacked along a first axis, and those of all members of one's group."""
+    return _merge_named(
+        _merge_rows(_Part(parts.mean, jnp.zeros_like(parts.mean), *parts[1:])), over
+    ).moments()
+
+
+class _Part(NamedTuple):
+    """Moments whose mean is the sum of two numbers, so that it loses nothing before it is merged."""
+
+    mean: jax.Array
+    rest: jax.Array
+    var: jax.Array
+    count: jax.Array | None
+
+    def moments(self) -> Moments:
+        return Moments(self.mean + self.rest, self.var, self.count)
+
+
+def _merge_rows(parts: _Part) -> _Part:
     return jax.tree.map(lambda leaf: leaf[0], _merge_by(partial(jnp.sum, axis=0, keepdims=True), parts))
 
 
-def merge_named(part: Moments, over: NamedAxes) -> Moments:
-    """Merges the moments of all members of one's group, in one collective between devices."""
+def _merge_named(part: _Part, over: NamedAxes) -> _Part:
+    """Merges the parts of all members of one's group, in one collective between devices."""
     if not over.names:
         return part
     vectorized, devices = split_devices(over)
@@ -145,47 +163,41 @@ def merge_named(part: Moments, over: NamedAxes) -> Moments:
         part = _merge_by(partial(total, over=vectorized), part)
     if devices.names:
         rows, in_group = gather(jnp.stack([leaf.astype(part.mean.dtype) for leaf in part]), devices)
-        mean, var, count = jnp.moveaxis(rows, 1, 0)
-        part = merge_rows(Moments(mean, jnp.real(var), jnp.where(in_group[:, 0], jnp.real(count), 0)))
+        mean, rest, var, count = jnp.moveaxis(rows, 1, 0)
+        count = jnp.where(in_group[:, 0], jnp.real(count), 0)
+        part = _merge_rows(_Part(mean, rest, jnp.real(var), count))
     return part
 
 
-def _merge_by(total: Callable[[jax.Array], jax.Array], parts: Moments) -> Moments:
+def _merge_by(total: Callable[[jax.Array], jax.Array], parts: _Part) -> _Part:
     count = total(parts.count)
     # A part that is all there is weighs 1, so that it comes out as it is.
     weights = jnp.where((parts.count == count) & (count > 0), 1, parts.count)
-    mean, var = _merge(parts.mean, parts.var, weights, total(weights), total)
-    return Moments(mean, var, count)
+    return _merge(parts._replace(count=weights), total(weights), total)._replace(count=count)
 
 
-def _merge(
-    mean: jax.Array,
-    var: jax.Array,
-    weights: jax.Array | None,
-    count: jax.Array,
-    total: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """The one formula: merges parts that have means, variances and weights, whatever a part is.
+def _merge(parts: _Part, count: jax.Array, total: Callable[[jax.Array], jax.Array]) -> _Part:
+    """The one formula: merges parts that have means, variances and counts, whatever a part is.
 
-        mean = sum(weight_i * mean_i) / count
-        var  = sum(weight_i * (var_i + |mean_i - mean|^2)) / count
+        mean = sum(count_i * mean_i) / count
+        var  = sum(count_i * (var_i + |mean_i - mean|^2)) / count
 
     A sample is a part with variance 0. `total` adds up: over axes, over rows, over the members of a `vmap`.
     """
+    weights = parts.count
 
     def average(values):
-        return ratio(total(weigh(values, weights)), count)
+        return ratio(total(weigh(where_counted(values, weights), weights)), count)
 
-    mean = where_counted(mean, weights)
     # Any point nearby would do: its distance from the mean is measured and taken off below. Scaled by a power
     # of two, so that no sum of finite numbers overflows.
-    centre = jax.lax.stop_gradient(average(mean * 2.0**-32) * 2.0**32)
-    apart = where_counted(mean - centre, weights)
-    offset = average(apart)
-    spread = average(where_counted(var, weights) + abs_squared(apart))
-    offset = where_finite(offset)
-    var = spread - where_finite(abs_squared(offset))
-    return centre + offset, var - jax.lax.stop_gradient(jnp.minimum(var, 0))
+    centre = jax.lax.stop_gradient(average(parts.mean * 2.0**-32) * 2.0**32)
+    apart = where_counted(parts.mean - centre + parts.rest, weights)
+    rest = average(apart)
+    spread = average(parts.var + abs_squared(apart))
+    rest = where_finite(rest)
+    var = spread - where_finite(abs_squared(rest))
+    return _Part(centre, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)
 
 
 def with_count_per_feature(m: Moments) -> Moments:
