@@ -3,7 +3,8 @@
 Flax users import `jbn.linen`.
 """
 
-from jbn.functional import Params, batch_norm, init, normalize
+from jbn.functional import batch_norm, init, normalize
+from jbn.normalization import Params
 from jbn.running import cumulative, ema, pooled
 from jbn.statistics import Moments, merge, moments
 

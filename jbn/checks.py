@@ -1,11 +1,16 @@
 """Checks of arguments: each error names the argument, what it was, what was wanted, and the fix."""
 
+import math
+import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
+
+from jbn.axes import other_axes
+from jbn.collectives import NamedAxes, smallest_group
 
 
 def as_samples(x: ArrayLike) -> jax.Array:
@@ -96,4 +101,26 @@ def check_features(x: jax.Array, axes: tuple[int, ...], name: str, value: NamedT
         raise ValueError(
             f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {wanted} "
             f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis."
+        )
+
+
+def warn_of_one_value(x: jax.Array, axes: tuple[int, ...], parts: int | None, over: NamedAxes) -> None:
+    """Warns the caller's caller if a feature has one value, in the smallest batch that has its own moments.
+
+    What counts is known while tracing: positions, whatever a mask makes of them.
+    """
+    sizes, where = [x.shape[a] for a in other_axes(x.ndim, axes)], ""
+    if parts is not None:
+        sizes[0] //= parts
+        where = f", in {parts} virtual batches"
+    elif over.names:
+        sizes.append(smallest_group(over))
+        where = (
+            f", counted over axis_name={over.names}" + (over.groups is not None) * " in the smallest group"
+        )
+    if math.prod(sizes) == 1:
+        warnings.warn(
+            f"x of shape {x.shape} has one value per feature{where}. It is its own mean, so that in training "
+            "every output is the bias. Train on larger batches, or with the running moments (train=False).",
+            stacklevel=3,
         )

@@ -1,42 +1,30 @@
-"""Batch normalization as pure functions, with the one derivative rule that they share."""
+"""Batch normalization as pure functions."""
 
-import math
 import operator
-import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, expand, feature_axes, other_axes
-from jbn.checks import as_samples, as_weights, check_epsilon, check_features, check_update, result_dtype
-from jbn.collectives import AxisName, NamedAxes, named_axes, smallest_group, split_devices, total, vary_like
-from jbn.dtypes import arithmetic_dtype, real_dtype
-from jbn.running import UpdateRule, absorb, ema
-from jbn.statistics import (
-    Moments,
-    cast,
-    finite_centre,
-    measure,
-    merge_rows,
-    ratio,
-    select,
-    weigh,
-    where_counted,
-    with_count_per_feature,
+from jbn.axes import Axes, feature_axes
+from jbn.checks import (
+    as_samples,
+    as_weights,
+    check_epsilon,
+    check_features,
+    check_update,
+    result_dtype,
+    warn_of_one_value,
 )
+from jbn.collectives import AxisName, NamedAxes, named_axes, split_devices
+from jbn.dtypes import arithmetic_dtype, real_dtype
+from jbn.normalization import Params, normalize_batch, normalize_by
+from jbn.running import UpdateRule, absorb, ema
+from jbn.statistics import Moments, merge_rows, select, with_count_per_feature
 from jbn.virtual_batches import count_parts, map_parts
-
-
-class Params(NamedTuple):
-    """The learnt affine map that follows normalization; either part may be None."""
-
-    scale: jax.Array | None  # (features...), gamma; None scales by 1
-    bias: jax.Array | None  # (features...), beta; None adds 0
 
 
 def init(
@@ -120,16 +108,7 @@ def normalize(
     check_epsilon(epsilon)
     check_features(x, axes, "moments", moments, Moments)
     check_features(x, axes, "params", params, Params)
-    dtype = result_dtype(x, dtype)
-    wide = arithmetic_dtype(x, *jax.tree.leaves((moments, params)))
-    moments = finite_centre(cast(moments, wide))
-    multiplier = jax.lax.rsqrt(moments.var + epsilon).astype(wide)
-    if params.scale is not None:
-        multiplier = multiplier * params.scale.astype(wide)
-    y = (x.astype(wide) - expand(moments.mean, x.ndim, axes)) * expand(multiplier, x.ndim, axes)
-    if params.bias is not None:
-        y = y + expand(params.bias.astype(wide), x.ndim, axes)
-    return y.astype(dtype)
+    return normalize_by(moments, axes, epsilon, result_dtype(x, dtype), x, params, None)
 
 
 def batch_norm(
@@ -223,118 +202,17 @@ def batch_norm(
     parts = count_parts(x, axes, virtual_batch_size)
     running = with_count_per_feature(jax.lax.stop_gradient(running))
     if isinstance(train, bool | np.bool_) and not train:
-        return _normalize_usable(x, weights, running, params, axes, epsilon, dtype), running
+        return normalize_by(running, axes, epsilon, dtype, x, params, weights), running
     over = named_axes(axis_name, axis_index_groups)
-    _warn_of_one_value(x, axes, parts, over)
+    warn_of_one_value(x, axes, parts, over)
     train = jnp.asarray(train, bool)
     if parts is None:
         # JAX forgets a vmap's axis name in a custom rule that jit stages inside it: autodiff does it there.
         vectorized, _ = split_devices(over)
-        normalize_batch = _formula if vectorized.names else _normalize_batch
-        y, used = normalize_batch(axes, over, epsilon, dtype, x, params, running, weights, train)
+        f = normalize_batch.__wrapped__ if vectorized.names else normalize_batch
+        y, used = f(axes, over, epsilon, dtype, x, params, running, weights, train)
     else:
-        normalize_part = partial(_normalize_batch, axes, NamedAxes(), epsilon, dtype)
+        normalize_part = partial(normalize_batch, axes, NamedAxes(), epsilon, dtype)
         y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
         used = merge_rows(used, over)
     return y, select(train, absorb(update, running, used), running)
-
-
-def _formula(axes, over, epsilon, dtype, x, params, running, weights, train):
-    """Returns the normalized samples and the moments used: the batch's if `train`, else the running ones."""
-    batch = measure(x, axes, weights, over)
-    wide = arithmetic_dtype(batch.mean, running.mean)
-    used = select(train, cast(batch, wide), cast(running, wide))
-    return _normalize_usable(x, weights, used, params, axes, epsilon, dtype), used
-
-
-_normalize_batch = jax.custom_jvp(_formula, nondiff_argnums=(0, 1, 2, 3))
-
-
-@_normalize_batch.defjvp
-def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
-    """The derivative in closed form, grouped per feature.
-
-        c = x - mean;  a = scale * inv
-        P = dbias - a*mean(dx);  Q = inv*dscale - a*inv^2*mean(Re(conj(c)*dx))
-        dy = a*dx + c*Q + P
-
-    JAX transposes these two reductions into the two of the backward pass, summed over devices in one
-    collective, from which the gradients of scale and bias come too. The rule is plain JAX code, in which
-    `used` has the derivative that this same rule gives it, so every further derivative follows.
-    """
-    x, params, _, weights, train = primals
-    dx, dparams, *_ = tangents
-    y, used = _normalize_batch(axes, over, epsilon, dtype, *primals)
-
-    # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
-    @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(x, params, used, weights, train, dx, dparams):
-        def per_sample(values):
-            return expand(values, x.ndim, axes)
-
-        def sum_of(samples):
-            return jnp.sum(weigh(where_counted(samples, weights), weights), other_axes(x.ndim, axes))
-
-        def or_constant(leaf, value):
-            return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)
-
-        wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
-        used = finite_centre(cast(used, wide))
-        scale = or_constant(params.scale, 1)
-        dscale, dbias = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
-        dscale, dbias = vary_like(jnp.stack([dscale, dbias]), used.mean)
-
-        mean = per_sample(used.mean)
-        c = _where_usable(x, weights, x.astype(wide), mean) - mean
-        dx = _where_usable(x, weights, dx.astype(wide), 0)
-        sums = total(jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(c) * dx)).astype(wide)]), over)
-        # The moments move with x only in training, and an infinite variance not at all.
-        in_range = ~jnp.isinf(used.var)
-        mean_dx, mean_cdx = jnp.where((train & in_range)[None], ratio(sums, used.count[None]), 0)
-
-        inv = jax.lax.rsqrt(used.var + epsilon).astype(wide)
-        a = inv * scale
-        P = dbias - a * mean_dx
-        Q = jnp.where(in_range, inv * dscale - a * inv**2 * mean_cdx, 0)
-        P, Q = vary_like(jnp.stack([P, Q]), x)
-        dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
-        return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))
-
-    dy, dused = tangent(x, params, used, weights, train, dx, dparams)
-    return (y, used), (dy, cast(dused, used.mean.dtype))
-
-
-def _warn_of_one_value(x, axes, parts, over):
-    """Counts what is known while tracing: positions, whatever a mask makes of them."""
-    sizes, where = [x.shape[a] for a in other_axes(x.ndim, axes)], ""
-    if parts is not None:
-        sizes[0] //= parts
-        where = f", in {parts} virtual batches"
-    elif over.names:
-        sizes.append(smallest_group(over))
-        where = (
-            f", counted over axis_name={over.names}" + (over.groups is not None) * " in the smallest group"
-        )
-    if math.prod(sizes) == 1:
-        warnings.warn(
-            f"x of shape {x.shape} has one value per feature{where}. It is its own mean, so that in training "
-            "every output is the bias. Train on larger batches, or with the running moments (train=False).",
-            stacklevel=3,
-        )
-
-
-def _normalize_usable(x, weights, used, params, axes, epsilon, dtype):
-    """Normalizes, with the mean in place of what is neither counted nor finite."""
-    if weights is not None:
-        wide = arithmetic_dtype(x, used.mean)
-        x = _where_usable(x, weights, x.astype(wide), expand(used.mean.astype(wide), x.ndim, axes))
-    return normalize(x, used, params, axis=axes, epsilon=epsilon, dtype=dtype)
-
-
-def _where_usable(
-    x: jax.Array, weights: jax.Array | None, values: jax.Array, fallback: ArrayLike
-) -> jax.Array:
-    """Takes `fallback` where `x` is not finite and has weight 0, and `values` everywhere else."""
-    if weights is None:
-        return values
-    return jnp.where(weights.astype(bool) | jnp.isfinite(x), values, fallback)

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from jbn.axes import Axes, feature_axes
 from jbn.collectives import AxisName
 from jbn.dtypes import arithmetic_dtype, promote
-from jbn.functional import Params, batch_norm, init, normalize
+from jbn.functional import batch_norm, init, normalize
+from jbn.normalization import Params
 from jbn.running import UpdateRule, ema
 from jbn.statistics import moments
 

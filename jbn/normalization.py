@@ -1,0 +1,125 @@
+"""Normalization with given moments, and with a batch's own: the one derivative rule."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jbn.axes import expand, other_axes
+from jbn.collectives import NamedAxes, total, vary_like
+from jbn.dtypes import arithmetic_dtype
+from jbn.statistics import Moments, cast, finite_centre, measure, ratio, select, weigh, where_counted
+
+
+class Params(NamedTuple):
+    """The learnt affine map that follows normalization; either part may be None."""
+
+    scale: jax.Array | None  # (features...), gamma; None scales by 1
+    bias: jax.Array | None  # (features...), beta; None adds 0
+
+
+def normalize_by(
+    used: Moments,
+    axes: tuple[int, ...],
+    epsilon: float,
+    dtype: np.dtype,
+    x: jax.Array,
+    params: Params,
+    weights: jax.Array | None,
+) -> jax.Array:
+    """Normalizes with given moments, and with the mean in place of what is neither counted nor finite."""
+    wide = arithmetic_dtype(x, *jax.tree.leaves((used, params)))
+    used = finite_centre(cast(used, wide))
+    multiplier = jax.lax.rsqrt(used.var + epsilon).astype(wide)
+    if params.scale is not None:
+        multiplier = multiplier * params.scale.astype(wide)
+    mean = expand(used.mean, x.ndim, axes)
+    y = (_where_usable(x, weights, x.astype(wide), mean) - mean) * expand(multiplier, x.ndim, axes)
+    if params.bias is not None:
+        y = y + expand(params.bias.astype(wide), x.ndim, axes)
+    return y.astype(dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
+def normalize_batch(
+    axes: tuple[int, ...],
+    over: NamedAxes,
+    epsilon: float,
+    dtype: np.dtype,
+    x: jax.Array,
+    params: Params,
+    running: Moments,
+    weights: jax.Array | None,
+    train: jax.Array,
+) -> tuple[jax.Array, Moments]:
+    """Returns the normalized samples and the moments used: the batch's if `train`, else the running ones."""
+    batch = measure(x, axes, weights, over)
+    wide = arithmetic_dtype(batch.mean, running.mean)
+    used = select(train, cast(batch, wide), cast(running, wide))
+    return normalize_by(used, axes, epsilon, dtype, x, params, weights), used
+
+
+@normalize_batch.defjvp
+def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
+    """The derivative in closed form, grouped per feature.
+
+        c = x - mean;  a = scale * inv
+        P = dbias - a*mean(dx);  Q = inv*dscale - a*inv^2*mean(Re(conj(c)*dx))
+        dy = a*dx + c*Q + P
+
+    JAX transposes these two reductions into the two of the backward pass, summed over devices in one
+    collective, from which the gradients of scale and bias come too. The rule is plain JAX code, in which
+    `used` has the derivative that this same rule gives it, so every further derivative follows.
+    """
+    x, params, _, weights, train = primals
+    dx, dparams, *_ = tangents
+    y, used = normalize_batch(axes, over, epsilon, dtype, *primals)
+
+    # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
+    @partial(jax.checkpoint, prevent_cse=False)
+    def tangent(x, params, used, weights, train, dx, dparams):
+        def per_sample(values):
+            return expand(values, x.ndim, axes)
+
+        def sum_of(samples):
+            return jnp.sum(weigh(where_counted(samples, weights), weights), other_axes(x.ndim, axes))
+
+        def or_constant(leaf, value):
+            return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)
+
+        wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
+        used = finite_centre(cast(used, wide))
+        scale = or_constant(params.scale, 1)
+        dparams = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
+        dscale, dbias = vary_like(jnp.stack(dparams), used.mean)
+
+        mean = per_sample(used.mean)
+        c = _where_usable(x, weights, x.astype(wide), mean) - mean
+        dx = _where_usable(x, weights, dx.astype(wide), 0)
+        sums = total(jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(c) * dx)).astype(wide)]), over)
+        # The moments move with x only in training, and an infinite variance not at all.
+        in_range = ~jnp.isinf(used.var)
+        mean_dx, mean_cdx = jnp.where((train & in_range)[None], ratio(sums, used.count[None]), 0)
+
+        inv = jax.lax.rsqrt(used.var + epsilon).astype(wide)
+        a = inv * scale
+        P = dbias - a * mean_dx
+        Q = jnp.where(in_range, inv * dscale - a * inv**2 * mean_cdx, 0)
+        P, Q = vary_like(jnp.stack([P, Q]), x)
+        dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
+        return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))
+
+    dy, dused = tangent(x, params, used, weights, train, dx, dparams)
+    return (y, used), (dy, cast(dused, used.mean.dtype))
+
+
+def _where_usable(
+    x: jax.Array, weights: jax.Array | None, values: jax.Array, fallback: ArrayLike
+) -> jax.Array:
+    """Takes `fallback` where `x` is not finite and has weight 0, and `values` everywhere else."""
+    if weights is None:
+        return values
+    return jnp.where(weights.astype(bool) | jnp.isfinite(x), values, fallback)
