@@ -23,7 +23,7 @@ from jbn.collectives import AxisName, NamedAxes, named_axes, split_devices
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.normalization import Params, normalize_batch, normalize_by
 from jbn.running import UpdateRule, absorb, ema
-from jbn.statistics import Moments, merge_rows, select, with_count_per_feature
+from jbn.statistics import Moments, merge_stacked, select, with_count_per_feature
 from jbn.virtual_batches import count_parts, map_parts
 
 
@@ -214,5 +214,5 @@ def batch_norm(
     else:
         normalize_part = partial(normalize_batch, axes, NamedAxes(), epsilon, dtype)
         y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
-        used = merge_rows(used, over)
+        used = merge_stacked(used, over)
     return y, select(train, absorb(update, running, used), running)

@@ -11,7 +11,8 @@ from jax.typing import ArrayLike
 from jbn.axes import expand, other_axes
 from jbn.collectives import NamedAxes, total, vary_like
 from jbn.dtypes import arithmetic_dtype
-from jbn.statistics import Moments, cast, finite_centre, measure, ratio, select, weigh, where_counted
+from jbn.merging import ratio, weigh, where_counted
+from jbn.statistics import Moments, cast, finite_centre, measure, select
 
 
 class Params(NamedTuple):

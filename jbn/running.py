@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jbn.dtypes import arithmetic_dtype
-from jbn.statistics import Moments, cast, merge, ratio, select, with_count_per_feature
+from jbn.merging import ratio
+from jbn.statistics import Moments, cast, merge, select, with_count_per_feature
 
 UpdateRule = Callable[[Moments, Moments], Moments]
 

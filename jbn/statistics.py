@@ -1,6 +1,6 @@
 """Moments: measuring the mean and the variance of a set of samples, and merging those of several sets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,8 +10,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes, feature_axes, other_axes
 from jbn.checks import as_samples, as_weights
-from jbn.collectives import AxisName, NamedAxes, gather, named_axes, split_devices, total
+from jbn.collectives import AxisName, NamedAxes, named_axes
 from jbn.dtypes import arithmetic_dtype, real_dtype
+from jbn.merging import Part, merge_named, merge_parts, merge_rows
 
 
 class Moments(NamedTuple):
@@ -91,9 +92,9 @@ def measure(
     x = x.astype(arithmetic_dtype(x))
     count = _count(weights, x, reduced)
     rest, var = (jnp.zeros((1,) * x.ndim, dtype) for dtype in (x.dtype, count.dtype))
-    whole = _merge(_Part(x, rest, var, weights), count, partial(jnp.sum, axis=reduced, keepdims=True))
+    whole = merge_parts(Part(x, rest, var, weights), count, partial(jnp.sum, axis=reduced, keepdims=True))
     whole = whole._replace(count=jnp.zeros_like(whole.var) + count)
-    return _merge_named(jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole), over).moments()
+    return _moments(merge_named(jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole), over))
 
 
 def merge(*parts: Moments) -> Moments:
@@ -128,76 +129,13 @@ def merge(*parts: Moments) -> Moments:
         raise ValueError("merge got no moments; wanted one or more.")
     wide = arithmetic_dtype(*(part.mean for part in parts), *(part.var for part in parts))
     parts = [with_count_per_feature(cast(part, wide)) for part in parts]
-    return merge_rows(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+    return merge_stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
 
 
-def merge_rows(parts: Moments, over: NamedAxes = NamedAxes()) -> Moments:
+def merge_stacked(parts: Moments, over: NamedAxes = NamedAxes()) -> Moments:
     """Merges moments that are stacked along a first axis, and those of all members of one's group."""
-    return _merge_named(
-        _merge_rows(_Part(parts.mean, jnp.zeros_like(parts.mean), *parts[1:])), over
-    ).moments()
-
-
-class _Part(NamedTuple):
-    """Moments whose mean is the sum of two numbers, so that it loses nothing before it is merged."""
-
-    mean: jax.Array
-    rest: jax.Array
-    var: jax.Array
-    count: jax.Array | None
-
-    def moments(self) -> Moments:
-        return Moments(self.mean + self.rest, self.var, self.count)
-
-
-def _merge_rows(parts: _Part) -> _Part:
-    return jax.tree.map(lambda leaf: leaf[0], _merge_by(partial(jnp.sum, axis=0, keepdims=True), parts))
-
-
-def _merge_named(part: _Part, over: NamedAxes) -> _Part:
-    """Merges the parts of all members of one's group, in one collective between devices."""
-    if not over.names:
-        return part
-    vectorized, devices = split_devices(over)
-    if vectorized.names:
-        part = _merge_by(partial(total, over=vectorized), part)
-    if devices.names:
-        rows, in_group = gather(jnp.stack([leaf.astype(part.mean.dtype) for leaf in part]), devices)
-        mean, rest, var, count = jnp.moveaxis(rows, 1, 0)
-        count = jnp.where(in_group[:, 0], jnp.real(count), 0)
-        part = _merge_rows(_Part(mean, rest, jnp.real(var), count))
-    return part
-
-
-def _merge_by(total: Callable[[jax.Array], jax.Array], parts: _Part) -> _Part:
-    count = total(parts.count)
-    # A part that is all there is weighs 1, so that it comes out as it is.
-    weights = jnp.where((parts.count == count) & (count > 0), 1, parts.count)
-    return _merge(parts._replace(count=weights), total(weights), total)._replace(count=count)
-
-
-def _merge(parts: _Part, count: jax.Array, total: Callable[[jax.Array], jax.Array]) -> _Part:
-    """The one formula: merges parts that have means, variances and counts, whatever a part is.
-
-        mean = sum(count_i * mean_i) / count
-        var  = sum(count_i * (var_i + |mean_i - mean|^2)) / count
-
-    A sample is a part with variance 0. `total` adds up: over axes, over rows, over the members of a `vmap`.
-    """
-    weights = parts.count
-
-    def average(values):
-        return ratio(total(weigh(where_counted(values, weights), weights)), count)
-
-    # Any point nearby would do: its distance from the mean is measured and taken off below. Scaled by a power
-    # of two, so that no sum of finite numbers overflows.
-    centre = jax.lax.stop_gradient(average(parts.mean * 2.0**-32) * 2.0**32)
-    apart = where_counted(parts.mean - centre + parts.rest, weights)
-    rest = average(apart)
-    spread = average(parts.var + abs_squared(apart))
-    rest = where_finite(rest)
-    var = spread - where_finite(abs_squared(rest))
-    return _Part(centre, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)
+    part = merge_rows(Part(parts.mean, jnp.zeros_like(parts.mean), parts.var, parts.count))
+    return _moments(merge_named(part, over))
 
 
 def with_count_per_feature(m: Moments) -> Moments:
@@ -224,29 +162,8 @@ def select(condition: ArrayLike, a: Moments, b: Moments) -> Moments:
     return jax.tree.map(lambda p, q: jnp.where(condition, p, q), a, b)
 
 
-def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Divides by a total weight; nothing over nothing is 0 and has a finite derivative."""
-    return numerator / jnp.where(denominator > 0, denominator, 1).astype(numerator.dtype)
-
-
-def abs_squared(x: jax.Array) -> jax.Array:
-    """Computes |x|^2, which is real for complex `x` too."""
-    return jnp.real(x * jnp.conj(x))
-
-
-def where_finite(x: jax.Array) -> jax.Array:
-    """Puts 0 where `x` is not finite."""
-    return jnp.where(jnp.isfinite(x), x, 0)
-
-
-def where_counted(values: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Puts 0 where the weight is 0, so that no NaN held there reaches a value or a derivative."""
-    return values if weights is None else jnp.where(weights.astype(bool), values, 0)
-
-
-def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Multiplies by the weights, if there are any."""
-    return values if weights is None else values * weights.astype(values.dtype)
+def _moments(part: Part) -> Moments:
+    return Moments(part.mean + part.rest, part.var, part.count)
 
 
 def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:

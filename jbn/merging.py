@@ -1,0 +1,95 @@
+"""The one formula: how sets of samples merge, be they samples, parts of a batch, or what devices hold."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jbn.collectives import NamedAxes, gather, split_devices, total
+
+
+class Part(NamedTuple):
+    """A set of samples by its moments, the mean as a sum of two numbers that loses nothing to rounding."""
+
+    mean: jax.Array  # (..., features...)
+    rest: jax.Array  # broadcasts to mean; of the same dtype
+    var: jax.Array  # broadcasts to mean; real
+    count: jax.Array | None  # broadcasts to mean; real or Boolean; None counts every part as 1
+
+
+def merge_parts(parts: Part, count: jax.Array, total: Callable[[jax.Array], jax.Array]) -> Part:
+    """The one formula: merges parts that have means, variances and counts, whatever a part is.
+
+        mean = sum(count_i * mean_i) / count
+        var  = sum(count_i * (var_i + |mean_i - mean|^2)) / count
+
+    A sample is a part with variance 0. `total` adds up: over axes, over rows, over the members of a `vmap`.
+    """
+    weights = parts.count
+
+    def average(values):
+        return ratio(total(weigh(where_counted(values, weights), weights)), count)
+
+    # Any point nearby would do: its distance from the mean is measured and taken off below. Scaled by a power
+    # of two, so that no sum of finite numbers overflows.
+    centre = jax.lax.stop_gradient(average(parts.mean * 2.0**-32) * 2.0**32)
+    apart = where_counted(parts.mean - centre + parts.rest, weights)
+    rest = average(apart)
+    spread = average(parts.var + abs_squared(apart))
+    rest = where_finite(rest)
+    var = spread - where_finite(abs_squared(rest))
+    return Part(centre, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)
+
+
+def merge_rows(parts: Part) -> Part:
+    """Merges the parts that are stacked along a first axis."""
+    return jax.tree.map(lambda leaf: leaf[0], _merge_by(partial(jnp.sum, axis=0, keepdims=True), parts))
+
+
+def merge_named(part: Part, over: NamedAxes) -> Part:
+    """Merges the parts of all members of one's group, in one collective between devices."""
+    if not over.names:
+        return part
+    vectorized, devices = split_devices(over)
+    if vectorized.names:
+        part = _merge_by(partial(total, over=vectorized), part)
+    if devices.names:
+        rows, in_group = gather(jnp.stack([leaf.astype(part.mean.dtype) for leaf in part]), devices)
+        mean, rest, var, count = jnp.moveaxis(rows, 1, 0)
+        count = jnp.where(in_group[:, 0], jnp.real(count), 0)
+        part = merge_rows(Part(mean, rest, jnp.real(var), count))
+    return part
+
+
+def _merge_by(total: Callable[[jax.Array], jax.Array], parts: Part) -> Part:
+    count = total(parts.count)
+    # A part that is all there is weighs 1, so that it comes out as it is.
+    weights = jnp.where((parts.count == count) & (count > 0), 1, parts.count)
+    return merge_parts(parts._replace(count=weights), total(weights), total)._replace(count=count)
+
+
+def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Divides by a total weight; nothing over nothing is 0 and has a finite derivative."""
+    return numerator / jnp.where(denominator > 0, denominator, 1).astype(numerator.dtype)
+
+
+def abs_squared(x: jax.Array) -> jax.Array:
+    """Computes |x|^2, which is real for complex `x` too."""
+    return jnp.real(x * jnp.conj(x))
+
+
+def where_finite(x: jax.Array) -> jax.Array:
+    """Puts 0 where `x` is not finite."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def where_counted(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Puts 0 where the weight is 0, so that no NaN held there reaches a value or a derivative."""
+    return values if weights is None else jnp.where(weights.astype(bool), values, 0)
+
+
+def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Multiplies by the weights, if there are any."""
+    return values if weights is None else values * weights.astype(values.dtype)
