@@ -1,6 +1,5 @@
 """One batch over eight devices, or over a vmap, is the batch on one device."""
 
-import re
 from functools import partial
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compiled import collectives
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
@@ -296,12 +296,6 @@ def test_nan_in_one_group_does_not_reach_another():
 
 
 # Cost.
-
-
-def collectives(f, *args):
-    text = jax.jit(f).lower(*args).compile().as_text()
-    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-    return re.findall(rf" ({names})(?:-start)?\(", text)
 
 
 @pytest.mark.parametrize(

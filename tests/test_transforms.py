@@ -133,6 +133,8 @@ def derivative_of_plain(outer, inner):
 
 @pytest.mark.parametrize("outer, inner", PAIRS)
 def test_pairs_of_transforms(x64, outer, inner):
+    if outer == inner == "shard_map" and jax.__version_info__ < (0, 9):
+        pytest.skip("jax 0.8 cannot lower lax.axis_index in a shard_map inside another")
     actual = run(ALL[outer](ALL[inner](ours)))
     expected = derivative_of_plain(*(name if name in DERIVATIVES else "none" for name in (outer, inner)))
     assert_allclose(actual, expected, rtol=1e-9, atol=1e-10)

@@ -1,4 +1,3 @@
-import re
 from functools import partial
 
 import jax
@@ -6,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compiled import collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
@@ -152,12 +152,6 @@ def test_derivatives_go_through_parts(x64, derivative):
 # Devices.
 
 DEVICES, ROWS = 8, 24
-
-
-def collectives(f, *args):
-    text = jax.jit(f).lower(*args).compile().as_text()
-    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
-    return re.findall(rf" ({names})(?:-start)?\(", text)
 
 
 def test_parts_are_per_device_and_collectives_touch_only_the_running_moments(x64):
