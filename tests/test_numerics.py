@@ -51,7 +51,7 @@ def assert_as_exact_as_two_passes(x):
     # What one rounding of the mean does to each of the three; float64 is the reference's own precision.
     step = eps * np.abs(mean)
     squared = step**2 * (1 if eps < 1e-15 else eps)
-    floors = step + eps * sd, eps * var + squared, eps * (1 + np.abs(y)) + step / sd
+    floors = step + eps * sd, 2 * eps * var + squared, eps * (1 + np.abs(y)) + step / sd
     for name, ours, theirs, exact, floor in zip(
         ("mean", "var", "y"), actual, two_pass(x), (mean, var, y), floors
     ):
