@@ -43,3 +43,12 @@ def other_axes(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
 def expand(values: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
     """Gives per-feature values an axis of size 1 for each reduced axis, so that they broadcast to `x`."""
     return jnp.expand_dims(values, other_axes(ndim, axes))
+
+
+def shard_like(values: jax.Array, template: jax.Array) -> jax.Array:
+    """Gives values the sharding of an array of their shape, where the mesh makes it part of the type."""
+    ours, theirs = jax.typeof(values).sharding, jax.typeof(template).sharding
+    if ours.spec == theirs.spec:
+        return values
+    mesh = ours.mesh if theirs.mesh.empty else theirs.mesh
+    return jax.sharding.reshard(values, jax.sharding.NamedSharding(mesh, theirs.spec))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, feature_axes
+from jbn.axes import Axes, feature_axes, shard_like
 from jbn.checks import (
     as_samples,
     as_weights,
@@ -215,4 +215,5 @@ def batch_norm(
         normalize_part = partial(normalize_batch, axes, NamedAxes(), epsilon, dtype)
         y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
         used = merge_stacked(used, over)
+    used = jax.tree.map(shard_like, used, running)
     return y, select(train, absorb(update, running, used), running)

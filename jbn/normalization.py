@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jbn.axes import expand, other_axes
+from jbn.axes import expand, other_axes, shard_like
 from jbn.collectives import NamedAxes, total, vary_like
 from jbn.dtypes import arithmetic_dtype
 from jbn.merging import ratio, weigh, where_counted
@@ -59,7 +59,8 @@ def normalize_batch(
     """Returns the normalized samples and the moments used: the batch's if `train`, else the running ones."""
     batch = measure(x, axes, weights, over)
     wide = arithmetic_dtype(batch.mean, running.mean)
-    used = select(train, cast(batch, wide), cast(running, wide))
+    batch = cast(batch, wide)
+    used = select(train, batch, jax.tree.map(shard_like, cast(running, wide), batch))
     return normalize_by(used, axes, epsilon, dtype, x, params, weights), used
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
-from jbn.axes import other_axes
+from jbn.axes import other_axes, shard_like
 
 
 def count_parts(x: jax.Array, axes: tuple[int, ...], virtual_batch_size: int | None) -> int | None:
@@ -101,8 +101,7 @@ def _join(y: jax.Array, x: jax.Array, axis: int) -> jax.Array:
         y = jnp.concatenate([reshape(first), reshape(rest)], axis)
     else:
         y = reshape(y)
-    sharding = jax.typeof(x).sharding
-    return y if jax.typeof(y).sharding == sharding else reshard(y, sharding)
+    return shard_like(y, x)
 
 
 def _whole_parts_per_device(x: jax.Array, parts: int, axis: int) -> jax.Array:

@@ -64,6 +64,29 @@ def test_sharded_batch_is_the_batch_on_one_device(kind, spec, train):
         assert_allclose(y, reference.batch_norm(x, *params, mask=mask), atol=2e-5)
 
 
+@pytest.mark.parametrize("train", [True, False, "traced"])
+@pytest.mark.parametrize("jit", [True, False])
+def test_state_that_is_not_sharded_stays_so_beside_sharded_features(jit, train):
+    x = np.float32(np.random.RandomState(0).normal(3, 2, SHAPE))
+    params, running = jbn.init(6)
+    flag = jnp.asarray(True) if train == "traced" else train
+
+    def steps(x):
+        def step(running, _):
+            y, new = jbn.batch_norm(x, params, running, train=flag, update=jbn.ema(0.5))
+            return new, y
+
+        return jax.lax.scan(step, running, None, length=2)
+
+    expected = steps(x)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, P("data", None, "model")))
+        new, y = (jax.jit(steps) if jit else steps)(sharded)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-5), (new, y), expected)
+    assert y.sharding.spec == P(None, "data", None, "model")
+
+
 def test_moments_of_a_sharded_batch_have_the_sharding_of_the_features():
     x = np.float32(np.random.RandomState(0).normal(3, 2, SHAPE))
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
