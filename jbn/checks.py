@@ -53,10 +53,17 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     return jax.lax.stop_gradient(mask.reshape(shape))
 
 
-def check_epsilon(epsilon: float) -> None:
-    """Raises a ValueError unless `epsilon` > 0."""
+def as_epsilon(epsilon: float) -> float:
+    """Returns `epsilon` as a Python float; raises a ValueError unless it is > 0."""
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon}; wanted a number > 0, such as the default 1e-5.")
+    return float(epsilon)
+
+
+def check_train(train: Any) -> None:
+    """Raises a TypeError unless `train` is a Boolean scalar."""
+    if np.shape(train) != () or getattr(train, "dtype", type(train)) != bool:
+        raise TypeError(f"train={train!r}; wanted True, False, or a traced Boolean scalar.")
 
 
 def check_update(update: Any) -> None:

@@ -41,12 +41,14 @@ def named_axes(axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[
             ) from None
     if axis_index_groups is None:
         return NamedAxes(names)
+    if not names:
+        raise ValueError(f"axis_index_groups={axis_index_groups} needs axis_name, which is None.")
     size = axis_size(names)
     try:
         groups = tuple(tuple(map(operator.index, group)) for group in axis_index_groups)
     except TypeError:
         groups = ()
-    if not names or sorted(i for group in groups for i in group) != list(range(size)):
+    if sorted(i for group in groups for i in group) != list(range(size)):
         raise ValueError(
             f"axis_index_groups={axis_index_groups} with axis_name={axis_name!r}; wanted each index of the "
             f"named axis, 0 to {size - 1}, in exactly one group, as in [[0, 1], [2, 3]]."
@@ -65,9 +67,10 @@ def smallest_group(over: NamedAxes) -> int:
 
 
 def split_devices(over: NamedAxes) -> tuple[NamedAxes, NamedAxes]:
-    """Tells the axes that JAX merely vectorizes over from those along which values travel between devices.
+    """Returns the axes that JAX vectorizes over, and those along which values travel between devices.
 
-    Groups that cut across both count as the first.
+    Groups over axes of both kinds are returned as the first kind, for which each sum is a collective of its
+    own: exact, but more of them.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     vectorized = tuple(name for name in over.names if name not in manual)

@@ -11,10 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes, feature_axes, shard_like
 from jbn.checks import (
+    as_epsilon,
     as_samples,
     as_weights,
-    check_epsilon,
     check_features,
+    check_train,
     check_update,
     result_dtype,
     warn_of_one_value,
@@ -105,7 +106,7 @@ def normalize(
     x = as_samples(x)
     axes = feature_axes(x.ndim, axis)
     params = Params(None, None) if params is None else params
-    check_epsilon(epsilon)
+    epsilon = as_epsilon(epsilon)
     check_features(x, axes, "moments", moments, Moments)
     check_features(x, axes, "params", params, Params)
     return normalize_by(moments, axes, epsilon, result_dtype(x, dtype), x, params, None)
@@ -157,16 +158,17 @@ def batch_norm(
         its own moments (ghost batches: Hoffer et al. 2017). Their sizes differ by one at most, as in
         `numpy.array_split`. N is the size of the first axis that is no feature axis, on each device for
         itself; the running moments absorb the merge of all parts, over `axis_name` too. Under plain `jit`, N
-        over the number of devices gives local statistics. It has no effect in inference.
+        over the number of devices gives local statistics. For `jax.export`, a symbolic N must be a multiple
+        of the size, like "4*parts". It has no effect in inference.
       dtype: the dtype of `y`; that of `x` if None. The arithmetic is in float32 at least.
 
     Returns:
-      `y` in the shape of `x`, and the running moments in the shapes and dtypes of those given (the count in
-      the mean's shape), without gradient.
+      `y` in the shape of `x`, and the running moments in the shapes, dtypes and shardings of those given (the
+      count in the mean's shape), without gradient.
 
     Raises:
       TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, `update` is no
-        function, or `params` or `running` is of another type.
+        function, `train` is no Boolean scalar, or `params` or `running` is of another type.
       ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is
         negative, `params` or `running` have another shape than the features of `x`, `x` is complex and
         `running.mean` is not, `axis_name` is not bound, `axis_index_groups` is no partition, or
@@ -175,8 +177,8 @@ def batch_norm(
     Warns:
       UserWarning: in training there is one value per feature, so that every output is the bias.
 
-    A feature whose variance is beyond the dtype's range (deviations above 1e19 in float32) is divided by
-    infinity: the output is the bias.
+    A feature whose squared deviations add up beyond the dtype's range (in float32, deviations from about
+    1e19 / sqrt(N) on) has an infinite variance: its outputs are the bias, its running moments stay.
 
     Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
 
@@ -194,8 +196,9 @@ def batch_norm(
     axes = feature_axes(x.ndim, axis)
     weights = as_weights(mask, x)
     params = Params(None, None) if params is None else params
-    check_epsilon(epsilon)
+    epsilon = as_epsilon(epsilon)
     check_update(update)
+    check_train(train)
     check_features(x, axes, "running", running, Moments)
     check_features(x, axes, "params", params, Params)
     dtype = result_dtype(x, dtype)
@@ -205,12 +208,15 @@ def batch_norm(
         return normalize_by(running, axes, epsilon, dtype, x, params, weights), running
     over = named_axes(axis_name, axis_index_groups)
     warn_of_one_value(x, axes, parts, over)
-    train = jnp.asarray(train, bool)
+    train = jnp.asarray(train)
     if parts is None:
-        # JAX forgets a vmap's axis name in a custom rule that jit stages inside it: autodiff does it there.
-        vectorized, _ = split_devices(over)
-        f = normalize_batch.__wrapped__ if vectorized.names else normalize_batch
-        y, used = f(axes, over, epsilon, dtype, x, params, running, weights, train)
+        f = partial(normalize_batch, axes, over, epsilon, dtype)
+        if split_devices(over)[0].names:
+            # JAX forgets a vmap's axis name in a custom rule that jit stages inside it. So there autodiff
+            # derives the function without its rule, and what it would keep is computed again.
+            undecorated = partial(normalize_batch.__wrapped__, axes, over, epsilon, dtype)
+            f = jax.checkpoint(undecorated, prevent_cse=False)
+        y, used = f(x, params, running, weights, train)
     else:
         normalize_part = partial(normalize_batch, axes, NamedAxes(), epsilon, dtype)
         y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)

@@ -11,10 +11,10 @@ from jbn.collectives import NamedAxes, gather, split_devices, total
 
 
 class Part(NamedTuple):
-    """A set of samples by its moments, the mean as a sum of two numbers that loses nothing to rounding."""
+    """A set of samples by its moments. Its mean is `mean + rest`, a sum that is not rounded to one number."""
 
-    mean: jax.Array  # (..., features...)
-    rest: jax.Array  # broadcasts to mean; of the same dtype
+    mean: jax.Array  # (..., features...), the mean up to rounding
+    rest: jax.Array  # broadcasts to mean; what rounding took from it
     var: jax.Array  # broadcasts to mean; real
     count: jax.Array | None  # broadcasts to mean; real or Boolean; None counts every part as 1
 
@@ -32,12 +32,15 @@ def merge_parts(parts: Part, count: jax.Array, total: Callable[[jax.Array], jax.
     def average(values):
         return ratio(total(weigh(where_counted(values, weights), weights)), count)
 
-    # Any point nearby would do: its distance from the mean is measured and taken off below. Scaled by a power
-    # of two, so that no sum of finite numbers overflows.
+    # A rough mean, to subtract before squaring. Scaled by a power of two, so that no sum of finite numbers
+    # overflows. It carries no gradient: any point gives the same mean and variance, once `rest`, the distance
+    # of the mean from it, is added to the one, and its square taken off the other.
     centre = jax.lax.stop_gradient(average(parts.mean * 2.0**-32) * 2.0**32)
     apart = where_counted(parts.mean - centre + parts.rest, weights)
     rest = average(apart)
     spread = average(parts.var + abs_squared(apart))
+    # Where even this overflows, the variance is infinite and not NaN; where it is rounded below 0, it is 0,
+    # with the derivative that it has.
     rest = where_finite(rest)
     var = spread - where_finite(abs_squared(rest))
     return Part(centre, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)

@@ -4,11 +4,13 @@ A rule is any function `(running, batch) -> running`. The three here are frozen 
 with the same options are equal and hash alike, and `jit` compiles once for both.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jbn.dtypes import arithmetic_dtype
@@ -62,7 +64,11 @@ class ema:  # lower case, like the other rules: to its user it is a function
     debias: bool = False
 
     def __post_init__(self):
-        if not isinstance(self.decay, jax.core.Tracer) and not 0 <= self.decay <= 1:
+        if isinstance(self.decay, jax.core.Tracer):
+            return
+        if np.ndim(self.decay) == 0 and hasattr(self.decay, "dtype"):
+            object.__setattr__(self, "decay", float(self.decay))  # which is hashable
+        if not 0 <= self.decay <= 1:
             raise ValueError(
                 f"decay={self.decay} is outside [0, 1]; it is the weight of the old value. "
                 "PyTorch's momentum m is decay 1 - m."
@@ -133,7 +139,8 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
     """Applies a rule as `jbn.batch_norm` does, and protects the running moments from what it is given.
 
     The rule computes in float32 at least; the result has the dtypes of `running` and carries no gradient. A
-    feature whose batch moments are not finite, or that had no samples, keeps every leaf as it was.
+    feature that had no samples, or whose moments are not finite, the batch's or the new ones, keeps every
+    leaf as it was.
     """
     batch = jax.lax.stop_gradient(batch)
     if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(running.mean):
@@ -144,8 +151,8 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
     wide = arithmetic_dtype(running.mean, batch.mean)
     new = update(cast(running, wide), cast(batch, wide))
     new = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, running)
-    usable = jnp.isfinite(batch.mean) & jnp.isfinite(batch.var) & (batch.count > 0)
-    return select(usable, new, running)
+    finite = [jnp.isfinite(leaf) for leaf in (batch.mean, batch.var, new.mean, new.var)]
+    return select(functools.reduce(jnp.logical_and, finite, batch.count > 0), new, running)
 
 
 def _average(

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes, feature_axes, other_axes
@@ -114,7 +115,8 @@ def merge(*parts: Moments) -> Moments:
       The moments of all samples together, in float32 at least.
 
     Raises:
-      ValueError: no moments were given.
+      TypeError: an argument is something else.
+      ValueError: no moments were given, or of different shapes.
 
     Reference: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
     variances".
@@ -127,6 +129,12 @@ def merge(*parts: Moments) -> Moments:
     """
     if not parts:
         raise ValueError("merge got no moments; wanted one or more.")
+    for part in parts:
+        if not isinstance(part, Moments):
+            raise TypeError(f"merge got a {type(part).__name__}; wanted jbn.Moments, each as an argument.")
+        first, shape = np.shape(parts[0].mean), np.shape(part.mean)
+        if shape != first:
+            raise ValueError(f"merge got means of shapes {first} and {shape}; wanted the same features.")
     wide = arithmetic_dtype(*(part.mean for part in parts), *(part.var for part in parts))
     parts = [with_count_per_feature(cast(part, wide)) for part in parts]
     return merge_stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
@@ -142,7 +150,8 @@ def with_count_per_feature(m: Moments) -> Moments:
     """Returns the same moments with the count broadcast to the mean's shape."""
     var, count = jnp.asarray(m.var), jnp.asarray(m.count)
     # A sum, for it has the variance's sharding too.
-    count = jnp.zeros_like(var) + jnp.expand_dims(count.astype(var.dtype), range(var.ndim - count.ndim))
+    dtype = count.dtype if jnp.issubdtype(count.dtype, jnp.floating) else var.dtype
+    count = jnp.zeros_like(var, dtype) + jnp.expand_dims(count.astype(dtype), range(var.ndim - count.ndim))
     return Moments(jnp.asarray(m.mean), var, count)
 
 

@@ -77,7 +77,7 @@ def _split(x: jax.Array, parts: int, axis: int) -> jax.Array:
     """Reshapes an axis to (parts, size); pads with 0 the parts that have one less."""
 
     def reshape(x, parts):
-        return x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+        return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
 
     x = _whole_parts_per_device(x, parts, axis)
     longer = x.shape[axis] % parts
@@ -92,7 +92,7 @@ def _join(y: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     """Undoes `_split` of `x`."""
 
     def reshape(y):
-        return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+        return y.reshape(*y.shape[:axis], y.shape[axis] * y.shape[axis + 1], *y.shape[axis + 2 :])
 
     longer = x.shape[axis] % y.shape[axis]
     if longer:

@@ -374,6 +374,18 @@ def test_backward_pass_keeps_x_in_its_own_dtype_on_each_device(dtype):
     assert sum(per_device) <= x.nbytes // 8 + 8 * FEATURES * 4
 
 
+@pytest.mark.parametrize("mask", [None, np.ones((8, 8, 8, 1), np.float32)])
+def test_backward_pass_of_a_vmap_keeps_x_in_its_own_dtype(mask):
+    x, (params, running) = random((8, 8, 8, 32), dtype="bfloat16"), jbn.init(32)
+
+    def residuals(x, params):
+        f = lambda x, params: per_example(["i"])(x, mask, params, running)[0]
+        return jax.vjp(f, x, params)[1]
+
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(jax.jit(residuals)(x, params)))
+    assert kept <= x.nbytes + (0 if mask is None else mask.nbytes) + 8 * 10 * 32 * 4
+
+
 # Arguments.
 
 
@@ -392,7 +404,7 @@ def test_backward_pass_keeps_x_in_its_own_dtype_on_each_device(dtype):
             {"axis_name": "i", "axis_index_groups": [0, 1, 2, 3]},
             r"\[0, 1, 2, 3\] with axis_name='i'; wanted each",
         ),
-        ({"axis_index_groups": [[0, 1]]}, "axis_name=None; wanted each index"),
+        ({"axis_index_groups": [[0, 1]]}, "needs axis_name, which is None"),
     ],
 )
 def test_bad_names_and_groups_are_named(options, message):

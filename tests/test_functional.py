@@ -201,6 +201,30 @@ def test_batch_that_is_not_finite_spares_the_running_moments_feature_by_feature(
             assert_array_equal(leaf, [old[0], old[1], wanted[2]])
 
 
+def test_running_moments_stay_finite_when_the_new_ones_would_not_be():
+    # A variance of 1.6e5 is finite, and too large for a running variance in float16.
+    running = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), jbn.init(2)[1])
+    x = jnp.array([[-400.0, 1.0], [400.0, 3.0]])
+    _, new = jbn.batch_norm(x, None, running, train=True, update=jbn.ema(0.5))
+    assert_allclose(new.mean, [0, 1])
+    assert_allclose(new.var, [1, 1])
+    assert_array_equal(new.count, [0, 1])
+
+
+def test_count_keeps_its_own_dtype():
+    running = jbn.Moments(jnp.zeros(3, jnp.bfloat16), jnp.ones(3, jnp.bfloat16), jnp.full(3, 256.0))
+    _, new = jbn.batch_norm(random((7, 3)), None, running, train=True)
+    assert new.count.dtype == jnp.float32
+    assert_array_equal(new.count, 257)
+
+
+def test_epsilon_may_be_of_any_type_of_number(x64):
+    x, (params, running) = random((7, 3)), layer(3)
+    for train in True, False:
+        y, _ = jbn.batch_norm(x, params, running, train=train, epsilon=np.float64(1e-5))
+        assert y.dtype == jnp.float32
+
+
 def test_update_may_be_any_function():
     x, (_, running) = random((7, 3)), layer(3)
     rule = lambda running, batch: batch._replace(var=batch.var + running.var)
@@ -425,6 +449,9 @@ def test_more_values_or_inference_do_not_warn(call):
         ),
         (dict(update=0.9), TypeError, "update=0.9; wanted a rule, such as jbn.ema"),
         (dict(update=jbn.ema), TypeError, "wanted a rule, such as jbn.ema"),
+        (dict(train=None), TypeError, "train=None; wanted True, False, or a traced Boolean scalar"),
+        (dict(train=np.array([True, False, True])), TypeError, "train=array.*Boolean scalar"),
+        (dict(train="no"), TypeError, "train='no'; wanted True"),
         (dict(epsilon=0.0), ValueError, "epsilon=0.0; wanted a number > 0"),
         (dict(mask=np.ones(7)), ValueError, r"mask of shape \(7,\) does not broadcast"),
         (dict(mask=-np.ones((4, 1))), ValueError, "mask holds a weight that is negative"),

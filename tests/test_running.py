@@ -177,6 +177,11 @@ def test_decay_may_be_traced_and_scheduled():
     assert_allclose(running.mean, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("decay", [np.float32(0.5), jnp.array(0.5), np.array(0.5)])
+def test_a_rule_with_a_known_decay_is_hashable(decay):
+    assert jbn.ema(decay) == jbn.ema(0.5) and hash(jbn.ema(decay)) == hash(jbn.ema(0.5))
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
 def test_decay_outside_the_unit_interval_is_named(decay):
     with pytest.raises(ValueError, match=r"decay=.* is outside \[0, 1\].*PyTorch"):

@@ -243,6 +243,12 @@ def test_merge_computes_in_floating_point_whatever_it_is_given():
         ),
         (lambda x: jbn.moments(x, mask=x.astype(jnp.complex64)), TypeError, "mask has dtype complex64"),
         (lambda x: jbn.merge(), ValueError, "merge got no moments"),
+        (lambda x: jbn.merge([jbn.moments(x)]), TypeError, "merge got a list; wanted jbn.Moments"),
+        (
+            lambda x: jbn.merge(jbn.moments(x), jbn.moments(x[:, :2])),
+            ValueError,
+            r"merge got means of shapes \(3,\) and \(2,\)",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, message):

@@ -123,6 +123,13 @@ def test_part_without_samples_and_part_with_nan_harm_nobody_else():
     assert np.all(new.mean[1:] != running.mean[1:])
 
 
+@pytest.mark.parametrize("shape", [(4, 0), (4, 0, 3), (0, 3)])
+def test_nothing_to_normalize_is_no_error(shape):
+    y, new = jbn.batch_norm(jnp.zeros(shape), *jbn.init(shape[-1]), train=True, virtual_batch_size=2)
+    assert y.shape == shape
+    assert_array_equal(new.count, 0)
+
+
 def test_no_effect_in_inference():
     x, (params, running) = random((EXAMPLES, 3), dtype="float32"), layer(dtype="float32")
     for train in False, jax.vmap(lambda train: train)(jnp.zeros(1, bool))[0]:

@@ -47,7 +47,8 @@ class BatchNorm(nn.Module):
       update: another rule for the running moments, in place of `momentum`: `jbn.cumulative()`,
         `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further variable `count`
         then stands in "batch_stats", which is what such rules average by.
-      virtual_batch_size: in training, normalize parts of about this many examples each on its own.
+      virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) parts of the N examples each
+        with its own moments, as `jbn.batch_norm` tells.
 
     Raises:
       ValueError: `use_running_average` is missing, or given twice; and what `jbn.batch_norm` raises.
@@ -112,7 +113,7 @@ class BatchNorm(nn.Module):
         )
         dtype = self.dtype or promote(x, *jax.tree.leaves(params))
         if self.is_initializing() and not use_running_average:
-            # Whatever the shape of the example input, and with no axis bound.
+            # `init` updates nothing, has no axis bound, and warns of no small batch: its input is an example.
             batch = moments(x, axis=self.axis, mask=mask)
             return normalize(x, batch, params, axis=self.axis, epsilon=self.epsilon, dtype=dtype)
         y, running = batch_norm(
