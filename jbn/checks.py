@@ -62,7 +62,8 @@ def as_epsilon(epsilon: float) -> float:
 
 def check_train(train: Any) -> None:
     """Raises a TypeError unless `train` is a Boolean scalar."""
-    if np.shape(train) != () or getattr(train, "dtype", type(train)) != bool:
+    boolean = isinstance(train, bool) or getattr(train, "dtype", None) == bool
+    if not boolean or np.shape(train) != ():
         raise TypeError(f"train={train!r}; wanted True, False, or a traced Boolean scalar.")
 
 
