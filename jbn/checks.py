@@ -62,7 +62,7 @@ def as_epsilon(epsilon: float) -> float:
 
 def check_train(train: Any) -> None:
     """Raises a TypeError unless `train` is a Boolean scalar."""
-    boolean = isinstance(train, bool) or getattr(train, "dtype", None) == bool
+    boolean = isinstance(train, bool) or getattr(train, "dtype", None) == np.dtype(bool)
     if not boolean or np.shape(train) != ():
         raise TypeError(f"train={train!r}; wanted True, False, or a traced Boolean scalar.")
 
