@@ -122,8 +122,16 @@ def test_value_state_and_gradient_are_those_of_one_device(x64, way, mask):
     assert_close(expected[0][1][0], reference.batch_norm(x, *params, mask=mask), 1e-11)
 
 
-@pytest.mark.parametrize("way", ["shard_map, two axes", "vmap per example"])
-@pytest.mark.parametrize("derivative", ["jvp", "linearize", "hessian", "reverse over reverse"])
+@pytest.mark.parametrize(
+    "way, derivative",
+    [
+        *(
+            ("shard_map, two axes", derivative)
+            for derivative in ("linearize", "hessian", "reverse over reverse")
+        ),
+        ("vmap per example", "hessian"),
+    ],
+)
 def test_further_derivatives_are_those_of_one_device(x64, derivative, way):
     x, target = random((ROWS, 2, FEATURES), 3, 2, dtype="float64"), random((ROWS, 2, FEATURES), seed=3)
     params, running = layer("float64")

@@ -46,8 +46,7 @@ def exported(f, shape, mask_shape, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype, mask", [*(("float32", mask) for mask in MASKS), ("bfloat16", "no mask")])
 def test_one_program_serves_every_platform_and_batch_size(dtype, mask, mode):
     shape_of_mask = MASKS[mask]
     b, h = export.symbolic_shape("b, h")

@@ -30,8 +30,10 @@ def step(x, params, running, mask, target, train):
     return jax.grad(loss, (0, 1), has_aux=True)(x, params)
 
 
-@pytest.mark.parametrize("train", [True, False, "traced"])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    "spec, train",
+    [*((spec, True) for spec in SPECS), *(("batch and features", train) for train in (False, "traced"))],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_sharded_batch_is_the_batch_on_one_device(kind, spec, train):
     rng, spec = np.random.RandomState(0), SPECS[spec]
