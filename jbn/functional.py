@@ -144,8 +144,8 @@ def batch_norm(
       axis: the feature axis or axes; statistics reduce over every other axis.
       epsilon: added to the variance; > 0.
       update: how the running moments absorb the batch's: `jbn.ema`, `jbn.cumulative`, `jbn.pooled` or any
-        function `(running, batch) -> running`. A feature whose batch moments are not finite, or that had no
-        samples, keeps its running moments whatever the rule.
+        function `(running, batch) -> running`. A feature that had no samples, or whose moments are not
+        finite, the batch's or the new ones, keeps its running moments whatever the rule.
       mask: which positions count in the statistics: Booleans, or real weights >= 0, broadcastable to `x`; it
         carries no gradient. Every position is normalized, from its own `x`. Where the weight is 0 and `x` is
         not finite, `x` acts as the mean and gets no gradient. A batch without any weight is normalized with

@@ -130,11 +130,12 @@ def test_nothing_to_normalize_is_no_error(shape):
     assert_array_equal(new.count, 0)
 
 
-def test_no_effect_in_inference():
+@pytest.mark.parametrize("train", [False, np.array(False)], ids=["known", "not known to be False"])
+def test_no_effect_in_inference(train):
     x, (params, running) = random((EXAMPLES, 3), dtype="float32"), layer(dtype="float32")
-    for train in False, jax.vmap(lambda train: train)(jnp.zeros(1, bool))[0]:
-        f = lambda **options: jbn.batch_norm(x, params, running, train=train, **options)  # noqa: B023
-        assert_close(f(virtual_batch_size=4), f(), 1e-6)
+    y, new = jbn.batch_norm(x, params, running, train=train, virtual_batch_size=4)
+    assert_close(y, jbn.normalize(x, running, params), 1e-6)
+    jax.tree.map(assert_array_equal, new, running)
 
 
 @pytest.mark.parametrize("derivative", ["hessian", "linearize"])
