@@ -88,10 +88,19 @@ def result_dtype(x: jax.Array, dtype: DTypeLike | None) -> np.dtype:
     return wanted
 
 
-def check_features(x: jax.Array, axes: tuple[int, ...], name: str, value: NamedTuple, kind: type) -> None:
+def check_features(
+    x: jax.Array,
+    axes: tuple[int, ...],
+    name: str,
+    value: NamedTuple,
+    kind: type,
+    *,
+    may_broadcast: bool = False,
+) -> None:
     """Checks that an argument is of its kind and each leaf has the shape of the features of `x`.
 
-    A leaf may be None, and a count may be a scalar.
+    A leaf may be None, and a count may be a scalar. If `may_broadcast`, a leaf may have all axes of `x`
+    instead, and broadcast to it.
 
     Raises:
       TypeError: it is something else.
@@ -106,9 +115,12 @@ def check_features(x: jax.Array, axes: tuple[int, ...], name: str, value: NamedT
         shape = np.shape(leaf)
         if leaf is None or shape == wanted or (field == "count" and shape == ()):
             continue
+        if may_broadcast and len(shape) == x.ndim and all(m in (1, n) for m, n in zip(shape, x.shape)):
+            continue
+        or_all_axes = f" To differ by position, give it all {x.ndim} axes of x." if may_broadcast else ""
         raise ValueError(
             f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {wanted} "
-            f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis."
+            f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis.{or_all_axes}"
         )
 
 

@@ -21,6 +21,7 @@ from jbn.checks import (
     warn_of_one_value,
 )
 from jbn.collectives import AxisName, NamedAxes, named_axes, split_devices
+from jbn.conditional import split_affine
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.normalization import Params, normalize_batch, normalize_by
 from jbn.running import UpdateRule, absorb, ema
@@ -81,7 +82,8 @@ def normalize(
     Args:
       x: samples, of any shape; floating point or complex.
       moments: the statistics to normalize with, in the features' shape; `count` is not used.
-      params: scale and bias in the features' shape; None for neither.
+      params: scale and bias in the features' shape; None for neither. For conditional normalization either
+        may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` of one vector an example.
       axis: the feature axis or axes.
       epsilon: added to the variance; > 0.
       dtype: the result's dtype; that of `x` if None. The arithmetic is in float32 at least.
@@ -108,8 +110,9 @@ def normalize(
     params = Params(None, None) if params is None else params
     epsilon = as_epsilon(epsilon)
     check_features(x, axes, "moments", moments, Moments)
-    check_features(x, axes, "params", params, Params)
-    return normalize_by(moments, axes, epsilon, result_dtype(x, dtype), x, params, None)
+    check_features(x, axes, "params", params, Params, may_broadcast=True)
+    params, dtype, affine = split_affine(params, x, axes, result_dtype(x, dtype))
+    return affine(normalize_by(moments, axes, epsilon, dtype, x, params, None))
 
 
 def batch_norm(
@@ -137,7 +140,8 @@ def batch_norm(
 
     Args:
       x: samples, of any shape; floating point or complex.
-      params: scale and bias in the features' shape; None for neither.
+      params: scale and bias in the features' shape; None for neither. For conditional normalization either
+        may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` of one vector an example.
       running: running moments in the features' shape.
       train: True in training, False in inference; or a traced Boolean scalar, so that one compiled function
         serves both.
@@ -200,12 +204,12 @@ def batch_norm(
     check_update(update)
     check_train(train)
     check_features(x, axes, "running", running, Moments)
-    check_features(x, axes, "params", params, Params)
-    dtype = result_dtype(x, dtype)
+    check_features(x, axes, "params", params, Params, may_broadcast=True)
+    params, dtype, affine = split_affine(params, x, axes, result_dtype(x, dtype))
     parts = count_parts(x, axes, virtual_batch_size)
     running = with_count_per_feature(jax.lax.stop_gradient(running))
     if isinstance(train, bool | np.bool_) and not train:
-        return normalize_by(running, axes, epsilon, dtype, x, params, weights), running
+        return affine(normalize_by(running, axes, epsilon, dtype, x, params, weights)), running
     over = named_axes(axis_name, axis_index_groups)
     warn_of_one_value(x, axes, parts, over)
     train = jnp.asarray(train)
@@ -222,4 +226,4 @@ def batch_norm(
         y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
         used = merge_stacked(used, over)
     used = jax.tree.map(shard_like, used, running)
-    return y, select(train, absorb(update, running, used), running)
+    return affine(y), select(train, absorb(update, running, used), running)

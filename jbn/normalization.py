@@ -16,7 +16,10 @@ from jbn.statistics import Moments, cast, finite_centre, measure, select
 
 
 class Params(NamedTuple):
-    """The learnt affine map that follows normalization; either part may be None."""
+    """The learnt affine map that follows normalization; either part may be None.
+
+    For conditional normalization a part has all axes of `x` and broadcasts to it.
+    """
 
     scale: jax.Array | None  # (features...), gamma; None scales by 1
     bias: jax.Array | None  # (features...), beta; None adds 0

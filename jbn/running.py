@@ -146,7 +146,7 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
     if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(running.mean):
         raise ValueError(
             f"running.mean has dtype {running.mean.dtype}, but x is complex; wanted a complex one, as made "
-            "by jbn.init(features, dtype=jnp.complex64)."
+            "by jbn.init(features, dtype=jnp.complex64), or by a module with param_dtype=jnp.complex64."
         )
     wide = arithmetic_dtype(running.mean, batch.mean)
     new = update(cast(running, wide), cast(batch, wide))

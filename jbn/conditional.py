@@ -1,0 +1,39 @@
+"""Conditional normalization: a scale or a bias that differs from one position of `x` to the next."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jbn.axes import expand
+from jbn.dtypes import arithmetic_dtype
+from jbn.normalization import Params
+
+
+def split_affine(
+    params: Params, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype
+) -> tuple[Params, np.dtype, Callable[[jax.Array], jax.Array]]:
+    """Separates an affine map that is not the same at every position from the normalization before it.
+
+    Returns:
+      What to normalize with: parameters and the result's dtype; and what is left to do to the result. For
+      parameters in the features' shape nothing is left: the one derivative rule has them.
+    """
+    leaves, features = jax.tree.leaves(params), tuple(x.shape[a] for a in axes)
+    if all(np.shape(leaf) == features for leaf in leaves):
+        return params, dtype, lambda y: y
+    wide = arithmetic_dtype(x, *leaves)
+
+    def at_positions(leaf):
+        leaf = jnp.asarray(leaf, wide)
+        return expand(leaf, x.ndim, axes) if leaf.shape == features else leaf
+
+    def affine(y):
+        if params.scale is not None:
+            y = y * at_positions(params.scale)
+        if params.bias is not None:
+            y = y + at_positions(params.bias)
+        return y.astype(dtype)
+
+    return Params(None, None), wide, affine

@@ -1,0 +1,133 @@
+"""What the Flax modules share: from a layer's options and variables to one call of `jbn.batch_norm`.
+
+Nothing here knows Flax. `jbn.linen` and `jbn.nnx` keep the variables, each in its own way, and call this.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jbn.axes import Axes
+from jbn.collectives import AxisName
+from jbn.dtypes import promote
+from jbn.functional import batch_norm, init
+from jbn.normalization import Params
+from jbn.running import UpdateRule, ema
+from jbn.statistics import Moments
+
+
+class Layer(Protocol):
+    """The options that both modules have, under the same names."""
+
+    axis: Axes
+    momentum: ArrayLike
+    epsilon: float
+    dtype: DTypeLike | None
+    axis_name: AxisName | None
+    axis_index_groups: Sequence[Sequence[int]] | None
+    update: UpdateRule | None
+    virtual_batch_size: int | None
+    frozen: bool
+
+
+def as_inexact(x: ArrayLike) -> jax.Array:
+    """Returns `x` as a JAX array of floating point or complex numbers; integers are converted, as by Flax."""
+    x = jnp.asarray(x)
+    return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(promote(jnp.float32, x))
+
+
+def result_dtype(layer: Layer, *values: ArrayLike) -> np.dtype:
+    """Returns the dtype that the user wants, or what the values promote to."""
+    return jnp.dtype(promote(*values) if layer.dtype is None else layer.dtype)
+
+
+def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Array:
+    """Returns False if the layer will update nothing, and a traced Boolean if that is not known yet."""
+    if layer.frozen:
+        return False
+    if isinstance(use_running_average, jax.core.Tracer):
+        return jnp.logical_not(use_running_average)
+    return not use_running_average
+
+
+def statistics_of(layer: Layer, train: bool | jax.Array) -> tuple[str, ...]:
+    """Returns which running statistics a call needs: Flax's two, and the count that only a rule reads."""
+    return ("mean", "var") if layer.update is None or train is False else Moments._fields
+
+
+def running_moments(stats: Mapping[str, jax.Array]) -> Moments:
+    """Makes moments of a layer's running statistics; of 0 batches, where the count is not kept."""
+    return Moments(**{"count": np.float32(0), **stats})
+
+
+def initial_statistic(
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    initializer: Callable[..., jax.Array] | None,
+    make_key: Callable[[], jax.Array],
+) -> jax.Array:
+    """Makes the running mean, variance or count of a new layer: that of `jbn.init`, or what the user wants.
+
+    A key is made for the user's initializer only: without one, a layer draws the keys that Flax's draws.
+    """
+    leaf = getattr(init(shape, dtype=dtype)[1], name)
+    return leaf if initializer is None else initializer(make_key(), shape, leaf.dtype)
+
+
+def learnt_or_given(
+    name: str, is_learnt: bool, learnt: Callable[[], jax.Array], given: ArrayLike | None
+) -> ArrayLike | None:
+    """Returns the scale or bias that the layer learns, or the one given in this call.
+
+    Raises:
+      ValueError: there are both.
+    """
+    if is_learnt and given is not None:
+        raise ValueError(
+            f"{name} was given in the call of a BatchNorm that learns one of its own; wanted one of the two. "
+            f"Build the layer with use_{name}=False."
+        )
+    return learnt() if is_learnt else given
+
+
+def apply_layer(
+    layer: Layer,
+    x: jax.Array,
+    params: Params,
+    running: Moments,
+    *,
+    train: ArrayLike,
+    mask: ArrayLike | None,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, Moments]:
+    """Calls `jbn.batch_norm` as the layer's options say; returns `y` and the new running moments."""
+    return batch_norm(
+        x,
+        jax.lax.stop_gradient(params) if layer.frozen else params,
+        running,
+        train=train,
+        axis=layer.axis,
+        epsilon=layer.epsilon,
+        update=ema(layer.momentum) if layer.update is None else layer.update,
+        mask=mask,
+        axis_name=layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+        virtual_batch_size=layer.virtual_batch_size,
+        dtype=dtype,
+    )
+
+
+@contextmanager
+def explained(kind: type[Exception], explanation: str) -> Iterator[None]:
+    """Adds to an error of Flax's what it means for this layer, and the fix."""
+    try:
+        yield
+    except kind as error:
+        error.add_note(explanation)
+        raise

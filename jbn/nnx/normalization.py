@@ -1,0 +1,246 @@
+"""Batch normalization as a Flax NNX module."""
+
+import operator
+from collections.abc import Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.errors import TraceContextError
+from flax.nnx.nn.dtypes import promote_dtype as promote_to_one_dtype
+from flax.typing import Dtype, Initializer, PromoteDtypeFn
+from jax.typing import ArrayLike
+
+from jbn.axes import Axes
+from jbn.collectives import AxisName
+from jbn.dtypes import arithmetic_dtype
+from jbn.layers import (
+    apply_layer,
+    as_inexact,
+    explained,
+    initial_statistic,
+    is_training,
+    learnt_or_given,
+    result_dtype,
+    running_moments,
+    statistics_of,
+)
+from jbn.normalization import Params
+from jbn.running import UpdateRule
+
+NOT_AN_ARGUMENT = (
+    "BatchNorm updates its running statistics in training, and JAX returns updates only to arguments of the "
+    "transform: write nnx.jit(lambda model, x: model(x))(model, x), not nnx.jit(model)(x), and likewise with "
+    "nnx.eval_shape and nnx.vmap. In inference, call model.eval() first."
+)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalization that keeps its parameters and running statistics as NNX variables.
+
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias
+
+    A shell over `jbn.batch_norm` that takes the place of `flax.nnx.BatchNorm`: the same arguments, defaults
+    and variables, so that states move between the two. `scale` and `bias` are `nnx.Param`, `mean` and `var`
+    `nnx.BatchStat`, all in the features' shape. In training the moments are the batch's, and the running ones
+    are updated in place; in inference they are the running ones.
+
+    It differs from Flax's module (0.12) where `jbn.linen.BatchNorm` differs from its own, and here:
+
+    | case | Flax | here |
+    |---|---|---|
+    | `dtype=jnp.bfloat16` | `x`, statistics, scale and bias are rounded first | the result is rounded |
+    | mask of real weights | refused | weights |
+    | several feature axes | in inference only | `num_features` is their shape |
+    | complex `x` | the running mean loses its imaginary part | `param_dtype=jnp.complex64`, or an error |
+
+    A transform has to be given the layer, or the model that has it, as an argument, as with every NNX layer
+    that updates variables. `nnx.eval_shape(model, x)`, `nnx.jit(model)(x)` and `nnx.vmap(model)(x)` hide it
+    in the function, from where JAX cannot return an update: an error in training. What works:
+
+        nnx.eval_shape(lambda model, x: model(x), model, x)
+        nnx.vmap(lambda model, x: model(x), in_axes=(None, 0), axis_name="batch")(model, x)  # one for all
+        nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(models, x)  # each member its own
+
+    where the layers of the second have `axis_name="batch"`: all members then update with the same moments.
+
+    Args:
+      num_features: the number of features, or the shape of the feature axes.
+      use_running_average: True in inference, False in training; set by `model.eval()`, `model.train()` and
+        `nnx.view`; the call may override it.
+      axis: the feature axis or axes; statistics reduce over every other axis.
+      momentum: the weight of the old running value, `update=jbn.ema(momentum)`; a number in [0, 1].
+        PyTorch's momentum m is 1 - m here.
+      epsilon: added to the variance; > 0.
+      dtype: the result's dtype; if None, what `promote_dtype` makes of `x`, the statistics, scale and bias:
+        float32 at least. The arithmetic and the running statistics are float32 at least, whatever it says.
+      param_dtype: the dtype of scale and bias; the running statistics have it where it is wider than float32.
+      use_bias: learn a bias.
+      use_scale: learn a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: name or names of the axes of `jax.shard_map` or `jax.vmap` that share one batch. Under plain
+        `jit`, statistics of a sharded batch are global without it.
+      axis_index_groups: a partition of the indices along the named axes; only members of one group share.
+      use_fast_variance: without effect: the variance is always the exact one.
+      promote_dtype: a function like `flax.nnx.nn.dtypes.promote_dtype`, which tells the result's dtype where
+        `dtype` is None. It converts nothing.
+      rngs: keys for the initializers.
+      bias_metadata: metadata of the bias variable, a sharding say.
+      scale_metadata: metadata of the scale variable.
+      update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,
+        `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further `nnx.BatchStat`,
+        `count`, then holds what such rules average by.
+      virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
+        examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
+        `jit`, N over the number of devices makes statistics local to a device.
+      mean_init: initializer of the running mean; None for 0.
+      var_init: initializer of the running variance; None for 1.
+      frozen: never train: normalize with the running statistics, update nothing, and give scale and bias no
+        gradient, whatever `use_running_average` says. `model.set_attributes(frozen=True)` freezes all layers.
+
+    Raises:
+      ValueError: `use_running_average` is None here and in the call; scale or bias are both learnt and given;
+        and what `jbn.batch_norm` raises.
+      flax.errors.TraceContextError: the layer was not an argument of the transform around this call.
+
+    Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
+
+    >>> import jax.numpy as jnp, jbn.nnx
+    >>> from flax import nnx
+    >>> layer = jbn.nnx.BatchNorm(2, momentum=0.5, rngs=nnx.Rngs(0))
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> print(layer(x).round(4))
+    [[-1. -1.]
+     [ 1.  1.]]
+    >>> print(layer.mean[...], layer.var[...])
+    [ 1. 10.] [ 1.  50.5]
+    >>> layer.eval()
+    >>> print(layer(x).round(4))
+    [[0.     0.    ]
+     [2.     2.8144]]
+    """
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int],
+        *,
+        use_running_average: bool | None = False,
+        axis: Axes = -1,
+        momentum: ArrayLike = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = nnx.initializers.zeros_init(),
+        scale_init: Initializer = nnx.initializers.ones_init(),
+        axis_name: AxisName | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
+        use_fast_variance: bool = True,
+        promote_dtype: PromoteDtypeFn = promote_to_one_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        update: UpdateRule | None = None,
+        virtual_batch_size: int | None = None,
+        mean_init: Initializer | None = None,
+        var_init: Initializer | None = None,
+        frozen: bool = False,
+    ):
+        shape = tuple(num_features) if isinstance(num_features, Sequence) else (operator.index(num_features),)
+
+        def param(initializer, metadata):
+            return nnx.Param(initializer(rngs.params(), shape, param_dtype), **metadata)
+
+        def statistic(name, initializer=None):
+            kept = arithmetic_dtype(param_dtype)
+            return nnx.BatchStat(initial_statistic(name, shape, kept, initializer, rngs.params))
+
+        self.scale = param(scale_init, scale_metadata) if use_scale else nnx.data(None)
+        self.bias = param(bias_init, bias_metadata) if use_bias else nnx.data(None)
+        self.mean = statistic("mean", mean_init)
+        self.var = statistic("var", var_init)
+        self.count = nnx.data(None) if update is None else statistic("count")
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+        self.update = update
+        self.virtual_batch_size = virtual_batch_size
+        self.frozen = frozen
+
+    def __call__(
+        self,
+        x: ArrayLike,
+        use_running_average: bool | None = None,
+        *,
+        mask: ArrayLike | None = None,
+        scale: ArrayLike | None = None,
+        bias: ArrayLike | None = None,
+    ) -> jax.Array:
+        """Normalizes `x`, and in training updates the running statistics.
+
+        Args:
+          x: samples, of any shape; integers are converted to float32.
+          use_running_average: True in inference, False in training, or a traced Boolean scalar; None for what
+            the layer has.
+          mask: which positions count in the statistics: Booleans, or real weights >= 0, broadcastable to `x`.
+          scale: for conditional normalization, the scale of this call, for a layer with `use_scale=False`: in
+            the features' shape, or with all axes of `x` and broadcastable to it.
+          bias: likewise, for a layer with `use_bias=False`.
+
+        Returns:
+          An array of the shape of `x`.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            raise ValueError(
+                "use_running_average is None; wanted False in training or True in inference: in the "
+                "constructor, in the call, by model.train() and model.eval(), or by nnx.view."
+            )
+        train = is_training(self, use_running_average)
+        x = as_inexact(x)
+        params = Params(
+            scale=learnt_or_given("scale", self.scale is not None, lambda: self.scale[...], scale),
+            bias=learnt_or_given("bias", self.bias is not None, lambda: self.bias[...], bias),
+        )
+        stats = {name: getattr(self, name) for name in statistics_of(self, train)}
+        running = running_moments({name: stat[...] for name, stat in stats.items()})
+        dtype = result_dtype(self, *self._promoted(x, running.mean, running.var, *params))
+        y, running = apply_layer(self, x, params, running, train=train, mask=mask, dtype=dtype)
+        if train is not False:
+            with explained(TraceContextError, NOT_AN_ARGUMENT):
+                for name, stat in stats.items():
+                    stat[...] = getattr(running, name)
+        return y
+
+    def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
+        """What `nnx.view` calls.
+
+        Args:
+          use_running_average: True in inference, False in training.
+          frozen: never train.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+        if frozen is not None:
+            self.frozen = frozen
+
+    def _promoted(self, *values: jax.Array | None) -> list[jax.ShapeDtypeStruct]:
+        """Returns what `promote_dtype` would make of `x`, mean, var, scale and bias, and computes nothing."""
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.tree.leaves(jax.eval_shape(partial(self.promote_dtype, dtype=self.dtype), values))
