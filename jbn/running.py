@@ -76,8 +76,8 @@ class ema:  # lower case, like the other rules: to its user it is a function
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
         running = with_count_per_feature(running)
-        decay = jnp.asarray(self.decay, running.count.dtype)
-        new = 1 - decay
+        # Subtracted before it is rounded: 1 - float32(0.99) is off by 1e-6 of itself.
+        decay, new = (jnp.asarray(weight, running.count.dtype) for weight in (self.decay, 1 - self.decay))
         if self.debias:
             count = decay * running.count + new
             return _average(running, batch, ratio(new, count), count, self.unbiased)

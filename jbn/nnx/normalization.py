@@ -34,7 +34,8 @@ from jbn.running import UpdateRule
 NOT_AN_ARGUMENT = (
     "BatchNorm updates its running statistics in training, and JAX returns updates only to arguments of the "
     "transform: write nnx.jit(lambda model, x: model(x))(model, x), not nnx.jit(model)(x), and likewise with "
-    "nnx.eval_shape and nnx.vmap. In inference, call model.eval() first."
+    "nnx.eval_shape and nnx.vmap. A model merged inside the transform wants nnx.merge(..., copy=True). In "
+    "inference, call model.eval() first."
 )
 
 
@@ -66,6 +67,7 @@ class BatchNorm(nnx.Module):
         nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(models, x)  # each member its own
 
     where the layers of the second have `axis_name="batch"`: all members then update with the same moments.
+    Of a model that was made under `nnx.var_defaults(ref=True)`, JAX can update hidden variables too.
 
     Args:
       num_features: the number of features, or the shape of the feature axes.
