@@ -71,7 +71,7 @@ class NNX:
     def call(self, params, stats, x, train, **kwargs):
         graphdef, state = nnx.split(self.layer)
         nnx.replace_by_pure_dict(state, params | stats)
-        layer = nnx.merge(graphdef, state)
+        layer = nnx.merge(graphdef, state, copy=True)  # also inside a transform
         y = layer(x, use_running_average=opposite(train), **kwargs)
         return y, nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
 
