@@ -1,6 +1,6 @@
 """Batch normalization for JAX: pure functions with explicit running statistics.
 
-Flax users import `jbn.linen`.
+Flax users import `jbn.linen` or `jbn.nnx`.
 """
 
 from jbn.functional import batch_norm, init, normalize

@@ -35,6 +35,11 @@ def feature_axes(ndim: int, axis: Axes) -> tuple[int, ...]:
     return tuple(axes)
 
 
+def feature_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of per-feature values for samples `x`."""
+    return tuple(x.shape[a] for a in axes)
+
+
 def other_axes(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the axes that statistics reduce over: all that are not feature axes."""
     return tuple(a for a in range(ndim) if a not in axes)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import other_axes
+from jbn.axes import feature_shape, other_axes
 from jbn.collectives import NamedAxes, smallest_group
 
 
@@ -110,7 +110,7 @@ def check_features(
         raise TypeError(
             f"{name} is a {type(value).__name__}; wanted jbn.{kind.__name__}, as jbn.init makes it."
         )
-    wanted = tuple(x.shape[a] for a in axes)
+    wanted = feature_shape(x, axes)
     for field, leaf in value._asdict().items():
         shape = np.shape(leaf)
         if leaf is None or shape == wanted or (field == "count" and shape == ()):

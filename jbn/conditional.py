@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn.axes import expand
+from jbn.axes import expand, feature_shape
 from jbn.dtypes import arithmetic_dtype
 from jbn.normalization import Params
 
@@ -20,7 +20,7 @@ def split_affine(
       What to normalize with: parameters and the result's dtype; and what is left to do to the result. For
       parameters in the features' shape nothing is left: the one derivative rule has them.
     """
-    leaves, features = jax.tree.leaves(params), tuple(x.shape[a] for a in axes)
+    leaves, features = jax.tree.leaves(params), feature_shape(x, axes)
     if all(np.shape(leaf) == features for leaf in leaves):
         return params, dtype, lambda y: y
     wide = arithmetic_dtype(x, *leaves)

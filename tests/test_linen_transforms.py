@@ -170,6 +170,15 @@ def test_vmap_over_examples_with_an_axis_name_is_the_whole_batch():
     assert_allclose(updated["batch_stats"]["var"], reference.moments(X)[1], rtol=1e-5)
 
 
+def test_pmap_shares_the_batch_over_devices():
+    layer = jbn.linen.BatchNorm(use_running_average=False, momentum=0.0, axis_name="devices")
+    variables = layer.init(jax.random.key(0), X)
+    step = jax.pmap(partial(layer.apply, mutable=["batch_stats"]), "devices", in_axes=(None, 0))
+    y, updated = step(variables, X.reshape(4, 2, 4))
+    assert_allclose(y.reshape(8, 4), reference.batch_norm(X), atol=1e-5)
+    assert_allclose(updated["batch_stats"]["var"][3], reference.moments(X)[1], rtol=1e-5)
+
+
 def test_shapes_are_known_without_computing():
     layer = jbn.linen.BatchNorm(use_running_average=False)
     variables = jax.eval_shape(layer.init, jax.random.key(0), X)

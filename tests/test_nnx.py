@@ -123,6 +123,13 @@ def test_promote_dtype_tells_the_dtype_of_the_result_and_converts_nothing():
     assert_allclose(np.float32(y), reference.batch_norm(X), rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("features, axis", [(3, -1), (8, -1), (32, (0, 1)), ((4, 8), (0, 1))])
+def test_other_features_are_named(features, axis):
+    layer = jbn.nnx.BatchNorm(features, axis=axis, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"num_features=.*, but x of shape \(8, 4\) has features of shape"):
+        layer(X)
+
+
 def test_complex_input_wants_complex_statistics():
     with pytest.raises(ValueError, match="running.mean has dtype float32, but x is complex; .* param_dtype"):
         jbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))(X * 1j)

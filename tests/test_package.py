@@ -26,4 +26,4 @@ def test_wheel_holds_the_typed_library_alone(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"jbn"}
-    assert {"jbn/py.typed", "jbn/__init__.py", "jbn/linen/__init__.py"} <= set(names)
+    assert {"jbn/py.typed", "jbn/__init__.py", "jbn/linen/__init__.py", "jbn/nnx/__init__.py"} <= set(names)

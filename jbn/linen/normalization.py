@@ -11,7 +11,7 @@ from flax.errors import ModifyScopeVariableError
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jbn.axes import Axes, feature_axes
+from jbn.axes import Axes, feature_axes, feature_shape
 from jbn.collectives import AxisName
 from jbn.dtypes import arithmetic_dtype
 from jbn.functional import normalize
@@ -72,10 +72,8 @@ class BatchNorm(nn.Module):
       dtype: the result's dtype; if None, what `x`, scale and bias promote to. The arithmetic and the running
         statistics are float32 at least, whatever it says.
       param_dtype: the dtype of scale and bias.
-      use_bias: learn a bias.
-      use_scale: learn a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
+      use_bias, use_scale: learn a bias, a scale.
+      bias_init, scale_init: their initializers.
       axis_name: name or names of the axes of `jax.shard_map` or `jax.vmap` that share one batch; not used in
         `init`. Under plain `jit`, statistics of a sharded batch are global without it.
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
@@ -88,8 +86,7 @@ class BatchNorm(nn.Module):
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
-      mean_init: initializer of the running mean; None for 0.
-      var_init: initializer of the running variance; None for 1.
+      mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
       frozen: never train: normalize with the running statistics, update nothing, and give scale and bias no
         gradient, whatever `use_running_average` says.
 
@@ -166,7 +163,7 @@ class BatchNorm(nn.Module):
         )
         train, initializing = is_training(self, use_running_average), self.is_initializing()
         x = as_inexact(x)
-        shape = tuple(x.shape[a] for a in feature_axes(x.ndim, self.axis))
+        shape = feature_shape(x, feature_axes(x.ndim, self.axis))
         kept = arithmetic_dtype(x, jnp.float32 if self.force_float32_reductions else self.param_dtype)
 
         def param(name, initializer):

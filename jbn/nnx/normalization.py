@@ -14,7 +14,7 @@ from flax.nnx.nn.dtypes import promote_dtype as promote_to_one_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jbn.axes import Axes
+from jbn.axes import Axes, feature_axes, feature_shape
 from jbn.collectives import AxisName
 from jbn.dtypes import arithmetic_dtype
 from jbn.layers import (
@@ -77,30 +77,26 @@ class BatchNorm(nnx.Module):
       momentum: the weight of the old running value, `update=jbn.ema(momentum)`; a number in [0, 1].
         PyTorch's momentum m is 1 - m here.
       epsilon: added to the variance; > 0.
-      dtype: the result's dtype; if None, what `promote_dtype` makes of `x`, the statistics, scale and bias:
-        float32 at least. The arithmetic and the running statistics are float32 at least, whatever it says.
+      dtype: the result's dtype; if None, that of `promote_dtype`: float32 at least, like the arithmetic and
+        the running statistics whatever it says.
       param_dtype: the dtype of scale and bias; the running statistics have it where it is wider than float32.
-      use_bias: learn a bias.
-      use_scale: learn a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
+      use_bias, use_scale: learn a bias, a scale.
+      bias_init, scale_init: their initializers.
       axis_name: name or names of the axes of `jax.shard_map` or `jax.vmap` that share one batch. Under plain
         `jit`, statistics of a sharded batch are global without it.
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
       use_fast_variance: without effect: the variance is always the exact one.
-      promote_dtype: a function like `flax.nnx.nn.dtypes.promote_dtype`, which tells the result's dtype where
-        `dtype` is None. It converts nothing.
+      promote_dtype: like `flax.nnx.nn.dtypes.promote_dtype`; it tells the result's dtype where `dtype` is
+        None, from those of x, mean, var, scale and bias, and converts nothing.
       rngs: keys for the initializers.
-      bias_metadata: metadata of the bias variable, a sharding say.
-      scale_metadata: metadata of the scale variable.
+      bias_metadata, scale_metadata: metadata of their variables, a sharding say.
       update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,
         `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further `nnx.BatchStat`,
         `count`, then holds what such rules average by.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
-      mean_init: initializer of the running mean; None for 0.
-      var_init: initializer of the running variance; None for 1.
+      mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
       frozen: never train: normalize with the running statistics, update nothing, and give scale and bias no
         gradient, whatever `use_running_average` says. `model.set_attributes(frozen=True)` freezes all layers.
 
@@ -216,6 +212,12 @@ class BatchNorm(nnx.Module):
             )
         train = is_training(self, use_running_average)
         x = as_inexact(x)
+        shape = feature_shape(x, feature_axes(x.ndim, self.axis))
+        if shape != self.mean.shape:
+            raise ValueError(
+                f"num_features={self.num_features}, but x of shape {x.shape} has features of shape {shape} "
+                f"on axis={self.axis}; build the layer with num_features={shape}, or another axis."
+            )
         params = Params(
             scale=learnt_or_given("scale", self.scale is not None, lambda: self.scale[...], scale),
             bias=learnt_or_given("bias", self.bias is not None, lambda: self.bias[...], bias),
