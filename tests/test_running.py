@@ -110,9 +110,9 @@ def test_unbiased_rules_are_pytorch_step_by_step(run):
         y, new = jbn.batch_norm(x, params, running, train=True, update=rule)
         return jnp.sum(jnp.sin(y) * target), (y, new)
 
+    grads = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
     for step in run["steps"]:
         wanted = {name: np.float32(value) for name, value in step.items()}
-        grads = jax.grad(loss, (0, 1), has_aux=True)
         (dx, dparams), (y, running) = grads(wanted["x"], params, running, wanted["target"])
         actual = {
             "y": y,

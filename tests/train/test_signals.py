@@ -38,7 +38,7 @@ def test_second_process_is_kept_out_of_a_run_directory_in_use(tmp_path):
     assert second.returncode == 2 and "is in use by another process" in second.stderr
 
 
-JOB = ["configs/digits_mlp.toml", "--steps", 10000, "--eval-every", 1000]
+JOB = ["configs/digits_mlp.toml", "--steps", 5000, "--eval-every", 500]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_job_ended_by_a_signal_resumes_to_the_same_result(tmp_path, uninterrupte
     assert process.returncode == code, out + err
     if number != signal.SIGKILL:
         summary = json.loads((run_dir / "summary.json").read_text())
-        assert summary["status"] == "stopped" and 0 < summary["step"] < 10000
+        assert summary["status"] == "stopped" and 0 < summary["step"] < 5000
         assert out.splitlines()[-1].startswith(f"Stopped at step {summary['step']}: ")
 
     resumed = run(*JOB, "--run-dir", run_dir)
