@@ -1,8 +1,12 @@
 """What a function becomes when it is compiled."""
 
 import re
+from functools import partial
 
 import jax
+
+# For programs that are compiled once, run once, and compared by value.
+quick_jit = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
 

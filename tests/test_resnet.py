@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import quick_jit
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
@@ -81,7 +82,7 @@ def train_step(model, optimizer, state, images, labels):
 
 def start(layer, **options):
     model, optimizer = ResNet(layer, **options), optax.sgd(0.1, momentum=0.9, nesterov=True)
-    variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), IMAGES)
+    variables = quick_jit(partial(model.init, train=False))(jax.random.key(0), IMAGES)
     state = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
     return partial(train_step, model, optimizer), state
 
@@ -99,12 +100,12 @@ def test_one_step_is_that_of_flax(dtype, tolerance):
         start(layer, dtype=dtype) for layer in (jbn.linen.BatchNorm, nn.BatchNorm)
     )
     jax.tree.map(assert_array_equal, state, expected_state)
-    close(*(jax.jit(step)(state, IMAGES, LABELS) for step in (ours, theirs)), tolerance)
+    close(*(quick_jit(step)(state, IMAGES, LABELS) for step in (ours, theirs)), tolerance)
 
 
 def test_network_learns():
     step, state = start(jbn.linen.BatchNorm)
-    step, losses = jax.jit(step), []
+    step, losses = quick_jit(step), []
     for _ in range(40):
         state, loss, _ = step(state, IMAGES, LABELS)
         losses.append(loss)
@@ -113,10 +114,10 @@ def test_network_learns():
 
 def test_step_on_two_devices_with_an_axis_name_is_that_on_one():
     step, state = start(jbn.linen.BatchNorm)
-    expected = jax.jit(step)(state, IMAGES, LABELS)
+    expected = quick_jit(step)(state, IMAGES, LABELS)
     step, _ = start(jbn.linen.BatchNorm, axis_name="batch")
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     on_devices = jax.shard_map(
         step, mesh=mesh, in_specs=(P(), P("batch"), P("batch")), out_specs=P(), check_vma=False
     )
-    close(jax.jit(on_devices)(state, IMAGES, LABELS), expected, 2e-5)
+    close(quick_jit(on_devices)(state, IMAGES, LABELS), expected, 2e-5)

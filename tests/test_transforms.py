@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import quick_jit
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
@@ -120,8 +121,7 @@ PAIRS = [(outer, inner) for outer in ALL for inner in ALL]
 
 
 def run(f):
-    quick_to_compile = {"xla_backend_optimization_level": 0}
-    return jax.jit(lambda theta, data: f(theta, data, ()), compiler_options=quick_to_compile)(THETA, data())
+    return quick_jit(lambda theta, data: f(theta, data, ()))(THETA, data())
 
 
 @cache
