@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import quick_jit
 from jax.test_util import check_grads
 from layers import MASKS, layer, random
 from numpy.testing import assert_allclose, assert_array_equal
@@ -48,8 +49,8 @@ DERIVATIVES = {
 def assert_derivative_is_that_of_the_plain_formula(function, derivative, mask):
     args = random((7, 3), "float64"), random(3, "float64", seed=1), random(3, "float64", seed=2)
     derive, mask = DERIVATIVES[derivative], MASKS[mask]
-    actual = jax.jit(lambda args: derive(loss_of(function, mask), args))(args)
-    expected = jax.jit(lambda args: derive(loss_of(plain, mask), args))(args)
+    actual = quick_jit(lambda args: derive(loss_of(function, mask), args))(args)
+    expected = quick_jit(lambda args: derive(loss_of(plain, mask), args))(args)
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-9, atol=1e-11), actual, expected)
 
 

@@ -67,7 +67,7 @@ def assert_close(actual, expected, tolerance):
 def test_each_part_is_normalized_by_its_own_moments(x64, size, mask):
     x, (params, running), mask = random((EXAMPLES, 5, 3)), layer(), MASKS[mask]
     actual, expected = (
-        jax.jit(lambda x, params: gradients(f, x, mask, params, running, size))(x, params)  # noqa: B023
+        quick_jit(lambda x, params: gradients(f, x, mask, params, running, size))(x, params)  # noqa: B023
         for f in (at_once, one_after_the_other)
     )
     assert_close(actual, expected, 1e-11)

@@ -31,7 +31,7 @@ class StopAfter:
 def _no_pictures(request, monkeypatch):
     """Drawing takes longer than the jobs; the one test that looks for the picture has it drawn."""
     if "leaves_its_files" not in request.node.name:
-        monkeypatch.setattr(loop, "draw_curves", lambda run_dir: None)
+        monkeypatch.setattr(loop.report, "draw_curves", lambda run_dir: None)
 
 
 def fit(config, stop_after=None):
