@@ -5,13 +5,9 @@ import tempfile
 
 import pytest
 
-# Tests and the jobs that they train, in several processes, compile the same programs again and again.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    _cache = tempfile.TemporaryDirectory(prefix="jbn-tests-")
-    os.environ |= {
-        "JAX_COMPILATION_CACHE_DIR": _cache.name,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+# Jobs that the tests train, in this process and in others, compile the same programs again and again.
+_cache = tempfile.TemporaryDirectory(prefix="jbn-tests-")
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": _cache.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 import jax  # noqa: E402  (reads the environment above)
 
