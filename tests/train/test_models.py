@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ IMAGES = jnp.asarray(np.random.RandomState(0).rand(4, 8, 8, 1), jnp.float32)
 def built(**options):
     config = Model(**{"widths": (6, 5), **options})
     model = models.build(config, IMAGES.shape[1:], classes=3)
-    return model, model.init(jax.random.key(0), IMAGES, train=False)
+    return model, jax.jit(partial(model.init, train=False))(jax.random.key(0), IMAGES)
 
 
 def names(tree):
@@ -30,7 +32,7 @@ def test_every_hidden_layer_is_normalized_and_has_no_bias_of_its_own(name, layer
     assert stats == {f"BatchNorm_{i}/{leaf}" for i in range(layers) for leaf in ("mean", "var", "count")}
     biases = {path.split("/")[0] for path in names(variables["params"]) if path.endswith("bias")}
     assert biases == {f"BatchNorm_{i}" for i in range(layers)} | {"Dense_2" if name == "mlp" else "Dense_0"}
-    assert model.apply(variables, IMAGES, train=False).shape == (4, 3)
+    assert jax.eval_shape(partial(model.apply, train=False), variables, IMAGES).shape == (4, 3)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
@@ -38,16 +40,18 @@ def test_without_norm_the_layers_have_biases_and_no_statistics(name):
     model, variables = built(name=name, norm="none")
     assert set(variables) == {"params"}
     assert all({"kernel", "bias"} == set(layer) for layer in variables["params"].values())
-    assert_allclose(model.apply(variables, IMAGES, train=True), model.apply(variables, IMAGES, train=False))
+    in_training, in_inference = (jax.jit(partial(model.apply, train=train)) for train in (True, False))
+    assert_allclose(in_training(variables, IMAGES), in_inference(variables, IMAGES), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_hidden_units_have_mean_0_and_variance_1_over_a_training_batch(name):
     model, variables = built(name=name)
     is_norm = lambda module, _: type(module).__name__ == "BatchNorm"
-    _, state = model.apply(
-        variables, IMAGES, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=is_norm
+    step = partial(
+        model.apply, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=is_norm
     )
+    _, state = jax.jit(step)(variables, IMAGES)
     outputs = jax.tree.leaves(state["intermediates"])
     assert len(outputs) == (2 if name == "mlp" else 4)
     if name == "cnn":
@@ -62,7 +66,8 @@ def test_hidden_units_have_mean_0_and_variance_1_over_a_training_batch(name):
 
 def test_running_statistics_are_debiased():
     model, variables = built(norm_momentum=0.75)
-    _, state = model.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    step = jax.jit(partial(model.apply, train=True, mutable=["batch_stats"]))
+    _, state = step(variables, IMAGES)
     first = state["batch_stats"]["BatchNorm_0"]
     kernel = variables["params"]["Dense_0"]["kernel"]
     assert_allclose(first["mean"], np.mean(IMAGES.reshape(4, -1) @ kernel, 0), rtol=1e-4, atol=1e-6)
@@ -74,9 +79,10 @@ def test_running_statistics_are_debiased():
 def test_bfloat16_is_for_activations_alone(name, norm):
     model, variables = built(name=name, norm=norm, dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    logits, state = model.apply(
-        variables, IMAGES, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=True
+    step = partial(
+        model.apply, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=True
     )
+    _, state = jax.eval_shape(step, variables, IMAGES)
     last = "Dense_2" if name == "mlp" else "Dense_0"
     for layer, outputs in state["intermediates"].items():
         wanted = "float32" if layer in (last, "__call__") else "bfloat16"
