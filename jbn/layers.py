@@ -82,7 +82,7 @@ def initial_statistic(
 
 def learnt_or_given(
     name: str, is_learnt: bool, learnt: Callable[[], jax.Array], given: ArrayLike | None
-) -> ArrayLike | None:
+) -> jax.Array | None:
     """Returns the scale or bias that the layer learns, or the one given in this call.
 
     Raises:
@@ -93,7 +93,9 @@ def learnt_or_given(
             f"{name} was given in the call of a BatchNorm that learns one of its own; wanted one of the two. "
             f"Build the layer with use_{name}=False."
         )
-    return learnt() if is_learnt else given
+    if is_learnt:
+        return learnt()
+    return None if given is None else jnp.asarray(given)
 
 
 def apply_layer(
