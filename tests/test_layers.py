@@ -237,6 +237,19 @@ def test_dtype_rounds_the_result_and_nothing_before(flavour):
 
 
 @both
+def test_backward_pass_keeps_x_in_its_own_dtype(flavour):
+    x = random((256, 64), "bfloat16")
+
+    def bytes_an_element(layer):
+        f = lambda params, x: layer.call(params, layer.stats, x, True)[0]
+        kept = jax.jit(lambda params, x: jax.vjp(f, params, x)[1])(layer.params, x)
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(kept)) / x.size
+
+    theirs, ours = (bytes_an_element(layer) for layer in pair(flavour, x, dtype=jnp.bfloat16))
+    assert ours < 2.2 and theirs > 5
+
+
+@both
 def test_float16_of_large_magnitude_is_normalized(flavour):
     x = random((64, 3), "float16", mean=300, sd=100)
     layer = flavour(flavour.ours, x, dtype=jnp.float16)
