@@ -92,6 +92,16 @@ def test_result_is_rounded_once():
     assert_allclose(np.float64(y), expected, rtol=2**-8, atol=1e-4)
 
 
+def test_wider_parameters_widen_the_arithmetic(x64):
+    x, (params, _) = random(SHAPE), parameters("per example", "float64")
+    y, _ = jbn.batch_norm(x, params, jbn.init(3)[1], train=True, dtype=jnp.float64)
+    expected = affine(reference.batch_norm(x), params)
+    assert_allclose(y, expected, rtol=1e-6, atol=1e-6)  # the moments of x are float32
+    mean, var, _ = reference.moments(x)
+    y = jbn.normalize(x, jbn.Moments(mean, var, jnp.ones(3)), params, dtype=jnp.float64)
+    assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_equal_rows_of_parameters_are_the_learnt_ones():
     x, params = random(SHAPE), jbn.Params(random(3, seed=1), random(3, seed=2))
     rows = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (6, 1, 3)), params)

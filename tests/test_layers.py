@@ -214,6 +214,16 @@ def test_devices_merge_unequal_masks_by_count(flavour):
 
 
 @both
+def test_devices_share_within_their_groups_alone(flavour):
+    x = random((16, 3), mean=5.0)
+    layer = flavour(flavour.ours, x, axis_name="i", axis_index_groups=[[0, 1], [2, 3]])
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    step = lambda x: layer.call(layer.params, layer.stats, x, True)[0]
+    y = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("i"), out_specs=P("i")))(x)
+    assert_allclose(y, np.concatenate([reference.batch_norm(part) for part in np.split(x, 2)]), atol=5e-6)
+
+
+@both
 def test_one_value_per_feature_warns_in_training_alone(flavour):
     x = jnp.ones((1, 3))
     layer = flavour(flavour.ours, x)
