@@ -54,10 +54,19 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
 
 
 def as_epsilon(epsilon: float) -> float:
-    """Returns `epsilon` as a Python float; raises a ValueError unless it is > 0."""
+    """Returns `epsilon` as a Python float.
+
+    Raises:
+      TypeError: it is no number, or one that is not known at trace time.
+      ValueError: it is <= 0.
+    """
+    try:
+        epsilon = float(epsilon)
+    except (TypeError, jax.errors.ConcretizationTypeError):
+        raise TypeError(f"epsilon={epsilon!r}; wanted a number > 0 that is not traced.") from None
     if not epsilon > 0:
         raise ValueError(f"epsilon={epsilon}; wanted a number > 0, such as the default 1e-5.")
-    return float(epsilon)
+    return epsilon
 
 
 def check_train(train: Any) -> None:
@@ -141,6 +150,7 @@ def warn_of_one_value(x: jax.Array, axes: tuple[int, ...], parts: int | None, ov
     if math.prod(sizes) == 1:
         warnings.warn(
             f"x of shape {x.shape} has one value per feature{where}. It is its own mean, so that in training "
-            "every output is the bias. Train on larger batches, or with the running moments (train=False).",
+            "every output is the bias. Train on larger batches, or with the running moments (train=False, or "
+            "use_running_average=True in the Flax modules).",
             stacklevel=3,
         )

@@ -42,8 +42,11 @@ def as_inexact(x: ArrayLike) -> jax.Array:
 
 
 def result_dtype(layer: Layer, *values: ArrayLike) -> np.dtype:
-    """Returns the dtype that the user wants, or what the values promote to."""
-    return jnp.dtype(promote(*values) if layer.dtype is None else layer.dtype)
+    """Returns the dtype that the user wants, or what the values promote to: float32 if all are integers."""
+    if layer.dtype is not None:
+        return jnp.dtype(layer.dtype)
+    dtype = promote(*values)
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else promote(jnp.float32, dtype)
 
 
 def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Array:
@@ -51,6 +54,8 @@ def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Arra
     if layer.frozen:
         return False
     if isinstance(use_running_average, jax.core.Tracer):
+        if use_running_average.shape != () or use_running_average.dtype != bool:
+            raise TypeError(f"use_running_average={use_running_average}; wanted a Boolean scalar.")
         return jnp.logical_not(use_running_average)
     return not use_running_average
 
@@ -81,9 +86,9 @@ def initial_statistic(
 
 
 def learnt_or_given(
-    name: str, is_learnt: bool, learnt: Callable[[], jax.Array], given: ArrayLike | None
+    layer: Layer, name: str, is_learnt: bool, learnt: Callable[[], jax.Array], given: ArrayLike | None
 ) -> jax.Array | None:
-    """Returns the scale or bias that the layer learns, or the one given in this call.
+    """Returns the scale or bias that the layer learns, unless it is frozen, or the one given in this call.
 
     Raises:
       ValueError: there are both.
@@ -94,7 +99,7 @@ def learnt_or_given(
             f"Build the layer with use_{name}=False."
         )
     if is_learnt:
-        return learnt()
+        return jax.lax.stop_gradient(learnt()) if layer.frozen else learnt()
     return None if given is None else jnp.asarray(given)
 
 
@@ -111,7 +116,7 @@ def apply_layer(
     """Calls `jbn.batch_norm` as the layer's options say; returns `y` and the new running moments."""
     return batch_norm(
         x,
-        jax.lax.stop_gradient(params) if layer.frozen else params,
+        params,
         running,
         train=train,
         axis=layer.axis,

@@ -43,7 +43,8 @@ class ema:  # lower case, like the other rules: to its user it is a function
         1 - prod(decay); otherwise it counts batches.
 
     Raises:
-      ValueError: `decay` is outside [0, 1].
+      TypeError: `decay` is no number.
+      ValueError: `decay` is outside [0, 1], or an array of several.
 
     Reference: Ioffe & Szegedy 2015, section 3.1; debiasing: Kingma & Ba 2015, section 3.
 
@@ -64,14 +65,18 @@ class ema:  # lower case, like the other rules: to its user it is a function
     debias: bool = False
 
     def __post_init__(self):
+        if np.shape(self.decay) != ():
+            raise ValueError(f"decay has shape {np.shape(self.decay)}; wanted one number for all features.")
         if isinstance(self.decay, jax.core.Tracer):
             return
-        if np.ndim(self.decay) == 0 and hasattr(self.decay, "dtype"):
+        try:
             object.__setattr__(self, "decay", float(self.decay))  # which is hashable
+        except TypeError:
+            raise TypeError(f"decay={self.decay!r}; wanted a number in [0, 1].") from None
         if not 0 <= self.decay <= 1:
             raise ValueError(
-                f"decay={self.decay} is outside [0, 1]; it is the weight of the old value. "
-                "PyTorch's momentum m is decay 1 - m."
+                f"decay={self.decay} (momentum in the Flax modules) is outside [0, 1]; it is the weight of "
+                "the old value. PyTorch's momentum m is decay 1 - m."
             )
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
@@ -150,7 +155,14 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
         )
     wide = arithmetic_dtype(running.mean, batch.mean)
     new = update(cast(running, wide), cast(batch, wide))
-    new = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), new, running)
+    if not isinstance(new, Moments):
+        raise TypeError(f"update={update!r} returned a {type(new).__name__}; wanted jbn.Moments.")
+    shapes = [np.shape(leaf) for leaf in new]
+    if not set(shapes) <= {(), running.mean.shape}:
+        raise ValueError(
+            f"update={update!r} returned leaves of shapes {shapes}; wanted {running.mean.shape}, as given."
+        )
+    new = jax.tree.map(lambda leaf, old: jnp.asarray(leaf).astype(old.dtype), new, running)
     finite = [jnp.isfinite(leaf) for leaf in (batch.mean, batch.var, new.mean, new.var)]
     return select(functools.reduce(jnp.logical_and, finite, batch.count > 0), new, running)
 

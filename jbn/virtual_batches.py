@@ -56,6 +56,8 @@ def map_parts(f: Callable[..., Any], parts: int, axes: tuple[int, ...]) -> Calla
         if x.shape[axis] % parts:
             weights = _one_per_example(weights, x, axis)
         shared = weights is None or weights.shape[axis] == 1
+        if not shared:
+            weights = _shard_examples_like(weights, x, axis)
         y, moments = jax.vmap(f, (axis, None, None, None if shared else axis, None), (axis, 0))(
             _split(x, parts, axis),
             params,
@@ -102,6 +104,15 @@ def _join(y: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     else:
         y = reshape(y)
     return shard_like(y, x)
+
+
+def _shard_examples_like(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """Gives the weights of the examples the explicit sharding of the examples."""
+    ours, theirs = jax.typeof(weights).sharding, jax.typeof(x).sharding
+    if ours.spec[axis] == theirs.spec[axis]:
+        return weights
+    spec = PartitionSpec(*(theirs.spec[a] if a == axis else names for a, names in enumerate(ours.spec)))
+    return reshard(weights, NamedSharding(ours.mesh if theirs.mesh.empty else theirs.mesh, spec))
 
 
 def _whole_parts_per_device(x: jax.Array, parts: int, axis: int) -> jax.Array:

@@ -222,7 +222,16 @@ def test_epsilon_may_be_of_any_type_of_number(x64):
     x, (params, running) = random((7, 3)), layer(3)
     for train in True, False:
         y, _ = jbn.batch_norm(x, params, running, train=train, epsilon=np.float64(1e-5))
+        at_trace_time = jax.jit(partial(jbn.batch_norm, train=train, epsilon=jnp.float64(1e-5)))
+        assert_allclose(at_trace_time(x, params, running)[0], y, rtol=1e-5, atol=1e-6)
         assert y.dtype == jnp.float32
+
+
+def test_epsilon_that_is_traced_is_named():
+    params, running = jbn.init(3)
+    call = lambda epsilon: jbn.batch_norm(VECTORS, params, running, train=True, epsilon=epsilon)
+    with pytest.raises(TypeError, match="epsilon=.*; wanted a number > 0 that is not traced"):
+        jax.jit(call)(1e-5)
 
 
 def test_update_may_be_any_function():
@@ -449,10 +458,17 @@ def test_more_values_or_inference_do_not_warn(call):
         ),
         (dict(update=0.9), TypeError, "update=0.9; wanted a rule, such as jbn.ema"),
         (dict(update=jbn.ema), TypeError, "wanted a rule, such as jbn.ema"),
+        (dict(update=lambda running, batch: None), TypeError, "returned a NoneType; wanted jbn.Moments"),
+        (
+            dict(update=lambda running, batch: batch._replace(mean=batch.mean[None])),
+            ValueError,
+            r"returned leaves of shapes \[\(1, 3\), .*wanted \(3,\)",
+        ),
         (dict(train=None), TypeError, "train=None; wanted True, False, or a traced Boolean scalar"),
         (dict(train=np.array([True, False, True])), TypeError, "train=array.*Boolean scalar"),
         (dict(train="no"), TypeError, "train='no'; wanted True"),
         (dict(epsilon=0.0), ValueError, "epsilon=0.0; wanted a number > 0"),
+        (dict(epsilon=None), TypeError, "epsilon=None; wanted a number > 0"),
         (dict(mask=np.ones(7)), ValueError, r"mask of shape \(7,\) does not broadcast"),
         (dict(mask=-np.ones((4, 1))), ValueError, "mask holds a weight that is negative"),
         (

@@ -109,11 +109,13 @@ def test_module_works_under_strict_promotion(flavour, dtype):
 
 @both
 @pytest.mark.parametrize("dtype", ["uint8", "int32"])
-def test_integers_are_taken_as_float32(flavour, dtype):
+@pytest.mark.parametrize("options", ["defaults", "neither", "param_dtype bfloat16"])
+def test_integers_are_taken_as_float32(flavour, dtype, options):
     x = random((8, 4, 3), mean=100, sd=30).astype(dtype)
-    theirs, ours = pair(flavour, x)
+    theirs, ours = pair(flavour, x, **OPTIONS[options])
     like(ours.train(x), theirs.train(x), 1e-4)
-    assert_allclose(ours.infer(x), reference.normalize(x, *ours.stats.values()), rtol=1e-5)
+    expected = reference.normalize(x, *ours.stats.values())
+    assert_allclose(np.float32(ours.infer(x)), expected, rtol=1e-2 if "bfloat16" in options else 1e-5)
 
 
 @both
@@ -396,6 +398,32 @@ def test_frozen_layer_uses_its_statistics_updates_nothing_and_gets_no_gradient(f
 
 
 @both
+def test_frozen_layer_gives_a_gradient_to_what_comes_from_outside(flavour):
+    x, weight = random((8, 4, 3)), random((8, 4, 3), seed=1)
+    layer = flavour(flavour.ours, x, use_scale=False, frozen=True)
+    gradient = jax.grad(lambda scale: jnp.sum(layer.infer(x, scale=scale) * weight))(jnp.ones((8, 1, 3)))
+    expected = np.sum(reference.normalize(x, np.zeros(3), np.ones(3)) * weight, 1, keepdims=True)
+    assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_running_statistics_are_constants_to_gradients(flavour):
+    x = random((8, 4, 3))
+    layer = flavour(flavour.ours, x)
+    of_x = jax.grad(lambda x: jnp.sum(layer.call(layer.params, layer.stats, x, True)[1]["var"]))(x)
+    of_stats = jax.grad(lambda stats: jnp.sum(layer.call(layer.params, stats, x, False)[0] ** 2))(layer.stats)
+    jax.tree.map(lambda leaf: assert_array_equal(leaf, 0), (of_x, of_stats))
+
+
+@both
+def test_traced_mode_has_to_be_one_boolean(flavour):
+    x = random((8, 4, 3))
+    layer = flavour(flavour.ours, x)
+    with pytest.raises(TypeError, match="use_running_average=.*; wanted a Boolean scalar"):
+        jax.jit(lambda train: layer.call(layer.params, layer.stats, x, train))(np.array([True, False]))
+
+
+@both
 def test_errors_of_batch_norm_come_through(flavour):
     x = random((8, 4, 3))
     layer = flavour(flavour.ours, x)
@@ -403,5 +431,5 @@ def test_errors_of_batch_norm_come_through(flavour):
         layer.train(x, mask=np.ones(8, bool))
     with pytest.raises(ValueError, match="is not bound here"):
         flavour(flavour.ours, x, axis_name="i").train(x)
-    with pytest.raises(ValueError, match="decay=1.5 is outside"):
+    with pytest.raises(ValueError, match=r"decay=1.5 \(momentum in the Flax modules\) is outside"):
         flavour(flavour.ours, x, momentum=1.5).train(x)

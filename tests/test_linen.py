@@ -52,6 +52,13 @@ def test_init_leaves_the_statistics_needs_no_axis_and_does_not_warn():
     assert_array_equal(stats["var"], 1)
 
 
+def test_init_returns_what_training_returns():
+    layer = jbn.linen.BatchNorm(use_running_average=False, axis=0, epsilon=0.5, dtype=jnp.bfloat16)
+    mask = np.random.RandomState(1).rand(16, 3) < 0.6
+    y, variables = layer.init_with_output(jax.random.key(0), X, mask=mask)
+    assert_array_equal(y, layer.apply(variables, X, mask=mask, mutable=["batch_stats"])[0])
+
+
 def test_use_running_average_is_wanted_once():
     with pytest.raises(ValueError, match="use_running_average"):
         jbn.linen.BatchNorm().init(jax.random.key(0), X)
@@ -124,6 +131,15 @@ def test_statistics_have_from_init_on_the_dtype_that_they_have_after_a_step(x64,
     )
     expected = {"mean": mean, "var": var}
     assert dtypes(variables["batch_stats"]) == dtypes(updated["batch_stats"]) == expected
+
+
+def test_statistics_have_the_dtype_of_wider_parameters_where_flax_is_asked_for_it(x64):
+    layer = jbn.linen.BatchNorm(
+        use_running_average=False, force_float32_reductions=False, param_dtype=jnp.float64
+    )
+    variables = layer.init(jax.random.key(0), X)
+    assert dtypes(variables["batch_stats"]) == {"mean": "float64", "var": "float64"}
+    assert_allclose(layer.apply(variables, X, mutable=["batch_stats"])[0].mean(0), 0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "complex64"])

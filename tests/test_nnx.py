@@ -130,6 +130,18 @@ def test_other_features_are_named(features, axis):
         layer(X)
 
 
+def test_layer_without_initializers_needs_no_key():
+    layer = jbn.nnx.BatchNorm(4, use_scale=False, use_bias=False, rngs=None)
+    assert_allclose(layer(X), reference.batch_norm(X), atol=5e-6)
+
+
+def test_rule_that_comes_after_construction_is_told_where_it_belongs():
+    layer = jbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    layer.set_attributes(update=jbn.cumulative())
+    with pytest.raises(ValueError, match=r"update=cumulative.* needs a count; give it to the constructor"):
+        layer(X)
+
+
 def test_complex_input_wants_complex_statistics():
     with pytest.raises(ValueError, match="running.mean has dtype float32, but x is complex; .* param_dtype"):
         jbn.nnx.BatchNorm(4, rngs=nnx.Rngs(0))(X * 1j)

@@ -182,6 +182,18 @@ def test_a_rule_with_a_known_decay_is_hashable(decay):
     assert jbn.ema(decay) == jbn.ema(0.5) and hash(jbn.ema(decay)) == hash(jbn.ema(0.5))
 
 
+@pytest.mark.parametrize(
+    "decay, error, message",
+    [
+        (None, TypeError, "decay=None; wanted a number"),
+        (np.ones(3), ValueError, r"decay has shape \(3,\); wanted one number"),
+    ],
+)
+def test_decay_is_one_number(decay, error, message):
+    with pytest.raises(error, match=message):
+        jbn.ema(decay)
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
 def test_decay_outside_the_unit_interval_is_named(decay):
     with pytest.raises(ValueError, match=r"decay=.* is outside \[0, 1\].*PyTorch"):

@@ -214,6 +214,19 @@ def test_parts_that_devices_share_are_exact_on_an_explicit_mesh(size):
     assert actual[0][1][0].sharding.spec == actual[1][0].sharding.spec == P("i", None, None)
 
 
+@pytest.mark.parametrize("size", [ROWS // DEVICES, 5])
+@pytest.mark.parametrize("of_x, of_mask", [(P("i"), P()), (P(), P("i"))])
+def test_mask_may_be_sharded_in_another_way_than_x_on_an_explicit_mesh(size, of_x, of_mask):
+    x, (params, running) = random((ROWS, 5, 3), dtype="float32"), layer(dtype="float32")
+    mask = np.random.RandomState(1).rand(ROWS, 1, 1).astype(np.float32)
+    f = jax.jit(partial(gradients, at_once, size=size))
+    expected = f(x, mask, params, running)
+    mesh = jax.make_mesh((DEVICES,), ("i",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x, mask = (jax.device_put(v, NamedSharding(mesh, spec)) for v, spec in ((x, of_x), (mask, of_mask)))
+        assert_close(f(x, mask, params, running), expected, 3e-5)
+
+
 def test_backward_pass_keeps_x_in_its_own_dtype():
     x, (params, running) = random((250, 4, 3), dtype="bfloat16"), layer(dtype="float32")
     f = lambda x, params: at_once(x, None, params, running, 16)[0]

@@ -58,7 +58,8 @@ class BatchNorm(nn.Module):
     | NaN where the mask is 0 | every gradient is NaN | values and gradients are exact |
     | no counted row in a batch | running statistics are NaN | they stay |
     | one value per feature in training | silently the bias | the bias, and a warning |
-    | `force_float32_reductions=False` | a running bfloat16 variance gets stuck | float32 at least |
+    | `force_float32_reductions=False` | a running bfloat16 variance gets stuck | float32 after a step |
+    | gradient through running statistics | flows | none: they are constants |
     | complex or float64 `x` | running statistics change dtype after `init` | theirs from the start |
     | `axis_index_groups` in `vmap` or a checked `shard_map` | refused | allowed |
     | kept for the gradient, bfloat16 `x` | 8 bytes an element | 2 |
@@ -87,8 +88,8 @@ class BatchNorm(nn.Module):
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
       mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
-      frozen: never train: normalize with the running statistics, update nothing, and give scale and bias no
-        gradient, whatever `use_running_average` says.
+      frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
+        and bias no gradient, whatever `use_running_average` says.
 
     Raises:
       ValueError: `use_running_average` is missing or given twice; scale or bias is both learnt and given; and
@@ -162,7 +163,7 @@ class BatchNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         train, initializing = is_training(self, use_running_average), self.is_initializing()
-        x = as_inexact(x)
+        x = jnp.asarray(x)
         shape = feature_shape(x, feature_axes(x.ndim, self.axis))
         kept = arithmetic_dtype(x, jnp.float32 if self.force_float32_reductions else self.param_dtype)
 
@@ -175,11 +176,12 @@ class BatchNorm(nn.Module):
             return self.variable("batch_stats", name, make)
 
         params = Params(
-            scale=learnt_or_given("scale", self.use_scale, param("scale", self.scale_init), scale),
-            bias=learnt_or_given("bias", self.use_bias, param("bias", self.bias_init), bias),
+            scale=learnt_or_given(self, "scale", self.use_scale, param("scale", self.scale_init), scale),
+            bias=learnt_or_given(self, "bias", self.use_bias, param("bias", self.bias_init), bias),
         )
         stats = {name: statistic(name) for name in statistics_of(self, initializing or train)}
         dtype = result_dtype(self, x, *jax.tree.leaves(params))
+        x = as_inexact(x)
         if initializing and train is not False:
             # `init` updates nothing, has no axis bound, and warns of no small batch: its input is an example.
             batch = moments(x, axis=self.axis, mask=mask)

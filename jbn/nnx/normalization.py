@@ -71,8 +71,7 @@ class BatchNorm(nnx.Module):
 
     Args:
       num_features: the number of features, or the shape of the feature axes.
-      use_running_average: True in inference, False in training; set by `model.eval()`, `model.train()` and
-        `nnx.view`; the call may override it.
+      use_running_average: True in inference, False in training, as `model.eval()` and `model.train()` set it.
       axis: the feature axis or axes; statistics reduce over every other axis.
       momentum: the weight of the old running value, `update=jbn.ema(momentum)`; a number in [0, 1].
         PyTorch's momentum m is 1 - m here.
@@ -90,15 +89,14 @@ class BatchNorm(nnx.Module):
         None, from those of x, mean, var, scale and bias, and converts nothing.
       rngs: keys for the initializers.
       bias_metadata, scale_metadata: metadata of their variables, a sharding say.
-      update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,
-        `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further `nnx.BatchStat`,
-        `count`, then holds what such rules average by.
+      update: another rule, in place of `momentum`: `jbn.cumulative()`, `jbn.ema(0.9, debias=True)`, or any
+        function `(running, batch) -> running`. A further `nnx.BatchStat` is the `count` that it averages by.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
       mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
-      frozen: never train: normalize with the running statistics, update nothing, and give scale and bias no
-        gradient, whatever `use_running_average` says. `model.set_attributes(frozen=True)` freezes all layers.
+      frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
+        and bias no gradient. `model.set_attributes(frozen=True)` freezes all layers of a model.
 
     Raises:
       ValueError: `use_running_average` is None here and in the call; scale or bias are both learnt and given;
@@ -156,7 +154,7 @@ class BatchNorm(nnx.Module):
 
         def statistic(name, initializer=None):
             kept = arithmetic_dtype(param_dtype)
-            return nnx.BatchStat(initial_statistic(name, shape, kept, initializer, rngs.params))
+            return nnx.BatchStat(initial_statistic(name, shape, kept, initializer, lambda: rngs.params()))
 
         self.scale = param(scale_init, scale_metadata) if use_scale else nnx.data(None)
         self.bias = param(bias_init, bias_metadata) if use_bias else nnx.data(None)
@@ -211,7 +209,7 @@ class BatchNorm(nnx.Module):
                 "constructor, in the call, by model.train() and model.eval(), or by nnx.view."
             )
         train = is_training(self, use_running_average)
-        x = as_inexact(x)
+        x = jnp.asarray(x)
         shape = feature_shape(x, feature_axes(x.ndim, self.axis))
         if shape != self.mean.shape:
             raise ValueError(
@@ -219,13 +217,15 @@ class BatchNorm(nnx.Module):
                 f"on axis={self.axis}; build the layer with num_features={shape}, or another axis."
             )
         params = Params(
-            scale=learnt_or_given("scale", self.scale is not None, lambda: self.scale[...], scale),
-            bias=learnt_or_given("bias", self.bias is not None, lambda: self.bias[...], bias),
+            scale=learnt_or_given(self, "scale", self.scale is not None, lambda: self.scale[...], scale),
+            bias=learnt_or_given(self, "bias", self.bias is not None, lambda: self.bias[...], bias),
         )
         stats = {name: getattr(self, name) for name in statistics_of(self, train)}
+        if any(stat is None for stat in stats.values()):
+            raise ValueError(f"update={self.update} needs a count; give it to the constructor.")
         running = running_moments({name: stat[...] for name, stat in stats.items()})
         dtype = result_dtype(self, *self._promoted(x, running.mean, running.var, *params))
-        y, running = apply_layer(self, x, params, running, train=train, mask=mask, dtype=dtype)
+        y, running = apply_layer(self, as_inexact(x), params, running, train=train, mask=mask, dtype=dtype)
         if train is not False:
             with explained(TraceContextError, NOT_AN_ARGUMENT):
                 for name, stat in stats.items():
@@ -233,7 +233,7 @@ class BatchNorm(nnx.Module):
         return y
 
     def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
-        """What `nnx.view` calls.
+        """Sets modes, for `nnx.view`.
 
         Args:
           use_running_average: True in inference, False in training.
