@@ -1,7 +1,9 @@
 """Checks of arguments: each error names the argument, what it was, what was wanted, and the fix."""
 
 import math
+import sys
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -134,7 +136,7 @@ def check_features(
 
 
 def warn_of_one_value(x: jax.Array, axes: tuple[int, ...], parts: int | None, over: NamedAxes) -> None:
-    """Warns the caller's caller if a feature has one value, in the smallest batch that has its own moments.
+    """Warns the user if a feature has one value, in the smallest batch that has its own moments.
 
     What counts is known while tracing: positions, whatever a mask makes of them.
     """
@@ -152,5 +154,15 @@ def warn_of_one_value(x: jax.Array, axes: tuple[int, ...], parts: int | None, ov
             f"x of shape {x.shape} has one value per feature{where}. It is its own mean, so that in training "
             "every output is the bias. Train on larger batches, or with the running moments (train=False, or "
             "use_running_average=True in the Flax modules).",
-            stacklevel=3,
+            stacklevel=_level_of_user(),
         )
+
+
+def _level_of_user() -> int:
+    """Returns the `stacklevel` with which the caller warns of the code that uses jbn, Flax and JAX."""
+    packages = [sys.modules[name] for name in ("jbn", "flax", "jax") if name in sys.modules]
+    folders = tuple(str(Path(package.__file__).parent) for package in packages)
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(folders):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -1,5 +1,6 @@
 """What the Linen and the NNX module have in common, beside Flax's own and beside NumPy float64."""
 
+import flax_layers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,8 +231,9 @@ def test_one_value_per_feature_warns_in_training_alone(flavour):
     x = jnp.ones((1, 3))
     layer = flavour(flavour.ours, x)
     layer.infer(x)
-    with pytest.warns(UserWarning, match="one value per feature"):
+    with pytest.warns(UserWarning, match="one value per feature") as warned:
         assert_array_equal(layer.train(x), 0)
+    assert [warning.filename for warning in warned] == [flax_layers.__file__]  # where the layer is called
 
 
 @both
