@@ -13,5 +13,5 @@ COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatte
 
 def collectives(f, *args):
     """Returns the names of the operations that move data between devices, one for each."""
-    text = jax.jit(f).lower(*args).compile().as_text()
+    text = quick_jit(f).lower(*args).compile().as_text()
     return re.findall(rf" ({COLLECTIVES})(?:-start)?\(", text)

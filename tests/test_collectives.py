@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from compiled import collectives
+from compiled import collectives, quick_jit
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
@@ -118,7 +118,9 @@ def test_value_state_and_gradient_are_those_of_one_device(x64, way, mask):
         mask = np.broadcast_to(mask, (ROWS, 5, mask.shape[-1]))
     target = target.astype(x.dtype)
     actual, expected = (
-        jax.jit(jax.value_and_grad(loss_and_state(f, target), (0, 1), has_aux=True))(x, params, mask, running)
+        quick_jit(jax.value_and_grad(loss_and_state(f, target), (0, 1), has_aux=True))(
+            x, params, mask, running
+        )
         for f in (WAYS[way], train_layer)
     )
     assert_close(actual, expected, 1e-11)
@@ -155,7 +157,7 @@ def test_further_derivatives_are_those_of_one_device(x64, derivative, way):
             "reverse over reverse": lambda: jax.jacrev(jax.grad(loss, (0, 1)), (0, 1))(*args),
         }[derivative]
 
-    assert_close(jax.jit(derive(WAYS[way]))(), jax.jit(derive(train_layer))(), 1e-9)
+    assert_close(quick_jit(derive(WAYS[way]))(), quick_jit(derive(train_layer))(), 1e-9)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
@@ -241,7 +243,7 @@ def test_moments_carry_their_gradient_over_devices(x64):
         return jnp.sum(jnp.sin(mean) + var**2 / count)
 
     for derive in jax.grad, jax.hessian:
-        actual, expected = jax.jit(derive(over_devices))(x), jax.jit(derive(loss))(x)
+        actual, expected = quick_jit(derive(over_devices))(x), quick_jit(derive(loss))(x)
         assert_allclose(actual, expected, rtol=1e-10, atol=1e-14)
 
 
@@ -258,7 +260,7 @@ def test_gradient_of_a_vmap_that_was_staged_before(x64, stage):
         one = lambda x: jnp.sum(jnp.sin(way(x, None, params, running)[0]))
         return lambda x: jnp.sum(stage(lambda x: jax.vmap(one)(x))(x))
 
-    actual, expected = (jax.jit(jax.grad(loss(way)))(x) for way in (per_example(["i"]), train_layer))
+    actual, expected = (quick_jit(jax.grad(loss(way)))(x) for way in (per_example(["i"]), train_layer))
     assert_close(actual, expected, 1e-11)
 
 
@@ -308,7 +310,9 @@ def test_groups_of_any_sizes_share_among_themselves_only(x64, way):
     (params, running), mask = layer("float64"), masks()["weights per feature"]
     target = target.astype(x.dtype)
     actual, expected = (
-        jax.jit(jax.value_and_grad(loss_and_state(f, target), (0, 1), has_aux=True))(x, params, mask, running)
+        quick_jit(jax.value_and_grad(loss_and_state(f, target), (0, 1), has_aux=True))(
+            x, params, mask, running
+        )
         for f in (way, one_group_after_the_other)
     )
     assert_close(actual, expected, 1e-11)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from compiled import quick_jit
 from layers import random
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -71,7 +72,7 @@ def test_gradients_are_those_of_the_plain_formula(x64, case):
         return affine((x - mean) / jnp.sqrt(var + 1e-5), params)
 
     actual, expected = (
-        jax.jit(jax.grad(lambda *args, f=f: jnp.sum(jnp.sin(f(*args))), (0, 1)))(x, params)
+        quick_jit(jax.grad(lambda *args, f=f: jnp.sum(jnp.sin(f(*args))), (0, 1)))(x, params)
         for f in (ours, plain)
     )
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-9, atol=1e-11), actual, expected)
@@ -118,7 +119,7 @@ def test_vmap_over_examples_has_parameters_of_each():
         axis_name="batch",
     )
     y, _ = jbn.batch_norm(x, params, running, train=True)
-    assert_allclose(per_example(x, params), y, rtol=1e-5, atol=1e-5)
+    assert_allclose(quick_jit(per_example)(x, params), y, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(6, 3), (4, 3), (2,), (6, 2, 3), (1, 6, 4, 3)])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiled import quick_jit
 from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -202,7 +203,7 @@ def test_model_trains_with_optax_as_it_does_with_flax():
             return (optax.apply_updates(params, updates), stats_new, state_new), value
 
         carry = variables["params"], variables["batch_stats"], optimizer.init(variables["params"])
-        (_, stats, _), losses = jax.jit(lambda carry: jax.lax.scan(step, carry, length=20))(carry)
+        (_, stats, _), losses = quick_jit(lambda carry: jax.lax.scan(step, carry, length=20))(carry)
         return losses, stats
 
     (losses, stats), (flax_losses, flax_stats) = train(jbn.linen.BatchNorm), train(nn.BatchNorm)

@@ -165,7 +165,7 @@ def test_vmap_over_examples_with_an_axis_name_is_the_whole_batch():
         axis_name="examples",
     )
     variables = layer.init(jax.random.key(0), X)
-    y, updated = nn.apply(per_example, layer, mutable=["batch_stats"])(variables, X)
+    y, updated = quick_jit(nn.apply(per_example, layer, mutable=["batch_stats"]))(variables, X)
     assert_allclose(y, reference.batch_norm(X), atol=1e-5)
     assert_allclose(updated["batch_stats"]["var"], reference.moments(X)[1], rtol=1e-5)
 

@@ -153,7 +153,7 @@ def test_derivatives_go_through_parts(x64, derivative):
             "linearize": lambda: jax.linearize(loss, *args)[1](*args),
         }[derivative]
 
-    assert_close(jax.jit(derive(at_once))(), jax.jit(derive(one_after_the_other))(), 1e-9)
+    assert_close(quick_jit(derive(at_once))(), quick_jit(derive(one_after_the_other))(), 1e-9)
 
 
 # Devices.
@@ -204,7 +204,7 @@ def test_n_over_devices_gives_local_statistics_under_plain_jit(kind):
 def test_parts_that_devices_share_are_exact_on_an_explicit_mesh(size):
     x, (params, running) = random((ROWS, 5, 3), dtype="float32"), layer(dtype="float32")
     mask = np.random.RandomState(1).rand(ROWS, 1, 1).astype(np.float32)
-    f = jax.jit(partial(gradients, at_once, size=size))
+    f = quick_jit(partial(gradients, at_once, size=size))
     expected = f(x, mask, params, running)  # on one device
     mesh = jax.make_mesh((DEVICES,), ("i",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
@@ -219,7 +219,7 @@ def test_parts_that_devices_share_are_exact_on_an_explicit_mesh(size):
 def test_mask_may_be_sharded_in_another_way_than_x_on_an_explicit_mesh(size, of_x, of_mask):
     x, (params, running) = random((ROWS, 5, 3), dtype="float32"), layer(dtype="float32")
     mask = np.random.RandomState(1).rand(ROWS, 1, 1).astype(np.float32)
-    f = jax.jit(partial(gradients, at_once, size=size))
+    f = quick_jit(partial(gradients, at_once, size=size))
     expected = f(x, mask, params, running)
     mesh = jax.make_mesh((DEVICES,), ("i",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
