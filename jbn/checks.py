@@ -1,6 +1,7 @@
 """Checks of arguments: each error names the argument, what it was, what was wanted, and the fix."""
 
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -161,7 +162,7 @@ def warn_of_one_value(x: jax.Array, axes: tuple[int, ...], parts: int | None, ov
 def _level_of_user() -> int:
     """Returns the `stacklevel` with which the caller warns of the code that uses jbn, Flax and JAX."""
     packages = [sys.modules[name] for name in ("jbn", "flax", "jax") if name in sys.modules]
-    folders = tuple(str(Path(package.__file__).parent) for package in packages)
+    folders = tuple(f"{Path(package.__file__).parent}{os.sep}" for package in packages)
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(folders):
         frame, level = frame.f_back, level + 1

@@ -172,7 +172,8 @@ def batch_norm(
 
     Raises:
       TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, `update` is no
-        function, `train` is no Boolean scalar, or `params` or `running` is of another type.
+        function or returns no moments, `train` is no Boolean scalar, `epsilon` is traced, or `params` or
+        `running` is of another type.
       ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is
         negative, `params` or `running` have another shape than the features of `x`, `x` is complex and
         `running.mean` is not, `axis_name` is not bound, `axis_index_groups` is no partition, or

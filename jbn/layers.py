@@ -35,9 +35,8 @@ class Layer(Protocol):
     frozen: bool
 
 
-def as_inexact(x: ArrayLike) -> jax.Array:
-    """Returns `x` as a JAX array of floating point or complex numbers; integers are converted, as by Flax."""
-    x = jnp.asarray(x)
+def as_inexact(x: jax.Array) -> jax.Array:
+    """Converts integers to float32, as Flax's modules do, and nothing else."""
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(promote(jnp.float32, x))
 
 

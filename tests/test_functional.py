@@ -1,6 +1,7 @@
 import copy
 from functools import partial
 from operator import itemgetter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -408,6 +409,11 @@ def test_warning_points_at_the_caller_and_comes_once_a_compilation():
         step(jnp.ones((1, 3)))
     assert len(caught) == 2
     assert caught[0].filename == __file__
+    values = {"norm": jbn.batch_norm, "x": jnp.ones((1, 3)), "running": jbn.init(3)[1]}
+    beside = f"{Path(jbn.__file__).parent}_models/net.py"  # a user's, though its name begins like ours
+    with pytest.warns(UserWarning, match="one value per feature") as caught:
+        exec(compile("norm(x, None, running, train=True)", beside, "exec"), values)
+    assert caught[0].filename == beside
 
 
 @pytest.mark.parametrize(

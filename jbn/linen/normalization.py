@@ -58,7 +58,7 @@ class BatchNorm(nn.Module):
     | NaN where the mask is 0 | every gradient is NaN | values and gradients are exact |
     | no counted row in a batch | running statistics are NaN | they stay |
     | one value per feature in training | silently the bias | the bias, and a warning |
-    | `force_float32_reductions=False` | a running bfloat16 variance gets stuck | float32 after a step |
+    | `force_float32_reductions=False` | a running bfloat16 variance gets stuck | float32 at least |
     | gradient through running statistics | flows | none: they are constants |
     | complex or float64 `x` | running statistics change dtype after `init` | theirs from the start |
     | `axis_index_groups` in `vmap` or a checked `shard_map` | refused | allowed |
@@ -79,8 +79,8 @@ class BatchNorm(nn.Module):
         `init`. Under plain `jit`, statistics of a sharded batch are global without it.
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
       use_fast_variance: without effect: the variance is always the exact one.
-      force_float32_reductions: statistics are always float32 at least. False starts the running ones in
-        `param_dtype` where that is wider.
+      force_float32_reductions: statistics are always float32 at least, and narrower ones of a checkpoint
+        become so at the first step. False starts the running ones in `param_dtype` where that is wider.
       update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,
         `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further variable `count`
         then stands in "batch_stats", which is what such rules average by; 0 where a checkpoint has none.
