@@ -13,35 +13,51 @@ from jbn.collectives import NamedAxes, gather, split_devices, total
 class Part(NamedTuple):
     """A set of samples by its moments. Its mean is `mean + rest`, a sum that is not rounded to one number."""
 
-    mean: jax.Array  # (..., features...), the mean up to rounding
+    mean: jax.Array  # (..., features...), the mean up to rounding; of a sample, x in its own dtype
     rest: jax.Array  # broadcasts to mean; what rounding took from it
     var: jax.Array  # broadcasts to mean; real
     count: jax.Array | None  # broadcasts to mean; real or Boolean; None counts every part as 1
 
 
-def merge_parts(parts: Part, count: jax.Array, total: Callable[[jax.Array], jax.Array]) -> Part:
-    """The one formula: merges parts that have means, variances and counts, whatever a part is.
+def merge_parts(
+    parts: Part,
+    count: jax.Array,
+    total: Callable[[jax.Array], jax.Array],
+    *,
+    unshare: Callable = lambda values: values,
+) -> Part:
+    """Merges parts that have means, variances and counts, whatever a part is: a sample has variance 0.
 
-        mean = sum(count_i * mean_i) / count
-        var  = sum(count_i * (var_i + |mean_i - mean|^2)) / count
-
-    A sample is a part with variance 0. `total` adds up: over axes, over rows, over the members of a `vmap`.
+    `total` adds up: over axes, over rows, over the members of a `vmap`.
     """
-    weights = parts.count
+    rough = _average(_apart(parts, jnp.zeros_like(parts.rest), 1), parts.count, count, total)
+    return merge_about(rough, parts, count, total, unshare=unshare)
 
-    def average(values):
-        return ratio(total(weigh(where_counted(values, weights), weights)), count)
 
-    # A rough mean, to subtract before squaring. Scaled by a power of two, so that no sum of finite numbers
-    # overflows. It carries no gradient: any point gives the same mean and variance, once `rest`, the distance
-    # of the mean from it, is added to the one, and its square taken off the other.
-    centre = jax.lax.stop_gradient(average(parts.mean * 2.0**-32) * 2.0**32)
-    apart = where_counted(parts.mean - centre + parts.rest, weights)
-    rest = average(apart)
-    spread = average(parts.var + abs_squared(apart))
+def merge_about(
+    centre: jax.Array,
+    parts: Part,
+    count: jax.Array,
+    total: Callable[[jax.Array], jax.Array],
+    *,
+    unshare: Callable = lambda values: values,
+) -> Part:
+    """The one formula, about any centre; the nearer that is to the mean, the less is rounded away.
+
+        mean = centre + rest;  rest = sum(count_i * (mean_i - centre)) / count
+        var  = sum(count_i * (var_i + |mean_i - centre|^2)) / count - |rest|^2
+
+    `unshare` hides from the compiler that the two sums read the same.
+    """
+    # No gradient, for any centre gives the same mean and variance.
+    centre = jax.lax.stop_gradient(centre)
+    # Halves, for the difference of two finite numbers may overflow.
+    rest = 2 * _average(_apart(parts, centre, 0.5), parts.count, count, total)
+    mean, weights, about = unshare((parts.mean, parts.count, centre))
+    squares = parts.var + abs_squared(_apart(parts._replace(mean=mean), about, 1))
+    spread = ratio(total(weigh(where_counted(squares, weights), weights)), count)
     # Where even this overflows, the variance is infinite and not NaN; where it is rounded below 0, it is 0,
     # with the derivative that it has.
-    rest = where_finite(rest)
     var = spread - where_finite(abs_squared(rest))
     return Part(centre, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)
 
@@ -96,3 +112,13 @@ def where_counted(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     """Multiplies by the weights, if there are any."""
     return values if weights is None else values * weights.astype(values.dtype)
+
+
+def _apart(parts, centre, scale):
+    return parts.mean.astype(parts.rest.dtype) * scale - centre * scale + parts.rest * scale
+
+
+def _average(values, weights, count, total):
+    """Divides the weights before adding up, so that no average of finite numbers overflows."""
+    share = ratio(jnp.ones_like(count), count).astype(values.dtype)
+    return total(weigh(where_counted(values, weights), weights) * share)

@@ -12,6 +12,7 @@ from jbn.axes import expand, other_axes, shard_like
 from jbn.collectives import NamedAxes, total, vary_like
 from jbn.dtypes import arithmetic_dtype
 from jbn.merging import ratio, weigh, where_counted
+from jbn.samples import unshared
 from jbn.statistics import Moments, cast, finite_centre, measure, select
 
 
@@ -101,10 +102,14 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         dparams = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
         dscale, dbias = vary_like(jnp.stack(dparams), used.mean)
 
+        def centred(x, mean):
+            return _where_usable(x, weights, x.astype(wide), mean) - mean
+
         mean = per_sample(used.mean)
-        c = _where_usable(x, weights, x.astype(wide), mean) - mean
         dx = _where_usable(x, weights, dx.astype(wide), 0)
-        sums = total(jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(c) * dx)).astype(wide)]), over)
+        sums = total(
+            jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(centred(x, mean)) * dx)).astype(wide)]), over
+        )
         # The moments move with x only in training, and an infinite variance not at all.
         in_range = ~jnp.isinf(used.var)
         mean_dx, mean_cdx = jnp.where((train & in_range)[None], ratio(sums, used.count[None]), 0)
@@ -114,7 +119,7 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         P = dbias - a * mean_dx
         Q = jnp.where(in_range, inv * dscale - a * inv**2 * mean_cdx, 0)
         P, Q = vary_like(jnp.stack([P, Q]), x)
-        dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
+        dy = per_sample(a) * dx + centred(*unshared((x, mean))) * per_sample(Q) + per_sample(P)
         return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))
 
     dy, dused = tangent(x, params, used, weights, train, dx, dparams)

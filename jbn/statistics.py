@@ -1,7 +1,6 @@
 """Moments: measuring the mean and the variance of a set of samples, and merging those of several sets."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,8 @@ from jbn.axes import Axes, feature_axes, other_axes
 from jbn.checks import as_samples, as_weights
 from jbn.collectives import AxisName, NamedAxes, named_axes
 from jbn.dtypes import arithmetic_dtype, real_dtype
-from jbn.merging import Part, merge_named, merge_parts, merge_rows
+from jbn.merging import Part, merge_named, merge_rows
+from jbn.samples import measure_samples
 
 
 class Moments(NamedTuple):
@@ -89,13 +89,8 @@ def measure(
     x: jax.Array, axes: tuple[int, ...], weights: jax.Array | None, over: NamedAxes = NamedAxes()
 ) -> Moments:
     """Does the work of `moments`, for arguments that were checked."""
-    reduced = other_axes(x.ndim, axes)
-    x = x.astype(arithmetic_dtype(x))
-    count = _count(weights, x, reduced)
-    rest, var = (jnp.zeros((1,) * x.ndim, dtype) for dtype in (x.dtype, count.dtype))
-    whole = merge_parts(Part(x, rest, var, weights), count, partial(jnp.sum, axis=reduced, keepdims=True))
-    whole = whole._replace(count=jnp.zeros_like(whole.var) + count)
-    return _moments(merge_named(jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole), over))
+    whole = measure_samples(other_axes(x.ndim, axes), x, weights)
+    return _moments(merge_named(whole, over))
 
 
 def merge(*parts: Moments) -> Moments:
@@ -173,16 +168,3 @@ def select(condition: ArrayLike, a: Moments, b: Moments) -> Moments:
 
 def _moments(part: Part) -> Moments:
     return Moments(part.mean + part.rest, part.var, part.count)
-
-
-def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Adds up the weights over some axes of `x`; they keep size 1, as do feature axes that share a weight."""
-    if weights is None:
-        weights = jnp.ones((1,) * x.ndim, bool)
-    count = jnp.sum(weights, reduced, dtype=real_dtype(x.dtype), keepdims=True)
-    for a in reduced:
-        # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
-        # float32 can count one by one. The size may be symbolic, in `jax.export`.
-        if weights.shape[a] == 1:
-            count = count * jnp.asarray(x.shape[a], count.dtype)
-    return count

@@ -152,14 +152,15 @@ def test_uncounted_rows_may_hold_anything_when_the_loss_is_masked_too(train, hel
     (dx_poisoned, dparams_poisoned), (y_poisoned, new_poisoned) = jax.grad(loss, (0, 1), has_aux=True)(
         poisoned, params
     )
-    assert_allclose(dx_poisoned[mask[:, 0]], dx[mask[:, 0]], rtol=1e-6)
+    # The two ways to measure, in one pass and in two, lose some roundings each.
+    assert_allclose(dx_poisoned[mask[:, 0]], dx[mask[:, 0]], rtol=1e-5, atol=1e-6)
     assert_array_equal(dx_poisoned[~mask[:, 0]], 0)
-    assert_allclose(y_poisoned[mask[:, 0]], y[mask[:, 0]], rtol=1e-6)
-    assert_allclose(y_poisoned[~mask[:, 0]], jnp.broadcast_to(params.bias, (2, 3)), rtol=1e-6)
+    assert_allclose(y_poisoned[mask[:, 0]], y[mask[:, 0]], rtol=1e-5, atol=1e-6)
+    assert_allclose(y_poisoned[~mask[:, 0]], jnp.broadcast_to(params.bias, (2, 3)), rtol=1e-5, atol=1e-6)
     for actual, expected in zip(
         jax.tree.leaves((dparams_poisoned, new_poisoned)), jax.tree.leaves((dparams, new))
     ):
-        assert_allclose(actual, expected, rtol=1e-6)
+        assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_uncounted_rows_are_normalized_from_their_own_x():

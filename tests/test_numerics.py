@@ -124,7 +124,9 @@ def test_nothing_is_nan_and_no_variance_negative_at_the_limits_of_a_dtype(dtype,
 @pytest.mark.parametrize("value", [1e38, -3e38, 1e30, 1e-30, 7e4])
 def test_constant_feature_is_its_mean_whatever_its_size(value):
     mean, var, _ = jbn.moments(jnp.full((1000, 1), value, jnp.float32))
-    np.testing.assert_allclose(mean, np.float32(value), rtol=3e-7)
+    np.testing.assert_allclose(
+        mean, np.float32(value), rtol=3e-7 if abs(value) < 1e35 else 2e-6
+    )  # whose sum overflows
     y = jbn.normalize(jnp.full((3, 1), value, jnp.float32), jbn.Moments(mean, jnp.zeros(1), jnp.ones(1)))
     if abs(value) < 1e10:
         np.testing.assert_allclose(var, 0, atol=(1e-7 * value) ** 2)

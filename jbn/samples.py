@@ -1,0 +1,135 @@
+"""Moments of the samples at hand, in as few passes over memory as the platform allows."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jbn.dtypes import arithmetic_dtype, real_dtype
+from jbn.merging import (
+    Part,
+    abs_squared,
+    merge_about,
+    merge_parts,
+    ratio,
+    weigh,
+    where_counted,
+    where_finite,
+)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+@partial(jax.jit, static_argnums=0)
+def measure_samples(reduced: tuple[int, ...], x: jax.Array, weights: jax.Array | None) -> Part:
+    """Returns the moments over the axes `reduced`, in the shape of the others."""
+    count = _count(weights, x, reduced)
+    measure = partial(_about_a_part, reduced[1:], reduced)
+    on_cpu = measure if jnp.iscomplexobj(x) else _in_one_pass_if_exact(reduced)
+    whole = jax.lax.platform_dependent(x, weights, count, cpu=on_cpu, default=measure)
+    whole = whole._replace(count=jnp.zeros_like(whole.var) + count)
+    return jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole)
+
+
+@measure_samples.defjvp
+def _measure_samples_jvp(reduced, primals, tangents):
+    """In closed form, whichever way the moments were measured.
+
+    dmean = sum(weights * dx) / count;  dvar = 2 sum(weights * Re(conj(x - mean) * dx)) / count
+    """
+    (x, weights), (dx, _) = primals, tangents
+    part = measure_samples(reduced, x, weights)
+
+    def average(samples):
+        return ratio(jnp.sum(weigh(where_counted(samples, weights), weights), reduced), part.count)
+
+    c = where_counted(_wide(x) - jnp.expand_dims(part.mean + part.rest, reduced), weights)
+    dmean, half_dvar = average(_wide(dx)), average(jnp.real(jnp.conj(c) * _wide(dx)))
+    return part, Part(jnp.zeros_like(part.mean), dmean, 2 * half_dvar, jnp.zeros_like(part.count))
+
+
+def unshared(values: Any) -> Any:
+    """Returns the same values, of which the compiler for CPUs does not know that they are the same.
+
+    It fuses each reduction with the arithmetic before it, but what a reduction shares with something else it
+    first writes out: `x - mean`, the mean broadcast to the shape of `x`, or merely `x` in float32. Other
+    compilers fuse what shares, and must know.
+    """
+    return jax.lax.platform_dependent(values, cpu=_unshared, default=lambda values: values)
+
+
+def _unshared(values):
+    # One by one, for in a `shard_map` some may vary over devices and others not.
+    return jax.tree.map(jax.lax.optimization_barrier, values)
+
+
+def _about_a_part(axes, reduced, x, weights, count, *, unshare=lambda values: values):
+    """Takes one pass, about the mean of a sixteenth of the samples, or two about that of all of them.
+
+    The mean of a share f of the samples is nearer to that of all than sqrt((1 - f) / f) standard deviations,
+    whichever samples they are. So the variance loses at most 16 roundings. Of weighted samples that part might
+    have no weight. It is taken along the longest of `axes`, if that has no symbolic size.
+    """
+    total = partial(jnp.sum, axis=reduced, keepdims=True)
+    sizes = {axis: x.shape[axis] for axis in axes if isinstance(x.shape[axis], int)}
+    if weights is not None or not sizes or not max(sizes.values()):
+        return merge_parts(_parts(x, weights), count, total, unshare=unshare)
+    axis = max(sizes, key=sizes.get)
+    some = jax.lax.slice_in_dim(x, 0, -(-sizes[axis] // 16), axis=axis)
+    centre = merge_parts(_parts(some, None), _count(None, some, reduced), total)
+    return merge_about(centre.mean + centre.rest, _parts(x, None), count, total, unshare=unshare)
+
+
+def _in_one_pass_if_exact(reduced):
+    """Makes a function that adds up x and |x|^2, sees whether that was exact, and else takes a second pass.
+
+    Their difference loses |mean|^2 / var roundings of the variance: 16 at most, or it is not taken. In what is
+    not finite the test fails, so that uncounted NaN, which is multiplied by 0 here, goes the other way too.
+    Under `vmap` there is no such choice, for each member would go both ways.
+    """
+    total = partial(jnp.sum, axis=reduced, keepdims=True)
+
+    @jax.custom_batching.custom_vmap
+    def measure(x, weights, count):
+        again, weights_again = _unshared((x, weights))
+        mean = ratio(total(weigh(_wide(x), weights)), count)
+        square = ratio(total(weigh(abs_squared(_wide(again)), weights_again)), count)
+        var = square - abs_squared(mean)
+        exact = jnp.all(abs_squared(mean) <= 16 * var)
+        return jax.lax.cond(
+            exact,
+            lambda: Part(mean, jnp.zeros_like(mean), var, count),
+            lambda: merge_about(where_finite(mean), _parts(x, weights), count, total, unshare=_unshared),
+        )
+
+    @measure.def_vmap
+    def measure_members(size, batched, *args):
+        of_members = any(jax.tree.leaves(batched))  # if none is, JAX is about to map a derivative
+        axes = jax.tree.map(lambda batched: 0 if batched else None, batched)
+        member = partial(_about_a_part, reduced, reduced, unshare=_unshared)
+        mapped = jax.vmap(member, tuple(axes), axis_size=size) if of_members else member
+        return mapped(*args), Part(*[of_members] * 4)
+
+    return measure
+
+
+def _wide(x):
+    return x.astype(arithmetic_dtype(x))
+
+
+def _parts(x, weights):
+    zero = jnp.zeros((1,) * x.ndim, arithmetic_dtype(x))
+    return Part(x, zero, jnp.real(zero), weights)
+
+
+def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """Adds up the weights over some axes of `x`; they keep size 1, as do feature axes that share a weight."""
+    if weights is None:
+        weights = jnp.ones((1,) * x.ndim, bool)
+    count = jnp.sum(weights, reduced, dtype=real_dtype(arithmetic_dtype(x)), keepdims=True)
+    for a in reduced:
+        # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
+        # float32 can count one by one. The size may be symbolic, in `jax.export`.
+        if weights.shape[a] == 1:
+            count = count * jnp.asarray(x.shape[a], count.dtype)
+    return count
