@@ -6,7 +6,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jbn.axes import expand, other_axes, shard_like
 from jbn.collectives import NamedAxes, total, vary_like
@@ -42,7 +41,7 @@ def normalize_by(
     if params.scale is not None:
         multiplier = multiplier * params.scale.astype(wide)
     mean = expand(used.mean, x.ndim, axes)
-    y = (_where_usable(x, weights, x.astype(wide), mean) - mean) * expand(multiplier, x.ndim, axes)
+    y = _centred(x, mean, weights) * expand(multiplier, x.ndim, axes)
     if params.bias is not None:
         y = y + expand(params.bias.astype(wide), x.ndim, axes)
     return y.astype(dtype)
@@ -102,13 +101,11 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         dparams = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
         dscale, dbias = vary_like(jnp.stack(dparams), used.mean)
 
-        def centred(x, mean):
-            return _where_usable(x, weights, x.astype(wide), mean) - mean
-
         mean = per_sample(used.mean)
-        dx = _where_usable(x, weights, dx.astype(wide), 0)
+        dx = _where_usable(x, weights, dx.astype(wide))
         sums = total(
-            jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(centred(x, mean)) * dx)).astype(wide)]), over
+            jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(_centred(x, mean, weights)) * dx)).astype(wide)]),
+            over,
         )
         # The moments move with x only in training, and an infinite variance not at all.
         in_range = ~jnp.isinf(used.var)
@@ -119,17 +116,19 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         P = dbias - a * mean_dx
         Q = jnp.where(in_range, inv * dscale - a * inv**2 * mean_cdx, 0)
         P, Q = vary_like(jnp.stack([P, Q]), x)
-        dy = per_sample(a) * dx + centred(*unshared((x, mean))) * per_sample(Q) + per_sample(P)
+        dy = per_sample(a) * dx + _centred(*unshared((x, mean), level=3), weights) * per_sample(Q) + per_sample(P)
         return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))
 
     dy, dused = tangent(x, params, used, weights, train, dx, dparams)
     return (y, used), (dy, cast(dused, used.mean.dtype))
 
 
-def _where_usable(
-    x: jax.Array, weights: jax.Array | None, values: jax.Array, fallback: ArrayLike
-) -> jax.Array:
-    """Takes `fallback` where `x` is not finite and has weight 0, and `values` everywhere else."""
+def _centred(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return _where_usable(x, weights, x.astype(mean.dtype) - mean)
+
+
+def _where_usable(x: jax.Array, weights: jax.Array | None, values: jax.Array) -> jax.Array:
+    """Puts 0 where `x` is not finite and has weight 0."""
     if weights is None:
         return values
-    return jnp.where(weights.astype(bool) | jnp.isfinite(x), values, fallback)
+    return jnp.where(weights.astype(bool) | jnp.isfinite(x), values, 0)

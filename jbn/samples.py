@@ -48,30 +48,35 @@ def _measure_samples_jvp(reduced, primals, tangents):
     return part, Part(jnp.zeros_like(part.mean), dmean, 2 * half_dvar, jnp.zeros_like(part.count))
 
 
-def unshared(values: Any) -> Any:
+def unshared(values: Any, *, level: int = 1) -> Any:
     """Returns the same values, of which the compiler for CPUs does not know that they are the same.
 
     It fuses each reduction with the arithmetic before it, but what a reduction shares with something else it
     first writes out: `x - mean`, the mean broadcast to the shape of `x`, or merely `x` in float32. Other
-    compilers fuse what shares, and must know.
+    compilers fuse what shares, and must know. Values of one level are known to be the same.
     """
-    return jax.lax.platform_dependent(values, cpu=_unshared, default=lambda values: values)
+    on_cpu = partial(_unshared, level=level)
+    return jax.lax.platform_dependent(values, cpu=on_cpu, default=lambda values: values)
 
 
-def _unshared(values):
-    # One by one, for in a `shard_map` some may vary over devices and others not.
-    return jax.tree.map(jax.lax.optimization_barrier, values)
+def _unshared(values, *, level=1):
+    for _ in range(level):
+        # One by one, for in a `shard_map` some may vary over devices and others not.
+        values = jax.tree.map(jax.lax.optimization_barrier, values)
+    return values
 
 
 def _about_a_part(axes, reduced, x, weights, count, *, unshare=lambda values: values):
     """Takes one pass, about the mean of a sixteenth of the samples, or two about that of all of them.
 
     The mean of a share f of the samples is nearer to that of all than sqrt((1 - f) / f) standard deviations,
-    whichever samples they are. So the variance loses at most 16 roundings. Of weighted samples that part might
-    have no weight. It is taken along the longest of `axes`, if that has no symbolic size.
+    whichever samples they are, so the variance loses at most 16 roundings. Weighted samples take two passes,
+    for the sixteenth might have no weight. It lies along the longest of `axes` whose size is not symbolic and
+    that is not sharded on an explicit mesh.
     """
     total = partial(jnp.sum, axis=reduced, keepdims=True)
-    sizes = {axis: x.shape[axis] for axis in axes if isinstance(x.shape[axis], int)}
+    spec = jax.typeof(x).sharding.spec
+    sizes = {axis: x.shape[axis] for axis in axes if isinstance(x.shape[axis], int) and spec[axis] is None}
     if weights is not None or not sizes or not max(sizes.values()):
         return merge_parts(_parts(x, weights), count, total, unshare=unshare)
     axis = max(sizes, key=sizes.get)
@@ -83,17 +88,17 @@ def _about_a_part(axes, reduced, x, weights, count, *, unshare=lambda values: va
 def _in_one_pass_if_exact(reduced):
     """Makes a function that adds up x and |x|^2, sees whether that was exact, and else takes a second pass.
 
-    Their difference loses |mean|^2 / var roundings of the variance: 16 at most, or it is not taken. In what is
-    not finite the test fails, so that uncounted NaN, which is multiplied by 0 here, goes the other way too.
+    Their difference loses |mean|^2 / var roundings of the variance: 16 at most, or it is not taken. What is
+    not finite fails the test, so that uncounted NaN, which is multiplied by 0 here, goes the other way too.
     Under `vmap` there is no such choice, for each member would go both ways.
     """
     total = partial(jnp.sum, axis=reduced, keepdims=True)
 
     @jax.custom_batching.custom_vmap
     def measure(x, weights, count):
-        again, weights_again = _unshared((x, weights))
-        mean = ratio(total(weigh(_wide(x), weights)), count)
-        square = ratio(total(weigh(abs_squared(_wide(again)), weights_again)), count)
+        (x1, weights1), (x2, weights2) = _unshared((x, weights)), _unshared((x, weights), level=2)
+        mean = ratio(total(weigh(_wide(x1), weights1)), count)
+        square = ratio(total(weigh(abs_squared(_wide(x2)), weights2)), count)
         var = square - abs_squared(mean)
         exact = jnp.all(abs_squared(mean) <= 16 * var)
         return jax.lax.cond(

@@ -43,67 +43,43 @@ def batch_axis(ndim: int, axes: tuple[int, ...]) -> int:
 def map_parts(f: Callable[..., Any], parts: int, axes: tuple[int, ...]) -> Callable[..., Any]:
     """Applies `f(x, params, running, weights, train)` to consecutive parts of the batch.
 
-    The sizes of the parts differ by one at most, as in `numpy.array_split`. All are computed at once: the
-    batch is reshaped to (parts, size), where the last row of the shorter parts is padding, which the weights
-    mask. So a batch that is sharded into as many parts stays where it is.
+    The sizes of the parts differ by one at most, as in `numpy.array_split`. Those of one size are computed at
+    once: the batch is reshaped to (parts, size). So a batch that is sharded into as many parts stays where it
+    is.
 
     Returns:
       A function that returns `y` in the shape of `x`, and the moments of the parts along a new first axis.
     """
 
     def mapped(x, params, running, weights, train):
-        axis = batch_axis(x.ndim, axes)
-        if x.shape[axis] % parts:
-            weights = _one_per_example(weights, x, axis)
+        axis, given = batch_axis(x.ndim, axes), x
+        x = _whole_parts_per_device(given, parts, axis)
         shared = weights is None or weights.shape[axis] == 1
         if not shared:
             weights = _shard_examples_like(weights, x, axis)
-        y, moments = jax.vmap(f, (axis, None, None, None if shared else axis, None), (axis, 0))(
-            _split(x, parts, axis),
-            params,
-            running,
-            weights if shared else _split(weights, parts, axis),
-            train,
-        )
-        return _join(y, x, axis), moments
+        f_of_parts = jax.vmap(f, (axis, None, None, None if shared else axis, None), (axis, 0))
+
+        def of_one_size(parts, x, weights):
+            weights = weights if shared else _split(weights, parts, axis)
+            y, moments = f_of_parts(_split(x, parts, axis), params, running, weights, train)
+            return y.reshape(x.shape), moments
+
+        longer = x.shape[axis] % parts
+        if not longer:
+            y, moments = of_one_size(parts, x, weights)
+            return shard_like(y, given), moments
+        cut = [longer * (x.shape[axis] // parts + 1)]
+        two_weights = [weights] * 2 if shared else jnp.split(weights, cut, axis)
+        y, moments = zip(*map(of_one_size, (longer, parts - longer), jnp.split(x, cut, axis), two_weights))
+        moments = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *moments)
+        return shard_like(jnp.concatenate(y, axis), given), moments
 
     return mapped
 
 
-def _one_per_example(weights: jax.Array | None, x: jax.Array, axis: int) -> jax.Array:
-    weights = jnp.ones((1,) * x.ndim, bool) if weights is None else weights
-    return jnp.broadcast_to(weights, (*weights.shape[:axis], x.shape[axis], *weights.shape[axis + 1 :]))
-
-
 def _split(x: jax.Array, parts: int, axis: int) -> jax.Array:
-    """Reshapes an axis to (parts, size); pads with 0 the parts that have one less."""
-
-    def reshape(x, parts):
-        return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-
-    x = _whole_parts_per_device(x, parts, axis)
-    longer = x.shape[axis] % parts
-    if not longer:
-        return reshape(x, parts)
-    first, rest = jnp.split(x, [longer * (x.shape[axis] // parts + 1)], axis)
-    padding = [(0, int(a == axis + 1)) for a in range(x.ndim + 1)]
-    return jnp.concatenate([reshape(first, longer), jnp.pad(reshape(rest, parts - longer), padding)], axis)
-
-
-def _join(y: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-    """Undoes `_split` of `x`."""
-
-    def reshape(y):
-        return y.reshape(*y.shape[:axis], y.shape[axis] * y.shape[axis + 1], *y.shape[axis + 2 :])
-
-    longer = x.shape[axis] % y.shape[axis]
-    if longer:
-        first, rest = jnp.split(y, [longer], axis)
-        rest = jax.lax.slice_in_dim(rest, 0, rest.shape[axis + 1] - 1, axis=axis + 1)
-        y = jnp.concatenate([reshape(first), reshape(rest)], axis)
-    else:
-        y = reshape(y)
-    return shard_like(y, x)
+    """Reshapes an axis to (parts, size)."""
+    return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
 
 
 def _shard_examples_like(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:
