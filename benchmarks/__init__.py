@@ -1,0 +1,1 @@
+"""jbn beside its peers, in one run: `python -m benchmarks --help`."""
