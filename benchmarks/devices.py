@@ -2,11 +2,13 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import flax.linen
 import jax
@@ -23,15 +25,29 @@ from benchmarks.worker import Candidate
 
 COUNTED, EXTRAPOLATED = (2, 4, 8, 16, 32, 64), (128, 256, 512, 1024, 2048, 4096)  # devices
 FEATURES = (64, 256, 2048)
-LAYERS = {"jbn": jbn.linen.BatchNorm, "flax": flax.linen.BatchNorm}
-WAYS = {f"{layer}, {way}": (layer, way) for way in ("shard_map", "jit") for layer in LAYERS}
 PASSES = ("forward", "backward", "rare")
 VALUE = 4  # bytes of a float32
 FORMULAS = """\
-payload      (fixed + each * devices) * features bytes, fitted to what the compiler made of 2 to 64 CPU devices
+payload      (fixed + each * devices) * features bytes, fitted to what XLA made of 2 to 64 simulated devices
 on the wire  2 * (devices - 1) / devices * payload: what each device sends in a ring all-reduce
 time         collectives * latency + on the wire / bandwidth: a model, nothing of it was measured
-rare         in a branch of jbn on CPUs, taken where |mean|^2 > 16 var in some feature; not in the numbers below"""
+rare         in a branch, taken where |mean|^2 > 16 var in some feature; not in the numbers of whole layers
+elsewhere    the code that jbn has for GPU and TPU, without that branch, but compiled for CPUs too"""
+
+
+class Way(NamedTuple):
+    layer: Callable[..., flax.linen.Module]
+    named: bool  # axis_name inside shard_map; else plain jit of a sharded batch
+    elsewhere: bool = False
+
+
+WAYS = {
+    "jbn, shard_map": Way(jbn.linen.BatchNorm, named=True),
+    "flax, shard_map": Way(flax.linen.BatchNorm, named=True),
+    "jbn, jit on CPU": Way(jbn.linen.BatchNorm, named=False),
+    "jbn, jit elsewhere": Way(jbn.linen.BatchNorm, named=False, elsewhere=True),
+    "flax, jit": Way(flax.linen.BatchNorm, named=False),
+}
 
 
 class Sent(NamedTuple):
@@ -41,31 +57,33 @@ class Sent(NamedTuple):
 
 def prepare(case: dict[str, int]) -> dict[str, Candidate]:
     """Counts what one layer in training sends, in each way."""
-    return {way: Candidate(_no_time, _count(*WAYS[way], **case)) for way in WAYS}
+    return {way: Candidate(_no_time, _count(WAYS[way], **case)) for way in WAYS}
 
 
 def main(out: Path, quick: bool, bandwidth: float = 100e9, latency: float = 20e-6) -> None:
-    """Counts, extrapolates, prints tables and writes devices.json; bandwidth in bytes a second, latency in s."""
+    """Counts, extrapolates, prints tables and writes devices.json; in bytes a second, and seconds."""
     cases = list(product(FEATURES[1:2] if quick else FEATURES, COUNTED[:2] if quick else COUNTED))
     with Worker("benchmarks.devices", JAX_PLATFORMS="cpu", JAX_NUM_CPU_DEVICES=str(max(COUNTED))) as worker:
         counted = [
-            {"features": c, "devices": d, "way": way, **{name: Sent(*facts[name])._asdict() for name in PASSES}}
+            {"features": c, "devices": d, "way": way, **facts}
             for c, d in cases
             for way, facts in worker.prepare({"features": c, "devices": d}).items()
         ]
     fits = {way: {name: _fit(counted, way, name) for name in PASSES} for way in WAYS}
     model = {"bandwidth": bandwidth, "latency": latency}
     scale = [
-        {"features": c, "devices": d, "counted": (c, d) in cases, "way": way, **_cost(fits[way], c, d, **model)}
+        {"features": c, "devices": d, "way": way} | _cost(fits[way], c, d, **model)
         for c in sorted({c for c, _ in cases})
         for d in COUNTED + EXTRAPOLATED
         for way in WAYS
     ]
+    for row in scale:
+        row["counted"] = (row["features"], row["devices"]) in cases
     crossings = {c: _two_are_faster_from(c, **model) for c in FEATURES}
     print(f"One layer in training, float32. {sentence(describe())}.\n\n{FORMULAS}\n")
     print(markdown(_fit_rows(fits)), end="\n\n")
     for c in sorted({c for c, _ in cases}):
-        print(f"{c} features; time at {bandwidth / 1e9:g} GB/s and {latency * 1e6:g} microseconds a collective")
+        print(f"{c} features; time at {bandwidth / 1e9:g} GB/s, {latency * 1e6:g} microseconds a collective")
         print(markdown(_scale_rows([row for row in scale if row["features"] == c])), end="\n\n")
     print("Two all-reduces of one row would take less time than the one of a row for each device:")
     print("; ".join(f"{c} features: from {d} devices" for c, d in crossings.items()))
@@ -79,15 +97,26 @@ def _no_time():
     raise NotImplementedError("simulated devices share one processor, so their time says nothing.")
 
 
-def _count(layer, way, features, devices):
+def _count(way, features, devices):
+    jax.clear_caches()  # which do not know of the choice below
+    choice = mock.patch("jax.lax.platform_dependent", _elsewhere) if way.elsewhere else nullcontext()
+    with choice:
+        return _count_as_compiled(way, features, devices)
+
+
+def _elsewhere(*args, default, **of_platforms):
+    return default(*args)
+
+
+def _count_as_compiled(way, features, devices):
     mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,), devices=jax.devices()[:devices])
-    model = LAYERS[layer](use_running_average=False, axis_name="data" if way == "shard_map" else None)
+    model = way.layer(use_running_average=False, axis_name="data" if way.named else None)
     sharded, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     x = jax.ShapeDtypeStruct((8 * devices, features), jnp.float32, sharding=sharded)
     variables = jax.eval_shape(model.init, jax.random.key(0), x)
     variables = jax.tree.map(lambda leaf: leaf.update(sharding=replicated), variables)
     forward = partial(model.apply, mutable=["batch_stats"])
-    if way == "shard_map":
+    if way.named:
         forward = jax.shard_map(forward, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P("data"), P()))
 
     def both(variables, x):
@@ -98,8 +127,9 @@ def _count(layer, way, features, devices):
 
     (always, rare), (always_both, rare_both) = (_sent(f, variables, x) for f in (forward, both))
     if rare != rare_both:
-        raise ValueError(f"{layer}, {way}: the gradient has changed what the forward pass's branches send.")
-    return {"forward": always, "backward": tuple(np.subtract(always_both, always).tolist()), "rare": rare}
+        raise ValueError(f"{way}: the gradient has changed what the branches of the forward pass send.")
+    backward = Sent(*(whole - part for whole, part in zip(always_both, always)))
+    return {name: sent._asdict() for name, sent in zip(PASSES, (always, backward, rare))}
 
 
 def _sent(f, *args):
@@ -143,7 +173,9 @@ def _fit(counted, way, name):
     off = np.max(np.abs(fixed + each * np.array(devices) - a_feature))
     numbers = {each["collectives"] for each in sent}
     if len(numbers) > 1 or off > 1e-3:
-        raise ValueError(f"{way}, {name}: {numbers} collectives, {off} bytes a feature off the line; wanted one, 0.")
+        raise ValueError(
+            f"{way}, {name}: {numbers} collectives, {off} bytes a feature off the line; wanted one, 0."
+        )
     return {"collectives": numbers.pop(), "fixed": fixed, "each": each}
 
 
@@ -171,18 +203,12 @@ def _two_are_faster_from(features, **model):
 
 
 def _fit_rows(fits):
-    head = [["", *(f"{name}: {what}" for name in PASSES for what in ("collectives", "bytes a feature"))]]
-    return head + [
-        [
-            way,
-            *(
-                text
-                for fit in found.values()
-                for text in (str(fit["collectives"]), f"{fit['fixed']:g} + {fit['each']:g} devices")
-            ),
-        ]
-        for way, found in fits.items()
-    ]
+    def cell(collectives, fixed, each):
+        payload = ([f"{fixed:g}"] if fixed else []) + ([f"{each:g} devices"] if each else [])
+        return f"{collectives}, {' + '.join(payload)}" if collectives else ""
+
+    rows = [[way, *(cell(**found[name]) for name in PASSES)] for way, found in fits.items()]
+    return [["collectives, and their payload in bytes a feature", *PASSES], *rows]
 
 
 def _scale_rows(scale):

@@ -1,4 +1,4 @@
-"""A plain Flax loop for the network of a config: `python -m benchmarks.plain_flax CONFIG.toml [--data PATH]`."""
+"""A plain Flax loop for a job: `python -m benchmarks.plain_flax CONFIG.toml [--data PATH]`."""
 
 import argparse
 import json
@@ -26,7 +26,11 @@ class Net(nn.Module):
         x = x if convolutional else x.reshape(len(x), -1)
         for width in self.config.widths:
             for _ in range(2 if convolutional else 1):
-                layer = nn.Conv(width, (3, 3), use_bias=False) if convolutional else nn.Dense(width, use_bias=False)
+                layer = (
+                    nn.Conv(width, (3, 3), use_bias=False)
+                    if convolutional
+                    else nn.Dense(width, use_bias=False)
+                )
                 x = nn.relu(norm()(layer(x)))
             x = nn.max_pool(x, (2, 2), (2, 2)) if convolutional else x
         return nn.Dense(self.classes)(x.mean((1, 2)) if convolutional else x)
@@ -43,7 +47,9 @@ def main(path: Path, data_path: str | None) -> dict[str, float]:
         optax.add_decayed_weights(
             settings.weight_decay, mask=partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
         ),
-        optax.sgd(optax.cosine_decay_schedule(settings.learning_rate, steps), settings.momentum, nesterov=True),
+        optax.sgd(
+            optax.cosine_decay_schedule(settings.learning_rate, steps), settings.momentum, nesterov=True
+        ),
     )
     model = Net(config.model, dataset.classes)
     variables = jax.jit(partial(model.init, train=False))(jax.random.key(config.seed), inputs[:1])
@@ -80,7 +86,8 @@ def main(path: Path, data_path: str | None) -> dict[str, float]:
             started = time.perf_counter()
     jax.block_until_ready(state)
     seconds = time.perf_counter() - started
-    found = {name: float(accuracy(*state[:2], getattr(dataset, name))) for name in ("validation", "test")}
+    splits = {"validation_accuracy": dataset.validation, "test_accuracy": dataset.test}
+    found = {name: float(accuracy(*state[:2], split)) for name, split in splits.items()}
     return {"steps": steps - 1, "seconds": seconds, **found}
 
 

@@ -24,8 +24,8 @@ from jbn.merging import (
 def measure_samples(reduced: tuple[int, ...], x: jax.Array, weights: jax.Array | None) -> Part:
     """Returns the moments over the axes `reduced`, in the shape of the others."""
     count = _count(weights, x, reduced)
-    measure = partial(_about_a_part, reduced[1:], reduced)
-    on_cpu = measure if jnp.iscomplexobj(x) else _in_one_pass_if_exact(reduced)
+    measure = partial(about_a_sixteenth, reduced[1:], reduced)
+    on_cpu = measure if jnp.iscomplexobj(x) else in_one_pass_if_exact(reduced)
     whole = jax.lax.platform_dependent(x, weights, count, cpu=on_cpu, default=measure)
     whole = whole._replace(count=jnp.zeros_like(whole.var) + count)
     return jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole)
@@ -66,7 +66,7 @@ def _unshared(values, *, level=1):
     return values
 
 
-def _about_a_part(axes, reduced, x, weights, count, *, unshare=lambda values: values):
+def about_a_sixteenth(axes, reduced, x, weights, count, *, unshare=lambda values: values):
     """Takes one pass, about the mean of a sixteenth of the samples, or two about that of all of them.
 
     The mean of a share f of the samples is nearer to that of all than sqrt((1 - f) / f) standard deviations,
@@ -85,7 +85,7 @@ def _about_a_part(axes, reduced, x, weights, count, *, unshare=lambda values: va
     return merge_about(centre.mean + centre.rest, _parts(x, None), count, total, unshare=unshare)
 
 
-def _in_one_pass_if_exact(reduced):
+def in_one_pass_if_exact(reduced):
     """Makes a function that adds up x and |x|^2, sees whether that was exact, and else takes a second pass.
 
     Their difference loses |mean|^2 / var roundings of the variance: 16 at most, or it is not taken. What is
@@ -111,7 +111,7 @@ def _in_one_pass_if_exact(reduced):
     def measure_members(size, batched, *args):
         of_members = any(jax.tree.leaves(batched))  # if none is, JAX is about to map a derivative
         axes = jax.tree.map(lambda batched: 0 if batched else None, batched)
-        member = partial(_about_a_part, reduced, reduced, unshare=_unshared)
+        member = partial(about_a_sixteenth, reduced, reduced, unshare=_unshared)
         mapped = jax.vmap(member, tuple(axes), axis_size=size) if of_members else member
         return mapped(*args), Part(*[of_members] * 4)
 
