@@ -2,14 +2,15 @@
 
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-# glibc returns the pages of large buffers to the system after each call, and page faults are then most of what
-# is measured. PyTorch's idle threads spin, and slow whatever runs after them.
+# glibc returns the pages of large buffers to the system after each call, and page faults are then most of
+# what is measured. PyTorch's idle threads spin, and slow whatever runs after them.
 QUIET = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 33),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
@@ -70,10 +71,11 @@ def measure(workers: Sequence[Worker], case: dict[str, Any], *, rounds: int) -> 
         for name, known in worker.prepare(case).items():
             facts[name], of_worker[name] = known, worker
     times = {name: [] for name in facts}
+    order = random.Random(0)
     for _ in range(rounds + 1):
-        for name, worker in of_worker.items():
-            worker.seconds(name)  # brings its own buffers back into the caches
-            times[name].append(worker.seconds(name))
+        for name in order.sample(list(times), len(times)):  # so that none always follows the same other
+            of_worker[name].seconds(name)  # brings its own buffers back into the caches
+            times[name].append(of_worker[name].seconds(name))
     return {name: _summary(seconds[1:], facts[name]) for name, seconds in times.items()}
 
 

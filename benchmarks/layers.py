@@ -14,12 +14,14 @@ from benchmarks.report import draw_layers, layer_tables
 Results = list[tuple[Case, dict[str, Measured]]]
 
 
-def main(out: Path, quick: bool) -> None:
+def main(out: Path, quick: bool, only: str = "") -> None:
     """Measures every case, prints a table for each section, and writes layers.json and layers.png."""
     results = []
     with ExitStack() as stack:
         workers = {devices: list(_workers(stack, devices)) for devices in (1, 4)}
         for case in quick_cases() if quick else all_cases():
+            if only not in case.section:
+                continue
             print(f"{case.section}: {'x'.join(map(str, case.shape))}", flush=True)
             rounds = 2 if quick else 21
             results.append((case, measure(workers[case.devices], case._asdict(), rounds=rounds)))

@@ -10,14 +10,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "dm-haiku", "equinox", "keras", "t
 
 def describe() -> dict[str, object]:
     """Returns the processor, the number of cores that this process may use, and the versions of packages."""
-    return {"processor": _processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()} | {
-        package: found for package in PACKAGES if (found := _version(package))
-    }
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+    } | {package: found for package in PACKAGES if (found := _version(package))}
 
 
 def sentence(machine: dict[str, object]) -> str:
     """Says in one line where numbers were measured."""
-    versions = ", ".join(f"{name} {machine[name]}" for name in PACKAGES if name in machine and name != "jaxlib")
+    versions = ", ".join(
+        f"{name} {machine[name]}" for name in PACKAGES if name in machine and name != "jaxlib"
+    )
     return f"{machine['cores']} cores of {machine['processor']}, Python {machine['python']}, {versions}"
 
 

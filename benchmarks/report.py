@@ -10,59 +10,57 @@ from benchmarks.interleave import Measured
 Results = list[tuple[Case, dict[str, Measured]]]
 
 BASE = "flax.linen, two passes"  # which is as exact as jbn
-# How often something of the size of x must be read or written; a copy does so twice.
-PASSES = {"forward": 3, "forward+backward": 8, "inference": 2}
-
-
-def layer_tables(results: Results) -> str:
-    """Returns one table for each section: times over those of Flax's two passes, and the compiler's counts."""
-    return "\n\n".join(_section(list(cases)) for _, cases in groupby(results, lambda result: result[0].section))
-
-
-def ratios(found: dict[str, Measured], mode: str) -> dict[str, float]:
-    """Returns each median over that of Flax's two passes; of the copy, what the necessary passes would take."""
-    base = found[BASE].median
-    times = {name: measured.median for name, measured in found.items()}
-    times["floor"] = times.pop("copy") * PASSES[mode] / 2
-    return {name: time / base for name, time in times.items()}
-
-
-def mean_ratio(values: list[float]) -> float:
-    """Returns the geometric mean."""
-    return exp(sum(map(log, values)) / len(values))
-
-
-def _section(cases: Results) -> str:
-    first = cases[0][0]
-    shapes = ["x".join(map(str, case.shape)) for case, _ in cases]
-    columns = [ratios(found, case.mode) for case, found in cases]
-    names = [name for name in columns[0] if all(name in column for column in columns)]
-    names += [name for column in columns for name in column if name not in names and name not in columns[0]]
-    facts = [fact for fact in ("bytes", "temporary", "kept", "collectives") if fact in cases[0][1][BASE].facts]
-    rows = [[first.section, "mean", *shapes, *(LABELS[fact] for fact in facts)]]
-    for name in sorted(names, key=lambda name: mean_ratio([c[name] for c in columns if name in c])):
-        values = [column.get(name) for column in columns]
-        complete = None not in values
-        counted = cases[0][1][name].facts if name in cases[0][1] else {}
-        rows.append(
-            [
-                name,
-                f"**{mean_ratio(values):.2f}**" if complete else "",
-                *("" if value is None else f"{value:.2f}" for value in values),
-                *(f"{counted[fact]:.1f}" if fact in counted else "" for fact in facts),
-            ]
-        )
-    base = [f"{found[BASE].median * 1e3:.2f}" for _, found in cases]
-    rows.append([f"{BASE}: milliseconds", "", *base, *[""] * len(facts)])
-    return markdown(rows)
-
-
-LABELS = {
+PASSES = {"forward": 3, "forward+backward": 8, "inference": 2}  # over x, y, dx or dy, at the least
+FACTS = {
     "bytes": "bytes, in units of x",
     "temporary": "temporary, in units of x",
     "kept": "kept for backward, bytes an element",
     "collectives": "collectives",
 }
+
+
+def layer_tables(results: Results) -> str:
+    """Returns one table for each section: times over those of Flax's two passes, and counts."""
+    return "\n\n".join(map(_table, _sections(results)))
+
+
+def _sections(results):
+    return [list(cases) for _, cases in groupby(results, lambda result: result[0].section)]
+
+
+def _ratios(case, found):
+    """Returns each median over that of Flax's two passes; of the copy, what the necessary passes take."""
+    times = {name: measured.median for name, measured in found.items()}
+    times["floor"] = times.pop("copy") * PASSES[case.mode] / 2
+    return {name: time / found[BASE].median for name, time in times.items()}
+
+
+def _mean(values):
+    return exp(sum(map(log, values)) / len(values))  # the geometric mean
+
+
+def _table(cases):
+    columns = [_ratios(*result) for result in cases]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    names.sort(key=lambda name: _mean([column[name] for column in columns if name in column]))
+    of_first = cases[0][1]
+    facts = [fact for fact in FACTS if fact in of_first[BASE].facts]
+    rows = [[cases[0][0].section, "mean", *map(_shape, cases), *(FACTS[fact] for fact in facts)]]
+    for name in names:
+        values = [column.get(name) for column in columns]
+        counted = of_first[name].facts if name in of_first else {}
+        mean = "" if None in values else f"**{_mean(values):.2f}**"
+        rows.append([name, mean, *map(_number, values), *(_number(counted.get(fact), 1) for fact in facts)])
+    base = [_number(found[BASE].median * 1e3) for _, found in cases]
+    return markdown([*rows, [f"{BASE}, milliseconds", "", *base, *[""] * len(facts)]])
+
+
+def _shape(result):
+    return "x".join(map(str, result[0].shape))
+
+
+def _number(value, digits=2):
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def markdown(rows: list[list[str]]) -> str:
@@ -79,14 +77,12 @@ def draw_layers(results: Results, path: Path, caption: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    sections = [list(cases) for _, cases in groupby(results, lambda result: result[0].section)]
-    sections = [cases for cases in sections if len(cases) > 1 and "further" not in cases[0][0].section][:4]
-    if not sections:
-        sections = [results[:1]]
-    figure, axes = plt.subplots(1, len(sections), figsize=(5 * len(sections), 5), squeeze=False)
-    for axis, cases in zip(axes[0], sections):
-        columns = [ratios(found, case.mode) for case, found in cases]
-        means = {name: mean_ratio([c[name] for c in columns]) for name in columns[0] if all(name in c for c in columns)}
+    drawn = [cases for cases in _sections(results) if "further" not in cases[0][0].section][:4]
+    figure, axes = plt.subplots(1, len(drawn), figsize=(5 * len(drawn), 5), squeeze=False)
+    for axis, cases in zip(axes[0], drawn):
+        columns = [_ratios(*result) for result in cases]
+        names = [name for name in columns[0] if all(name in column for column in columns)]
+        means = {name: _mean([column[name] for column in columns]) for name in names}
         floor = means.pop("floor")
         means = dict(sorted(means.items(), key=lambda item: -item[1]))
         colors = ["tab:blue" if name.startswith("jbn") else "silver" for name in means]

@@ -23,7 +23,7 @@ INPUTS_AND_MOMENTS = jax.checkpoint_policies.save_from_both_policies(
     # Flax's moments have no name; they are made of sums.
     lambda primitive, *_, **__: primitive.name in ("conv_general_dilated", "reduce_sum"),
 )
-OPTIMIZER = optax.sgd(0.1, momentum=0.9)
+OPTIMIZER = optax.sgd(1e-3, momentum=0.9)
 CANDIDATES = {
     "jbn": dict(norm=jbn.linen.BatchNorm),
     "flax": dict(norm=nn.BatchNorm),
@@ -121,7 +121,8 @@ def prepare(case: dict[str, Any]) -> dict[str, Candidate]:
         size = {key: case[key] for key in ("bottleneck", "stages", "filters", "classes")}
         candidates[name], losses[name] = _candidate(partial(ResNet, **size, **options), images, labels)
     for name, values in losses.items():
-        if name != "without norm" and not np.allclose(values, losses["jbn"], rtol=1e-3):
+        # In float32 a gradient of a new ResNet-50 is 2% off, whichever layer it has; the second loss shows it.
+        if name != "without norm" and not np.allclose(values, losses["jbn"], rtol=(1e-4, 1e-2)):
             raise RuntimeError(f"the first losses of {name} are {values}, and those of jbn {losses['jbn']}.")
     return candidates
 

@@ -65,7 +65,7 @@ def prepare(case: dict[str, Any]) -> dict[str, Candidate]:
 
 def _candidate(model, images, labels):
     model = model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
     def seconds():
         start = time.perf_counter()

@@ -65,13 +65,13 @@ def main(out: Path, quick: bool, mnist: str | None = os.environ.get("JBN_DATA"),
     else:
         _rounds(Job("digits_mlp", 2), 1)  # reads the files of all packages once
     print(f"{sentence(describe())}.\n\n{CONDITIONS}\n")
+    out.mkdir(parents=True, exist_ok=True)
     found = {}
     for job in jobs:
         found[job.config] = {name: _summary(runs) for name, runs in _rounds(job, rounds).items()}
         print(markdown(_rows(job.config, found[job.config])), end="\n\n", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"machine": describe(), "conditions": CONDITIONS, "jobs": found}, indent=1)
-    (out / "training.json").write_text(text + "\n")
+        text = json.dumps({"machine": describe(), "conditions": CONDITIONS, "jobs": found}, indent=1)
+        (out / "training.json").write_text(text + "\n")
 
 
 def _rounds(job: Job, rounds: int) -> dict[str, list[Run]]:

@@ -1,7 +1,7 @@
 """A process that times what another one asks for: `python -m benchmarks.worker MODULE`.
 
-It reads requests from its input, one JSON object a line, and answers each with one line on its output. The module
-has one function, `prepare(case) -> {name: Candidate}`.
+It reads requests from its input, one JSON object a line, and answers each with one line on its output. The
+module has one function, `prepare(case) -> {name: Candidate}`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ class Candidate(NamedTuple):
 
 
 def serve(module: str) -> None:
-    """Answers {"case": ...} with the facts of each candidate, and {"run": name} with the seconds of one call."""
+    """Answers {"case": ...} with each candidate's facts, and {"run": name} with the seconds of one call."""
     prepare = importlib.import_module(module).prepare
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1) as answers:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
