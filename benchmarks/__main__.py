@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks [layers|models|training|devices] [--quick] [--only TEXT] [--out DIR]`."""
+"""The command: `python -m benchmarks [layers|models|training|devices]`."""
 
 import argparse
 from importlib import import_module

@@ -12,6 +12,7 @@ class Case(NamedTuple):
     relu: bool = False  # apply ReLU to what the layer returns
     devices: int = 1  # which share statistics, and a part of the batch each
     mean: float = 0.5  # of the samples, whose standard deviation is 1
+    channels_first: bool = False  # x is transposed to (N, C, H, W)
 
 
 # Of ResNet-50 with 32 images of 224 x 224 and of perceptrons; by these the layers are compared.
@@ -39,6 +40,7 @@ def all_cases() -> list[Case]:
         *(Case("Forward in training, float32", shape, mode="forward") for shape in SHAPES),
         *(Case("Inference, float32", shape, mode="inference") for shape in SHAPES),
         *(Case("Training, bfloat16", shape, dtype="bfloat16") for shape in SHAPES),
+        *(Case("Training, channels first", shape, channels_first=True) for shape in SHAPES[:4]),
         *(Case("Training with ReLU after it", shape, relu=True) for shape in few),
         *(Case("Training with a mask", shape, mask=True) for shape in few),
         *(Case("Training, statistics of 4 devices", shape, devices=4) for shape in few),

@@ -35,6 +35,8 @@ def layers(case: Case) -> dict[str, Callable[[], Layer]]:
         "flax.linen, two passes": lambda: _linen(nn.BatchNorm, case, use_fast_variance=False),
         "flax.nnx": lambda: _nnx(nnx.BatchNorm, case),
     }
+    if case.channels_first:
+        return found | ({"equinox": lambda: _equinox(case)} if find_spec("equinox") else {})
     if not case.mask and find_spec("haiku"):
         found["haiku"] = lambda: _haiku(case)
     if not case.mask and case.devices == 1:
@@ -42,7 +44,7 @@ def layers(case: Case) -> dict[str, Callable[[], Layer]]:
         found |= {"keras": lambda: _keras(case)} if find_spec("keras") else {}
     if case.mode == "inference":
         found["folded"] = lambda: _folded(case)
-    if case.mode == "forward+backward" and case.devices == 1 and not case.mask:
+    if case.section.startswith("Training: forward and backward"):
         found["jbn, ghost batches"] = lambda: _jbn(case, virtual_batch_size=-(-case.shape[0] // 4))
         found["jbn, uneven ghosts"] = lambda: _jbn(case, virtual_batch_size=-(-case.shape[0] // 5))
     return found
@@ -50,6 +52,10 @@ def layers(case: Case) -> dict[str, Callable[[], Layer]]:
 
 def _train(case):
     return case.mode != "inference"
+
+
+def _axis(case):
+    return 1 if case.channels_first else -1
 
 
 def _axis_name(case):
@@ -66,16 +72,18 @@ def _jbn(case, **options):
             update=jbn.ema(MOMENTUM),
             epsilon=EPSILON,
             mask=mask,
+            axis=_axis(case),
             axis_name=_axis_name(case),
             **options,
         )
 
-    return Layer(*jbn.init(case.shape[-1]), apply)
+    return Layer(*jbn.init(case.shape[-1]), apply, not case.channels_first)
 
 
 def _linen(module, case, **options):
     layer = module(
         use_running_average=not _train(case),
+        axis=_axis(case),
         momentum=MOMENTUM,
         epsilon=EPSILON,
         dtype=case.dtype,
@@ -89,13 +97,14 @@ def _linen(module, case, **options):
         y, updated = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
         return y, updated["batch_stats"]
 
-    return Layer(variables["params"], variables["batch_stats"], apply)
+    return Layer(variables["params"], variables["batch_stats"], apply, not case.channels_first)
 
 
 def _nnx(module, case):
     layer = module(
         case.shape[-1],
         use_running_average=not _train(case),
+        axis=_axis(case),
         momentum=MOMENTUM,
         epsilon=EPSILON,
         dtype=case.dtype,
@@ -109,7 +118,7 @@ def _nnx(module, case):
         y = layer(x, mask=mask)
         return y, nnx.state(layer, nnx.BatchStat)
 
-    return Layer(params, batch_stats, apply)
+    return Layer(params, batch_stats, apply, not case.channels_first)
 
 
 def _haiku(case):

@@ -121,7 +121,7 @@ def prepare(case: dict[str, Any]) -> dict[str, Candidate]:
         size = {key: case[key] for key in ("bottleneck", "stages", "filters", "classes")}
         candidates[name], losses[name] = _candidate(partial(ResNet, **size, **options), images, labels)
     for name, values in losses.items():
-        # In float32 a gradient of a new ResNet-50 is 2% off, whichever layer it has; the second loss shows it.
+        # In float32 a gradient of a new ResNet-50 is 2% off, whatever its layer; the second loss shows it.
         if name != "without norm" and not np.allclose(values, losses["jbn"], rtol=(1e-4, 1e-2)):
             raise RuntimeError(f"the first losses of {name} are {values}, and those of jbn {losses['jbn']}.")
     return candidates

@@ -14,7 +14,8 @@ def prepare(case: dict[str, Any]) -> dict[str, Candidate]:
     case = Case(**case | {"shape": tuple(case["shape"])})
     if case.mask or case.devices > 1:
         return {}
-    layouts = ["channels last", "channels first"] if len(case.shape) == 4 else ["channels last"]
+    layouts = ["channels last", "channels first"][case.channels_first :]
+    layouts = layouts if len(case.shape) == 4 else ["channels last"]
     return {f"torch, {layout}": _candidate(case, layout) for layout in layouts}
 
 

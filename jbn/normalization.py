@@ -116,7 +116,11 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         P = dbias - a * mean_dx
         Q = jnp.where(in_range, inv * dscale - a * inv**2 * mean_cdx, 0)
         P, Q = vary_like(jnp.stack([P, Q]), x)
-        dy = per_sample(a) * dx + _centred(*unshared((x, mean), level=3), weights) * per_sample(Q) + per_sample(P)
+        dy = (
+            per_sample(a) * dx
+            + _centred(*unshared((x, mean), level=3), weights) * per_sample(Q)
+            + per_sample(P)
+        )
         return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))
 
     dy, dused = tangent(x, params, used, weights, train, dx, dparams)

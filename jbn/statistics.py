@@ -42,9 +42,9 @@ def moments(
         mean  = sum(mask * x) / count
         var   = sum(mask * |x - mean|^2) / count
 
-    The variance is centred on the mean before squaring, and what the mean's rounding adds to it is taken off
-    again, so a large mean costs no accuracy. Where `count` is 0 all three are 0, which is the identity of
-    `jbn.merge`. A variance beyond the dtype's range is infinite, and its mean finite.
+    A large mean costs no accuracy: the variance loses 16 roundings to it at most, in one pass over `x` where
+    that is possible, in two where it is not (`jbn/samples.py`). Where `count` is 0 all three are 0, which is the
+    identity of `jbn.merge`. A variance beyond the dtype's range is infinite, and its mean finite.
 
     With `axis_name`, moments are those of all devices' samples together: each device measures its own, and
     `jbn.merge` merges them, by count, so that unequal masks and empty shards are exact. It takes one

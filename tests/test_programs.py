@@ -4,7 +4,6 @@ import re
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import pytest
 from layers import layer, random
 
@@ -78,12 +77,12 @@ def reductions_of(text, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_other_platforms_are_given_what_they_fuse(platform, shape):
     lowered = jax.jit(train_step).trace(*inputs(shape)).lower(lowering_platforms=(platform,))
-    # Nothing hides from them that two reductions read the same, and nothing looks at values before it goes on. (XLA
-    # for CPU compiles what was lowered for another platform: of the choice between platforms nothing is left.)
+    # Nothing hides from them that two reductions read the same, and nothing looks at values before it goes on.
+    # (XLA for CPU compiles what was lowered for another platform: of the choice of platforms nothing is left.)
     assert "optimization_barrier" not in lowered.as_text()
     assert "conditional(" not in lowered.compile().as_text()
-    # Two at once forward and two at once backward; the rough mean is one more where no axis but the batch's has a
-    # sixteenth to offer.
+    # Two at once forward and two at once backward; the rough mean is one more where no axis but the batch's has
+    # a sixteenth to offer.
     assert reductions_of(lowered.as_text(), shape) == (4 if len(shape) == 4 else 5)
 
 
