@@ -80,5 +80,7 @@ def measure(workers: Sequence[Worker], case: dict[str, Any], *, rounds: int) -> 
 
 
 def _summary(seconds: list[float], facts: dict[str, Any]) -> Measured:
-    low, median, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    low, median, high = (
+        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    )
     return Measured(median, low, high, facts)

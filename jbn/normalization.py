@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jbn.axes import expand, other_axes, shard_like
 from jbn.collectives import NamedAxes, total, vary_like
@@ -81,7 +82,10 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
     """
     x, params, _, weights, train = primals
     dx, dparams, *_ = tangents
-    y, used = normalize_batch(axes, over, epsilon, dtype, *primals)
+    _, used = normalize_batch(axes, over, epsilon, dtype, *primals)
+    # A policy of `jax.checkpoint` that keeps what has this name has y made from it again, without measuring.
+    used = checkpoint_name(used, "batch_norm_moments")
+    y = normalize_by(used, axes, epsilon, dtype, x, params, weights)
 
     # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
     @partial(jax.checkpoint, prevent_cse=False)

@@ -4,8 +4,10 @@ import re
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from layers import layer, random
+from numpy.testing import assert_allclose
 
 import jbn
 
@@ -77,14 +79,37 @@ def reductions_of(text, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_other_platforms_are_given_what_they_fuse(platform, shape):
     lowered = jax.jit(train_step).trace(*inputs(shape)).lower(lowering_platforms=(platform,))
-    # Nothing hides from them that two reductions read the same, and nothing looks at values before it goes on.
-    # (XLA for CPU compiles what was lowered for another platform: of the choice of platforms nothing is left.)
+    # Nothing hides from them that two reductions read the same, and nothing looks at values before it goes
+    # on. (XLA for CPU compiles what was lowered for others too: of the choice of platforms nothing is left.)
     assert "optimization_barrier" not in lowered.as_text()
     assert "conditional(" not in lowered.compile().as_text()
-    # Two at once forward and two at once backward; the rough mean is one more where no axis but the batch's has
-    # a sixteenth to offer.
+    # Two at once forward and two at once backward; the rough mean is one more where no axis but the batch's
+    # has a sixteenth to offer.
     assert reductions_of(lowered.as_text(), shape) == (4 if len(shape) == 4 else 5)
 
 
 def test_the_program_for_cpu_looks_once_whether_one_pass_was_exact():
     assert jax.jit(train_step).lower(*inputs(SHAPES[0])).compile().as_text().count(" conditional(") == 1
+
+
+def test_rematerialisation_can_keep_the_moments_and_never_measures_again():
+    x, dy, params, running = inputs(SHAPES[0])
+
+    def gradient(policy):
+        f = lambda x: jnp.sum(jnp.sin(jbn.batch_norm(x, params, running, train=True)[0]) * dy)
+        return jax.grad(jax.checkpoint(f, policy=policy))
+
+    policies = jax.checkpoint_policies
+    everything, moments, nothing = (
+        gradient(policy)
+        for policy in (
+            policies.everything_saveable,
+            policies.save_only_these_names("batch_norm_moments"),
+            policies.nothing_saveable,
+        )
+    )
+    measured = [
+        str(jax.make_jaxpr(f)(x)).count("name=measure_samples") for f in (everything, moments, nothing)
+    ]
+    assert measured[0] == measured[1] == measured[2] / 2
+    assert_allclose(moments(x), everything(x), rtol=1e-5, atol=1e-6)
