@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import machine
 from benchmarks.cases import Case, all_cases, quick_cases
 from benchmarks.interleave import Measured, Worker, measure
-from benchmarks.report import draw_layers, layer_tables
+from benchmarks.report import draw_layers, layer_tables, summary_table
 
 Results = list[tuple[Case, dict[str, Measured]]]
 
@@ -35,7 +35,7 @@ def main(out: Path, quick: bool, only: str = "") -> None:
         ],
     }
     (out / "layers.json").write_text(json.dumps(record, indent=1))
-    print(f"\n{layer_tables(results)}\n\n{machine.sentence(described)}")
+    print("", summary_table(results), layer_tables(results), machine.sentence(described), sep="\n\n")
     draw_layers(results, out / "layers.png", machine.sentence(described))
 
 

@@ -24,6 +24,17 @@ def layer_tables(results: Results) -> str:
     return "\n\n".join(map(_table, _sections(results)))
 
 
+def summary_table(results: Results) -> str:
+    """Returns one row for each section, with each library's mean ratio."""
+    sections = _sections(results)
+    means = [_means([_ratios(*result) for result in cases]) for cases in sections]
+    names = [name for name in means[0] if name != BASE and "ghost" not in name]
+    rows = [[f"time / {BASE}", *names]]
+    for cases, of_section in zip(sections, means):
+        rows.append([cases[0][0].section, *(_number(of_section.get(name)) for name in names)])
+    return markdown(rows)
+
+
 def _sections(results):
     return [list(cases) for _, cases in groupby(results, lambda result: result[0].section)]
 
@@ -37,6 +48,13 @@ def _ratios(case, found):
 
 def _mean(values):
     return exp(sum(map(log, values)) / len(values))  # the geometric mean
+
+
+def _means(columns):
+    """Returns, of what all columns have, the mean ratios in their order."""
+    names = [name for name in columns[0] if all(name in column for column in columns)]
+    means = {name: _mean([column[name] for column in columns]) for name in names}
+    return dict(sorted(means.items(), key=lambda item: item[1]))
 
 
 def _table(cases):
@@ -80,11 +98,9 @@ def draw_layers(results: Results, path: Path, caption: str) -> None:
     drawn = [cases for cases in _sections(results) if "further" not in cases[0][0].section][:4]
     figure, axes = plt.subplots(1, len(drawn), figsize=(5 * len(drawn), 5), squeeze=False)
     for axis, cases in zip(axes[0], drawn):
-        columns = [_ratios(*result) for result in cases]
-        names = [name for name in columns[0] if all(name in column for column in columns)]
-        means = {name: _mean([column[name] for column in columns]) for name in names}
+        means = _means([_ratios(*result) for result in cases])
         floor = means.pop("floor")
-        means = dict(sorted(means.items(), key=lambda item: -item[1]))
+        means = dict(reversed(means.items()))
         colors = ["tab:blue" if name.startswith("jbn") else "silver" for name in means]
         axis.barh(list(means), list(means.values()), color=colors)
         axis.axvline(floor, color="black", linestyle=":", linewidth=1)
