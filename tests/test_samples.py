@@ -15,10 +15,10 @@ from jbn.samples import about_a_sixteenth, in_one_pass_if_exact, measure_samples
 
 REDUCED = (0, 1)
 WAYS = {
-    "one pass if exact": in_one_pass_if_exact(REDUCED),
-    "about a sixteenth, of any axis": partial(about_a_sixteenth, REDUCED, REDUCED),
-    "about a sixteenth, not of the batch": partial(about_a_sixteenth, REDUCED[1:], REDUCED),
-    "two passes": partial(about_a_sixteenth, (), REDUCED),
+    "one pass if exact": jax.jit(in_one_pass_if_exact(REDUCED)),
+    "about a sixteenth, of any axis": jax.jit(partial(about_a_sixteenth, REDUCED, REDUCED)),
+    "about a sixteenth, not of the batch": jax.jit(partial(about_a_sixteenth, REDUCED[1:], REDUCED)),
+    "two passes": jax.jit(partial(about_a_sixteenth, (), REDUCED)),
 }
 RNG = np.random.RandomState(0)
 STANDARD = RNG.normal(0, 1, (64, 48, 3))
@@ -42,7 +42,7 @@ def measured(way, x, weights=None):
     count = np.sum(
         np.broadcast_to(1 if weights is None else weights, (*x.shape[:2], 1)), REDUCED, keepdims=True
     )
-    part = jax.jit(WAYS[way])(x, weights, jnp.asarray(count, jnp.float32))
+    part = WAYS[way](x, weights, jnp.asarray(count, jnp.float32))
     return np.float64(part.mean[0, 0]) + np.float64(part.rest[0, 0]), part.var[0, 0]
 
 
