@@ -94,7 +94,7 @@ def main(out: Path, quick: bool, bandwidth: float = 100e9, latency: float = 20e-
 
 
 def _no_time():
-    raise NotImplementedError("simulated devices share one processor, so their time says nothing.")
+    raise RuntimeError("simulated devices share one processor, so their time says nothing.")
 
 
 def _count(way, features, devices):

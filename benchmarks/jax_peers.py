@@ -80,16 +80,19 @@ def _jbn(case, **options):
     return Layer(*jbn.init(case.shape[-1]), apply, not case.channels_first)
 
 
+def _flax_options(case):
+    return {
+        "use_running_average": not _train(case),
+        "axis": _axis(case),
+        "momentum": MOMENTUM,
+        "epsilon": EPSILON,
+        "dtype": case.dtype,
+        "axis_name": _axis_name(case),
+    }
+
+
 def _linen(module, case, **options):
-    layer = module(
-        use_running_average=not _train(case),
-        axis=_axis(case),
-        momentum=MOMENTUM,
-        epsilon=EPSILON,
-        dtype=case.dtype,
-        axis_name=_axis_name(case),
-        **options,
-    )
+    layer = module(**_flax_options(case), **options)
     variables = layer.init(jax.random.key(0), jnp.zeros((1, case.shape[-1]), case.dtype))
 
     def apply(params, batch_stats, x, mask):
@@ -101,16 +104,7 @@ def _linen(module, case, **options):
 
 
 def _nnx(module, case):
-    layer = module(
-        case.shape[-1],
-        use_running_average=not _train(case),
-        axis=_axis(case),
-        momentum=MOMENTUM,
-        epsilon=EPSILON,
-        dtype=case.dtype,
-        axis_name=_axis_name(case),
-        rngs=nnx.Rngs(0),
-    )
+    layer = module(case.shape[-1], **_flax_options(case), rngs=nnx.Rngs(0))
     graph, params, batch_stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
 
     def apply(params, batch_stats, x, mask):
