@@ -45,8 +45,9 @@ class Worker:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()
+        self._process.stdin.close()  # which ends it
         self._process.wait()
+        self._process.stdout.close()
 
     def prepare(self, case: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Makes the candidates of a case, and returns their facts by name."""
