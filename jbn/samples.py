@@ -69,9 +69,10 @@ def _unshared(values, *, level=1):
 def about_a_sixteenth(axes, reduced, x, weights, count, *, unshare=lambda values: values):
     """Takes one pass, about the mean of a sixteenth of the samples, or two about that of all of them.
 
-    The mean of a share f of the samples is nearer to that of all than sqrt((1 - f) / f) standard deviations,
-    whichever samples they are, so the variance loses at most 16 roundings. Weighted samples take two passes,
-    for the sixteenth might have no weight. It lies along the longest of `axes` whose size is not symbolic and
+    The mean of a share f of the samples is nearer to that of all than sqrt((1 - f) / f) standard
+    deviations, whichever samples they are; so to the variance a sum's rounding counts at most 16 times,
+    and hardly more than once if the samples are in no order. Weighted samples take two passes, for the
+    sixteenth might have no weight. It lies along the longest of `axes` whose size is not symbolic and
     that is not sharded on an explicit mesh.
     """
     total = partial(jnp.sum, axis=reduced, keepdims=True)
@@ -88,9 +89,9 @@ def about_a_sixteenth(axes, reduced, x, weights, count, *, unshare=lambda values
 def in_one_pass_if_exact(reduced):
     """Makes a function that adds up x and |x|^2, sees whether that was exact, and else takes a second pass.
 
-    Their difference loses |mean|^2 / var roundings of the variance: 16 at most, or it is not taken. What is
-    not finite fails the test, so that uncounted NaN, which is multiplied by 0 here, goes the other way too.
-    Under `vmap` there is no such choice, for each member would go both ways.
+    To their difference a sum's rounding counts 1 + |mean|^2 / var times: 5 at most, or it is not taken.
+    What is not finite fails the test, so that uncounted NaN, which is multiplied by 0 here, goes the
+    other way too. Under `vmap` there is no such choice, for each member would go both ways.
     """
     total = partial(jnp.sum, axis=reduced, keepdims=True)
 
@@ -100,7 +101,7 @@ def in_one_pass_if_exact(reduced):
         mean = ratio(total(weigh(_wide(x1), weights1)), count)
         square = ratio(total(weigh(abs_squared(_wide(x2)), weights2)), count)
         var = square - abs_squared(mean)
-        exact = jnp.all(abs_squared(mean) <= 16 * var)
+        exact = jnp.all(abs_squared(mean) <= 4 * var)
         return jax.lax.cond(
             exact,
             lambda: Part(mean, jnp.zeros_like(mean), var, count),

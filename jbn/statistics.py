@@ -42,9 +42,10 @@ def moments(
         mean  = sum(mask * x) / count
         var   = sum(mask * |x - mean|^2) / count
 
-    A large mean costs no accuracy: the variance loses 16 roundings to it at most, in one pass over `x` where
-    that is possible, in two where it is not (`jbn/samples.py`). Where `count` is 0 all three are 0, the
-    identity of `jbn.merge`. A variance beyond the dtype's range is infinite, and its mean finite.
+    A large mean costs no accuracy: one pass over `x` measures both where that is as exact as two, up to 5
+    times the rounding of a sum, and two passes where it is not (`jbn/samples.py`). Where `count` is 0 all
+    three are 0, the identity of `jbn.merge`. A variance beyond the dtype's range is infinite, and its
+    mean finite.
 
     With `axis_name`, moments are those of all devices' samples together: each device measures its own, and
     `jbn.merge` merges them, by count, so that unequal masks and empty shards are exact. It takes one
