@@ -31,7 +31,7 @@ FORMULAS = """\
 payload      (fixed + each * devices) * features bytes, fitted to what XLA made of 2 to 64 simulated devices
 on the wire  2 * (devices - 1) / devices * payload: what each device sends in a ring all-reduce
 time         collectives * latency + on the wire / bandwidth: a model, nothing of it was measured
-rare         in a branch, taken where |mean|^2 > 4 var in some feature; not in the numbers of whole layers
+rare         in a branch, taken where |mean|^2 > 9 var in some feature; not in the numbers of whole layers
 elsewhere    the code that jbn has for GPU and TPU, without that branch, but compiled for CPUs too"""
 
 

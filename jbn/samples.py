@@ -89,7 +89,7 @@ def about_a_sixteenth(axes, reduced, x, weights, count, *, unshare=lambda values
 def in_one_pass_if_exact(reduced):
     """Makes a function that adds up x and |x|^2, sees whether that was exact, and else takes a second pass.
 
-    To their difference a sum's rounding counts 1 + |mean|^2 / var times: 5 at most, or it is not taken.
+    To their difference a sum's rounding counts 1 + |mean|^2 / var times: 10 at most, or it is not taken.
     What is not finite fails the test, so that uncounted NaN, which is multiplied by 0 here, goes the
     other way too. Under `vmap` there is no such choice, for each member would go both ways.
     """
@@ -101,7 +101,9 @@ def in_one_pass_if_exact(reduced):
         mean = ratio(total(weigh(_wide(x1), weights1)), count)
         square = ratio(total(weigh(abs_squared(_wide(x2)), weights2)), count)
         var = square - abs_squared(mean)
-        exact = jnp.all(abs_squared(mean) <= 4 * var)
+        # Of the 53 layers of a new ResNet-50, 4 have a feature whose mean is more than 3 standard deviations,
+        # and 31 one with more than 2.
+        exact = jnp.all(abs_squared(mean) <= 9 * var)
         return jax.lax.cond(
             exact,
             lambda: Part(mean, jnp.zeros_like(mean), var, count),

@@ -42,7 +42,7 @@ def moments(
         mean  = sum(mask * x) / count
         var   = sum(mask * |x - mean|^2) / count
 
-    A large mean costs no accuracy: one pass over `x` measures both where that is as exact as two, up to 5
+    A large mean costs no accuracy: one pass over `x` measures both where that is as exact as two, up to 10
     times the rounding of a sum, and two passes where it is not (`jbn/samples.py`). Where `count` is 0 all
     three are 0, the identity of `jbn.merge`. A variance beyond the dtype's range is infinite, and its
     mean finite.

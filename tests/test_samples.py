@@ -24,8 +24,8 @@ RNG = np.random.RandomState(0)
 STANDARD = RNG.normal(0, 1, (64, 48, 3))
 INPUTS = {
     "mean 0": STANDARD,
-    "mean 1.9 sd": STANDARD + 1.9,
-    "mean 2.1 sd": STANDARD - 2.1,
+    "mean 2.9 sd": STANDARD + 2.9,
+    "mean 3.1 sd": STANDARD - 3.1,
     "mean 1e4 sd": STANDARD + 1e4,
     "a sixteenth far from the others": np.where(np.arange(64)[:, None, None] < 4, 1e3, 0) + STANDARD,
     "all but a sixteenth far away": np.where(np.arange(64)[:, None, None] < 4, 0, 1e3) + STANDARD,
