@@ -107,10 +107,8 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
 
         mean = per_sample(used.mean)
         dx = _where_usable(x, weights, dx.astype(wide))
-        sums = total(
-            jnp.stack([sum_of(dx), sum_of(jnp.real(jnp.conj(_centred(x, mean, weights)) * dx)).astype(wide)]),
-            over,
-        )
+        cdx = jnp.real(jnp.conj(_centred(x, mean, weights)) * dx).astype(wide)
+        sums = total(jnp.stack([sum_of(dx), sum_of(cdx)]), over)
         # The moments move with x only in training, and an infinite variance not at all.
         in_range = ~jnp.isinf(used.var)
         mean_dx, mean_cdx = jnp.where((train & in_range)[None], ratio(sums, used.count[None]), 0)
@@ -120,11 +118,9 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         P = dbias - a * mean_dx
         Q = jnp.where(in_range, inv * dscale - a * inv**2 * mean_cdx, 0)
         P, Q = vary_like(jnp.stack([P, Q]), x)
-        dy = (
-            per_sample(a) * dx
-            + _centred(*unshared((x, mean), level=3), weights) * per_sample(Q)
-            + per_sample(P)
-        )
+        # What multiplies Q is summed in the backward pass; measuring has levels 1 and 2.
+        c = _centred(*unshared((x, mean), level=3), weights)
+        dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
         return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))
 
     dy, dused = tangent(x, params, used, weights, train, dx, dparams)
