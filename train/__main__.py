@@ -1,71 +1,128 @@
-"""The command line: `python -m train CONFIG.toml [--key value ...]`, `eval RUN_DIR`, `list`."""
+"""The command line: argv -> a command. Imports what a command needs when it is called, so that --help is quick."""
 
 import json
 import sys
 from pathlib import Path
 
 USAGE = """\
-usage: python -m train CONFIG.toml [--key value ...]   train; resumes where the run directory has a checkpoint
-       python -m train CONFIG.toml --help              the keys, with this file's values
-       python -m train eval RUN_DIR                    evaluate the best checkpoint; prints one JSON line
-       python -m train list                            the configs, a line each
+usage: python -m train CONFIG.toml [--key value ...]     train; resumes where the run directory has a checkpoint
+       python -m train CONFIG.toml --help                the keys, with this file's values
+       python -m train eval RUN_DIR [--data.path PATH]   evaluate the best checkpoint; prints one JSON line
+       python -m train predict RUN_DIR IMAGES ...        classes and probabilities, one JSON line an image
+       python -m train export RUN_DIR [FILE]             the best checkpoint as a program that needs jax alone
+       python -m train sweep CONFIG.toml --key A,B ...   train each combination; prints and writes a table
+       python -m train list                              the configs, a line each
 """
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns the exit code: 0 finished, 1 failed, 2 bad input, 128 + N for signal N."""
-    from train.config import UserError  # after this file's own --help, which needs nothing
+    from train.errors import RunFailed, UserError, explained  # after this file's own --help, which needs nothing
 
     try:
-        match arguments:
-            case [] | ["-h" | "--help", *_]:
-                print(USAGE, end="")
-                return 0 if arguments else 2
-            case ["list"]:
-                return _list()
-            case ["eval", run_dir]:
-                return _eval(Path(run_dir))
-            case [path, *overrides] if path.endswith(".toml"):
-                return _train(Path(path), overrides)
-            case _:
-                raise UserError(f"'{' '.join(arguments)}' is no command.\n{USAGE}")
+        with explained():
+            match arguments:
+                case [] | ["-h" | "--help", *_]:
+                    print(USAGE, end="")
+                    return 0 if arguments else 2
+                case ["list"]:
+                    return _list()
+                case ["eval", run_dir]:
+                    return _eval(run_dir)
+                case ["eval", run_dir, "--data.path", path]:
+                    return _eval(run_dir, path)
+                case ["predict", run_dir, *images] if images:
+                    return _predict(run_dir, images)
+                case ["export", run_dir, *file] if len(file) < 2:
+                    return _export(run_dir, *file)
+                case ["sweep", path, *grid] if path.endswith(".toml"):
+                    return _sweep(Path(path), grid)
+                case [path, *overrides] if path.endswith(".toml"):
+                    return _train(Path(path), overrides)
+                case _:
+                    raise UserError(f"'{' '.join(arguments)}' is no command.\n{USAGE}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _leave(2, f"error: {error}")
+    except RunFailed as error:
+        return _leave(1, f"failed: {error}")
     except KeyboardInterrupt:
         return 130
 
 
+def _leave(code: int, message: str) -> int:
+    print(message, file=sys.stderr, flush=True)
+    if "train.distributed" in sys.modules:
+        from train.distributed import leave
+
+        leave(code)
+    return code
+
+
 def _train(path: Path, overrides: list[str]) -> int:
-    from train.config import load
+    from train.parsing import load
 
     config = load(path, overrides)
     from train.stopping import StopRequests
 
     with StopRequests() as stop:  # around the imports too, which take a second
-        from train.loop import RunFailed, fit
+        _use_compilation_cache()
+        from train import distributed
+        from train.loop import fit
 
-        try:
-            summary = fit(config, stop)
-        except RunFailed as error:
-            print(f"failed: {error}", file=sys.stderr)
-            return 1
-    reached = "no evaluation yet"
-    if summary["best_step"] is not None and summary["test_accuracy"] is not None:
-        reached = f"test accuracy {summary['test_accuracy']:.4f} at its best step {summary['best_step']}"
-    print(
-        f"{summary['status'].capitalize()} at step {summary['step']}: {reached}. Files: {config.run_dir}. "
-        f"Evaluate: python -m train eval {config.run_dir}"
-    )
+        distributed.join(config)
+        summary = fit(config, stop)
+        if distributed.is_first():
+            print(_last_line(summary, config.run_dir))
     return 0 if summary["status"] == "finished" else 128 + stop.received
 
 
-def _eval(run_dir: Path) -> int:
-    from train.loop import evaluate
+def _last_line(summary: dict, run_dir: str) -> str:
+    reached = "no evaluation yet"
+    if summary["best_step"] is not None and summary["test_accuracy"] is not None:
+        reached = f"test accuracy {summary['test_accuracy']:.4f} at its best step {summary['best_step']}"
+    return (
+        f"{summary['status'].capitalize()} at step {summary['step']}: {reached}. Files: {run_dir}. "
+        f"Evaluate: python -m train eval {run_dir}"
+    )
 
-    print(json.dumps(evaluate(run_dir)))
+
+def _eval(run_dir: str, path: str | None = None) -> int:
+    _use_compilation_cache()
+    from train.serving import evaluate
+
+    print(json.dumps(evaluate(Path(run_dir), path)))
     return 0
+
+
+def _predict(run_dir: str, images: list[str]) -> int:
+    _use_compilation_cache()
+    from train.serving import predict
+
+    for line in predict(Path(run_dir), images):
+        print(json.dumps(line))
+    return 0
+
+
+def _export(run_dir: str, file: str | None = None) -> int:
+    _use_compilation_cache()
+    from train.serving import export
+
+    print(export(Path(run_dir), Path(file or Path(run_dir) / "model.stablehlo")))
+    return 0
+
+
+def _sweep(path: Path, grid: list[str]) -> int:
+    from train.sweep import jobs
+
+    out, planned = jobs(path, grid)
+    from train.stopping import StopRequests
+
+    with StopRequests() as stop:
+        _use_compilation_cache()
+        from train.sweep import run
+
+        return run(out, planned, stop)
 
 
 def _list() -> int:
@@ -73,6 +130,12 @@ def _list() -> int:
         first_line = path.read_text().partition("\n")[0]
         print(f"configs/{path.name:24} {first_line.lstrip('# ')}")
     return 0
+
+
+def _use_compilation_cache() -> None:
+    from train.compilation_cache import use_compilation_cache
+
+    use_compilation_cache()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Checkpoints of the training state: a thin layer over Orbax.
 
-A checkpoint has the items `model` (parameters and running statistics, which belong together), `optimizer`
-and `meta` (the step and the sums that the next log line reports). Data order and learning rate are
-functions of the seed and the step, so nothing else is needed to go on exactly.
+A checkpoint has the items `model` (the parameters and running statistics that are evaluated, which belong
+together), `optimizer` (its state, and what it trains if a moving average of that is evaluated) and `meta` (the
+step and the sums that the next log line reports). Data order, augmentation and learning rate are functions of
+the seed and the step, so nothing else is needed to go on exactly.
 """
 
 import logging
@@ -13,7 +14,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from train.config import UserError
+from train.errors import RunFailed, UserError
+from train.models import Variables
 from train.state import TrainState
 
 Metrics = dict[str, float]
@@ -66,17 +68,31 @@ class Checkpoints:
         if step == self.latest_step:
             return
         items = {name: ocp.args.StandardSave(item) for name, item in _items(state).items()}
-        if not self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics):
+        try:
+            saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except Exception as error:  # what Orbax raises depends on the file system
+            raise RunFailed(
+                f"step {step} could not be saved to '{self._manager.directory}': {_first_line(error)}. What was "
+                "saved before is kept; make room, and start again to go on from there."
+            ) from error
+        if not saved:
             raise RuntimeError(f"Orbax declined to save step {step} after step {self.latest_step}.")
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Restores the whole state of a step, with the structure, shapes and dtypes of `like`."""
+        """Restores the whole state of a step, with the structure, dtypes and sharding of `like`."""
         restored = self._read(step, _items(like))
-        return like._replace(**restored["model"], opt_state=restored["optimizer"], **restored["meta"])
+        evaluated, optimizer = Variables(**restored["model"]), restored["optimizer"]
+        trained = evaluated if like.average is None else Variables(**optimizer["variables"])
+        return like._replace(
+            variables=trained,
+            average=None if like.average is None else evaluated,
+            opt_state=optimizer["opt_state"],
+            **restored["meta"],
+        )
 
-    def restore_model(self, step: int, like: TrainState) -> TrainState:
-        """Restores parameters and running statistics of a step, and leaves the rest of `like` as it is."""
-        return like._replace(**self._read(step, {"model": _items(like)["model"]})["model"])
+    def restore_model(self, step: int, like: Variables) -> Variables:
+        """Restores what is evaluated at a step, with the shapes, dtypes and sharding of `like`."""
+        return Variables(**self._read(step, {"model": like._asdict()})["model"])
 
     def _read(self, step: int, items: dict[str, Any]) -> dict[str, Any]:
         wanted = {name: ocp.args.StandardRestore(item) for name, item in items.items()}
@@ -91,7 +107,12 @@ class Checkpoints:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    fields = state._asdict()
-    optimizer = fields.pop("opt_state")
-    model = {name: fields.pop(name) for name in ("params", "batch_stats")}
-    return {"model": model, "optimizer": optimizer, "meta": fields}
+    optimizer = {"opt_state": state.opt_state}
+    if state.average is not None:
+        optimizer["variables"] = state.variables._asdict()
+    meta = {"step": state.step, "sums": state.sums, "failed_at": state.failed_at}
+    return {"model": state.evaluated._asdict(), "optimizer": optimizer, "meta": meta}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:300] or type(error).__name__

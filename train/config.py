@@ -1,45 +1,53 @@
-"""What a job is: the schema, and loading it from TOML files and command-line flags.
+"""What a job is: the schema, as dataclasses, and what its values have to satisfy.
 
-The dataclasses are the schema. A TOML file is turned into flags, and tyro parses file and command line alike,
-so that both have the same keys, the same types and the same messages.
+Files and flags become a `Config` in train/parsing.py.
 """
 
 import dataclasses
 import math
-import sys
-import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-
-class UserError(Exception):
-    """Something that the user can mend: a bad key, a missing file. The program prints it and exits with 2."""
+from train.errors import UserError
 
 
 @dataclass(frozen=True)
 class Data:
-    name: Literal["digits", "mnist", "npz"] = "digits"
-    """Which data: scikit-learn's handwritten digits (embedded), MNIST, or arrays of your own."""
+    name: Literal["digits", "mnist", "cifar10", "npz"] = "digits"
+    """Which data: scikit-learn's handwritten digits (embedded), MNIST, CIFAR-10, or arrays of your own."""
     path: str | None = None
-    """The .npz file or its folder; if not given, $JBN_DATA. Digits need none."""
+    """The file or folder; if not given, $JBN_DATA. Digits need none."""
     validation: float = 0.1
     """The fraction of the training data to hold out for choosing the best checkpoint; 0 holds out none."""
+    normalize: bool = False
+    """Whether the network sees inputs less their mean, divided by their standard deviation, both over the
+    training data: of each channel of images, of each feature of vectors."""
+    flip: bool = False
+    """Whether to mirror each training image with probability 1/2."""
+    crop: int = 0
+    """Pixels by which to pad training images with their reflection, to cut their size out again anywhere."""
+    shift: int = 0
+    """Pixels by which to move training images at most, in both directions; what comes in is black."""
+    device_gib: float = 1.0
+    """Data of up to this many GiB stay on the devices; of larger data they get one batch at a time."""
 
 
 @dataclass(frozen=True)
 class Model:
-    name: Literal["mlp", "cnn"] = "mlp"
-    """A multi-layer perceptron, or a small convolutional network."""
-    norm: Literal["batch", "none"] = "batch"
-    """What normalizes the input of each activation."""
+    name: Literal["mlp", "nnx_mlp", "cnn", "resnet20", "resnet56", "resnet18", "resnet50"] = "mlp"
+    """A multi-layer perceptron in Flax Linen or in NNX, a small convolutional network, a residual network for
+    small images (20, 56) or for large ones (18, 50)."""
+    norm: Literal["batch", "none", "ghost", "layer", "group", "flax"] = "batch"
+    """What normalizes the input of each activation: batch norm, nothing, batch norm of virtual batches, Flax's
+    layer norm, group norm, or batch norm."""
     norm_momentum: float = 0.9
     """The weight of the old value in the running statistics (PyTorch's momentum is 1 minus this)."""
-    widths: tuple[int, ...] = (128, 128)
-    """Features of each hidden layer; for the cnn, channels of each stage."""
+    virtual_batch_size: int = 32
+    """Examples in each virtual batch of norm = "ghost"."""
+    norm_groups: int = 8
+    """Groups of channels of norm = "group"."""
+    widths: tuple[int, ...] = ()
+    """Features of each hidden layer, channels of each stage; if empty, those that are usual for the network."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """The activation of each hidden layer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -48,18 +56,32 @@ class Model:
 
 @dataclass(frozen=True)
 class Optimizer:
-    name: Literal["sgd", "adamw"] = "sgd"
-    """SGD with Nesterov momentum, or AdamW."""
+    name: Literal["sgd", "adamw", "lars", "lamb"] = "sgd"
+    """SGD with Nesterov momentum, AdamW, and LARS and LAMB for large batches."""
     learning_rate: float = 0.1
     """The peak learning rate."""
     momentum: float = 0.9
-    """Momentum of SGD; 0 is plain SGD."""
+    """Momentum of SGD and LARS; 0 is plain SGD."""
     weight_decay: float = 0.0
     """Decay of the weights; never applied to scales and biases."""
-    schedule: Literal["constant", "cosine"] = "cosine"
-    """The learning rate after warm-up: held, or taken to 0 along a cosine."""
+    schedule: Literal["constant", "cosine", "linear", "step"] = "cosine"
+    """The learning rate after warm-up: held, taken to 0 along a cosine or a line, or reduced at milestones."""
     warmup_steps: int = 0
     """Steps in which the learning rate grows linearly from 0."""
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of the job after which schedule = "step" multiplies the learning rate with milestone_factor."""
+    milestone_factor: float = 0.1
+    """What the learning rate is multiplied with at each milestone."""
+    clip_norm: float = 0.0
+    """The norm of all gradients together to which larger ones are scaled down; 0 does not."""
+    accumulate: int = 1
+    """Parts of each batch whose gradients are computed one after the other, for batches that memory would not
+    hold. Batch norm normalizes each part by itself; its running statistics are those of the whole batch."""
+    average: float = 0.0
+    """The weight of the old value in a moving average of weights and running statistics, which is what is
+    evaluated, best around 0.99; 0 keeps none."""
+    label_smoothing: float = 0.0
+    """The probability that training gives to all classes alike."""
 
 
 @dataclass(frozen=True)
@@ -72,45 +94,38 @@ class Config:
     model: Model = field(default_factory=Model)
     optimizer: Optimizer = field(default_factory=Optimizer)
     seed: int = 0
-    """Initial weights and the order of the data follow from it."""
+    """Initial weights, augmentation and the order of the data follow from it."""
     steps: int | None = None
     """How long to train, in steps; replaces epochs."""
     epochs: float | None = None
     """How long to train, in passes over the training data; replaces steps."""
     batch_size: int = 128
-    """Examples in a step."""
+    """Examples in a step, over all devices."""
     eval_every: int = 100
     """Steps between evaluations; each is followed by a checkpoint. The last step is always evaluated."""
+    early_stopping: int = 0
+    """Evaluations without a better one, by validation, after which the job is finished; 0 goes to its end."""
+    init_from: str | None = None
+    """A run directory from whose best checkpoint parameters and running statistics start."""
+    profile: int = 0
+    """Steps to trace into the run directory's profile/, once the program is compiled; 0 traces none."""
+    devices: int | None = None
+    """How many of this machine's devices to use; if not given, all devices of all processes."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, where Slurm, Kubernetes, MPI or a TPU pod do not tell."""
+    num_processes: int | None = None
+    """How many processes train together; 1 asks no cluster."""
+    process_id: int | None = None
+    """Which of them this is, from 0."""
+    peer_timeout: int = 100
+    """Seconds after which a process that does not come, or that is silent, is given up, and the job with it."""
 
 
-def load(path: Path, overrides: Sequence[str]) -> Config:
-    """Loads a job: the defaults, then the file (and the file that its `base` names), then the flags.
-
-    Raises:
-      UserError: the file cannot be read, or keys contradict each other.
-      SystemExit: with code 2 for an unknown key or a wrong type, after tyro has printed which key was meant.
-    """
-    config = _parse(overrides, _from_file(path), f"python -m train {path}")
-    _check(config)
-    return config
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """Rebuilds the config of a run from its config.json."""
-    sections = {"data": Data, "model": Model, "optimizer": Optimizer}
-    built = {key: sections[key](**value) if key in sections else value for key, value in values.items()}
-    built["model"] = dataclasses.replace(built["model"], widths=tuple(built["model"].widths))
-    return Config(**built)
-
-
-def differences(a: Config, b: Config, *, ignore: Sequence[str] = ()) -> list[str]:
-    """Lists the keys in which two jobs differ, each with both values."""
-    flat_a, flat_b = (_flatten(dataclasses.asdict(config)) for config in (a, b))
-    return [
-        f"{key} = {flat_a[key]!r}, now {flat_b[key]!r}"
-        for key in flat_a
-        if key not in ignore and flat_a[key] != flat_b[key]
-    ]
+# How and where a job runs does not change what it computes, but for rounding.
+NOT_COMPARED = (
+    *("run_dir", "data.path", "profile", "devices"),
+    *("coordinator", "num_processes", "process_id", "peer_timeout"),
+)
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
@@ -123,69 +138,88 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     return steps
 
 
-def _from_file(path: Path, above: tuple[Path, ...] = ()) -> Config:
-    if path.resolve() in above:
-        raise UserError(f"{path} inherits from itself; wanted a `base` that does not lead back here.")
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; `python -m train list` shows the configs.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path} cannot be read as TOML: {error}") from None
-    default = Config(run_dir=f"runs/{path.stem}")
-    if "base" in table:
-        base = _from_file(path.parent / str(table.pop("base")), (*above, path.resolve()))
-        default = dataclasses.replace(base, run_dir=default.run_dir)
-    arguments = [text for key, value in _flatten(table).items() for text in _as_flag(key, value)]
-    try:
-        return _parse(arguments, default, f"python -m train {path}")
-    except SystemExit:
-        print(f"The mistake is in the file {path}.", file=sys.stderr)
-        raise
-
-
-def _parse(arguments: Sequence[str], default: Config, program: str) -> Config:
-    config = tyro.cli(
-        Config, args=list(arguments), default=default, prog=program, config=(tyro.conf.FlagConversionOff,)
-    )
-    # A length given here replaces the one given before.
-    if config.epochs != default.epochs and config.steps == default.steps:
-        return dataclasses.replace(config, steps=None)
-    if config.steps != default.steps and config.epochs == default.epochs:
-        return dataclasses.replace(config, epochs=None)
-    return config
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Names the values of nested tables as files and flags do: `data.path`."""
     flat = {}
     for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
-def _as_flag(key: str, value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [f"--{key}", *map(str, values)]
-
-
-def _check(config: Config) -> None:
-    values = _flatten(dataclasses.asdict(config))
-    if (config.steps is None) == (config.epochs is None):
-        raise UserError(f"steps = {config.steps} and epochs = {config.epochs}; wanted one of the two.")
+def check(config: Config) -> None:
+    """Raises a UserError for a value that makes no sense, by itself or beside another."""
+    values = flatten(dataclasses.asdict(config))
     length = "steps" if config.epochs is None else "epochs"
     rules = {
         length: ("a number > 0", lambda value: 0 < value < math.inf),
         "batch_size": ("1 or more", lambda value: value >= 1),
         "eval_every": ("1 or more", lambda value: value >= 1),
+        "early_stopping": ("0 or more", lambda value: value >= 0),
+        "profile": ("0 or more", lambda value: value >= 0),
+        "devices": ("1 or more", lambda value: value is None or value >= 1),
+        "num_processes": ("1 or more", lambda value: value is None or value >= 1),
+        "peer_timeout": ("1 or more", lambda value: value >= 1),
         "seed": ("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
         "data.validation": ("a fraction in [0, 1)", lambda value: 0 <= value < 1),
-        "model.widths": ("one width or more, each >= 1", lambda value: value and min(value) >= 1),
+        "data.crop": ("0 or more", lambda value: value >= 0),
+        "data.shift": ("0 or more", lambda value: value >= 0),
+        "data.device_gib": ("0 or more", lambda value: value >= 0),
+        "model.widths": ("widths >= 1", lambda value: min(value, default=1) >= 1),
         "model.norm_momentum": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
+        "model.virtual_batch_size": ("1 or more", lambda value: value >= 1),
+        "model.norm_groups": ("1 or more", lambda value: value >= 1),
         "optimizer.learning_rate": ("a number > 0", lambda value: 0 < value < math.inf),
         "optimizer.momentum": ("a number in [0, 1)", lambda value: 0 <= value < 1),
         "optimizer.weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
         "optimizer.warmup_steps": ("0 or more", lambda value: 0 <= value < 2**31),
+        "optimizer.milestones": (
+            "fractions in (0, 1), growing",
+            lambda value: all(a < b for a, b in zip((0, *value), (*value, 1))),
+        ),
+        "optimizer.milestone_factor": ("a number > 0", lambda value: 0 < value < math.inf),
+        "optimizer.clip_norm": ("0 or more", lambda value: 0 <= value < math.inf),
+        "optimizer.accumulate": ("1 or more", lambda value: value >= 1),
+        "optimizer.average": ("a number in [0, 1)", lambda value: 0 <= value < 1),
+        "optimizer.label_smoothing": ("a number in [0, 1)", lambda value: 0 <= value < 1),
     }
+    if (config.steps is None) == (config.epochs is None):
+        raise UserError(f"steps = {config.steps} and epochs = {config.epochs}; wanted one of the two.")
     for key, (wanted, holds) in rules.items():
         if not holds(values[key]):
             raise UserError(f"{key} = {values[key]!r}; wanted {wanted}.")
+    _check_together(config)
+
+
+def _check_together(config: Config) -> None:
+    accumulate = config.optimizer.accumulate
+    if config.batch_size % accumulate:
+        raise UserError(
+            f"batch_size = {config.batch_size} and optimizer.accumulate = {accumulate}; wanted parts of one "
+            f"size: a batch_size of {accumulate * max(1, config.batch_size // accumulate)}, say."
+        )
+    if accumulate > 1 and config.model.norm == "flax":
+        raise UserError(
+            f"optimizer.accumulate = {accumulate} and model.norm = 'flax', whose running statistics cannot "
+            "pool the parts of a batch; wanted model.norm = 'batch', or optimizer.accumulate = 1."
+        )
+    if config.early_stopping and not config.data.validation:
+        raise UserError(
+            f"early_stopping = {config.early_stopping} and data.validation = 0; wanted a part of the training "
+            "data to judge by, data.validation = 0.1, say."
+        )
+    processes = (config.coordinator, config.num_processes, config.process_id)
+    if processes != (None, 1, None) and 0 < processes.count(None) < 3:
+        raise UserError(
+            "coordinator = {!r}, num_processes = {!r}, process_id = {!r}; wanted all three, or none.".format(
+                *processes
+            )
+        )
+    if config.process_id is not None and not 0 <= config.process_id < config.num_processes:
+        raise UserError(
+            f"process_id = {config.process_id}; wanted a number from 0 to {config.num_processes - 1}."
+        )
+    if config.devices is not None and (config.num_processes or 1) > 1:
+        raise UserError(
+            f"devices = {config.devices} and num_processes = {config.num_processes}; wanted one of the two: "
+            "several processes use all of their devices."
+        )

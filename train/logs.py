@@ -44,15 +44,20 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 class Logs:
     """Writes results to file, TensorBoard and console. The one object that prints while a job trains."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int):
-        """Opens the logs of a run that goes on from `first_step`, and drops what they have after it."""
+    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, writes: bool = True):
+        """Opens the logs of a run that goes on from `first_step`, and drops what they have after it.
+
+        Without `writes` all of it is silent: one of several processes speaks for the others.
+        """
         kept = [line for line in read_metrics(run_dir) if line["step"] <= first_step]
-        path = run_dir / "metrics.jsonl"
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("a")
-        self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._started = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
-        self._console = Console(highlight=False, markup=False, soft_wrap=True)
+        self._writes = writes
+        self._console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not writes)
+        if writes:
+            path = run_dir / "metrics.jsonl"
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self._file = path.open("a")
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -73,8 +78,9 @@ class Logs:
     def __exit__(self, *_: Any) -> None:
         if self._console.is_terminal:
             self._progress.stop()
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
 
     @property
     def seconds(self) -> float:
@@ -91,6 +97,8 @@ class Logs:
 
     def results(self, step: int, epoch: float, results: Results) -> None:
         """Writes the results of one evaluation, split by split."""
+        if not self._writes:
+            return
         for split, values in results.items():
             finite = {key: value for key, value in values.items() if math.isfinite(value)}
             # JSON has no NaN.

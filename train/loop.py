@@ -1,179 +1,175 @@
 """Running a job: the one place where side effects happen, in one order."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from train import data, models, optim, report, run_directory
+from train import data, distributed, report, run_directory, summary
 from train import state as states
 from train.checkpoint import Checkpoints
-from train.config import Config, UserError, total_steps
-from train.logs import Logs, Results, read_metrics
-from train.state import TrainState
+from train.config import Config
+from train.errors import RunFailed, UserError
+from train.job import Job
+from train.logs import Logs, Results
+from train.profiling import Profiler
+from train.state import Source, TrainState
 from train.stopping import StopRequests
 
-EVAL_BATCH = 512
 SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait, or one step if that is longer
-
-
-class RunFailed(Exception):
-    """The job itself went wrong: its loss is no number any more."""
-
-
-class Job:
-    """What a config stands for, built: data, network, optimizer, and the state at step 0."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        self.data = data.load(config.data)
-        self.steps_per_epoch = data.steps_per_epoch(len(self.data.train.labels), config.batch_size)
-        self.total_steps = total_steps(config, self.steps_per_epoch)
-        self.model = models.build(config.model, self.data.train.inputs.shape[1:], self.data.classes)
-        self.optimizer = optim.build(config.optimizer, self.total_steps)
-        example = self.data.train.inputs[:1]
-        self.initial = states.create(self.model, self.optimizer, config.seed, example)
-        self.loop = states.loops_well(self.model, example)
-
-    def evaluate(self, state: TrainState, split: data.Split) -> dict[str, float]:
-        """Returns loss and accuracy over a split, each example counted once."""
-        batches = data.eval_batches(split, EVAL_BATCH)
-        parts = [states.eval_step(self.model, state.params, state.batch_stats, batch) for batch in batches]
-        totals = (np.sum(leaves, dtype=np.float64) for leaves in zip(*jax.device_get(parts)))
-        return states.Sums(*totals).means()
 
 
 def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
     """Trains a job to its end, or until a stop is requested, and returns its summary.
 
     Goes on from the newest checkpoint where the run directory has one; a finished job is left as it is.
+    Each process of a job calls it; the first one of them writes the files, but for the checkpoints.
 
     Raises:
       UserError: the run directory or the data cannot be used.
-      RunFailed: the loss became NaN or infinite.
+      RunFailed: the loss became NaN or infinite, or the disk is full.
     """
-    run_dir = Path(config.run_dir)
-    earlier = run_directory.earlier_summary(config)
-    if run_directory.is_finished(earlier) and run_directory.same_length(config):
-        return earlier
-    job = Job(config)
-    if run_directory.is_finished(earlier) and job.total_steps < earlier["step"]:
-        raise UserError(
-            f"run_dir = '{run_dir}' holds {earlier['step']} steps of this job, now asked for "
-            f"{job.total_steps}; wanted as many or more. Give another --run_dir for a shorter run."
-        )
-    run_directory.create(config)
-    with run_directory.locked(run_dir), Checkpoints(run_dir) as checkpoints:
-        run_directory.begin(config)
+    run_dir, first = Path(config.run_dir), distributed.is_first()
+    with distributed.all_or_none("use the run directory"):
+        earlier = run_directory.earlier_summary(config)
+        if run_directory.is_finished(earlier) and run_directory.same_length(config):
+            return earlier
+    with distributed.all_or_none("prepare the job"):
+        job = Job(config)
+        if run_directory.is_finished(earlier) and job.total_steps < earlier["step"]:
+            raise UserError(
+                f"run_dir = '{run_dir}' holds {earlier['step']} steps of this job, now asked for "
+                f"{job.total_steps}; wanted as many or more. Give another --run_dir for a shorter run."
+            )
+    with contextlib.ExitStack() as stack:
+        with distributed.all_or_none("begin the run"):
+            if first:
+                run_directory.create(config)
+                stack.enter_context(run_directory.locked(run_dir))
+                run_directory.begin(config, job.data)
+        checkpoints = stack.enter_context(Checkpoints(run_dir))
         step = checkpoints.latest_step
+        if step is None and earlier and earlier["step"]:
+            raise UserError(
+                f"run_dir = '{run_dir}' had reached step {earlier['step']}, but its checkpoints are gone. Bring "
+                "them back, or give another --run_dir."
+            )
         state = job.initial if step is None else checkpoints.restore(step, job.initial)
+        run = _Run(job, checkpoints, stop)
         error = None
-        with Logs(run_dir, first_step=step or 0, total_steps=job.total_steps) as logs:
-            logs.say(_heading(job, step))
+        with Logs(run_dir, first_step=step or 0, total_steps=job.total_steps, writes=first) as logs:
+            logs.say(summary.heading(job, step))
             try:
-                _train(job, state, checkpoints, logs, stop)
+                run.train(state, logs)
             except RunFailed as failure:
                 error = failure
             seconds = logs.seconds
-        finished = (checkpoints.latest_step or 0) >= job.total_steps
+        step = checkpoints.latest_step or 0
+        finished = step >= job.total_steps or run.stalled(step)
         status = "failed" if error else "finished" if finished else "stopped"
-        summary = _summary(run_dir, checkpoints, status, seconds)
-        report.draw_curves(run_dir)
-        run_directory.write_json(run_dir / "summary.json", summary)
+        reached = summary.summarize(run_dir, checkpoints, status, seconds, run.examples_per_second)
+        if first:
+            report.draw_curves(run_dir)
+            run_directory.write_json(run_dir / "summary.json", reached)
     if error:
         raise error
-    return summary
+    return reached
 
 
-def evaluate(run_dir: Path) -> dict[str, Any]:
-    """Evaluates the best checkpoint of a run on the test split."""
-    job = Job(run_directory.read_config(run_dir))
-    with Checkpoints(run_dir) as checkpoints:
-        step = checkpoints.best_step
-        if step is None:
-            raise UserError(f"'{run_dir}' has no checkpoint yet; train it first.")
-        state = checkpoints.restore_model(step, job.initial)
-    examples = len(job.data.test.labels)
-    return {"split": "test", "step": step, **job.evaluate(state, job.data.test), "examples": examples}
+class _Run:
+    """One session of a job: from where it is to its end, or to a stop."""
 
+    def __init__(self, job: Job, checkpoints: Checkpoints, stop: StopRequests):
+        self._job, self._checkpoints, self._stop = job, checkpoints, stop
+        self._steps, self._seconds = 0, 0.0  # of training, without those that compile
 
-def _train(job: Job, state: TrainState, checkpoints: Checkpoints, logs: Logs, stop: StopRequests) -> None:
-    config, examples = job.config, len(job.data.train.labels)
-    train = jax.device_put(job.data.train)
-    step, epoch, at_once = int(state.step), None, 1
-    while step < job.total_steps:
-        if epoch != step // job.steps_per_epoch:
-            epoch = step // job.steps_per_epoch
-            order = jnp.asarray(data.order(config.seed, epoch, examples))
-        first = step - epoch * job.steps_per_epoch
-        next_eval = min((step // config.eval_every + 1) * config.eval_every, job.total_steps)
-        steps = min(at_once, job.steps_per_epoch - first, next_eval - step)
+    @property
+    def examples_per_second(self) -> float | None:
+        """The rate of training, without compilation, evaluation and saving."""
+        return self._steps * self._job.config.batch_size / self._seconds if self._steps else None
 
-        started = time.perf_counter()
-        batches = {"start": first * config.batch_size, "steps": steps, "batch_size": config.batch_size}
-        state = states.train_steps(job.model, job.optimizer, state, train, order, **batches, loop=job.loop)
-        step = int(state.step)
-        rate = steps / (time.perf_counter() - started)
-        at_once = max(1, min(2 * at_once, round(rate * SECONDS_PER_DISPATCH)))
+    def stalled(self, step: int) -> bool:
+        """Tells whether the evaluations up to this step have stopped getting better."""
+        config, best = self._job.config, self._checkpoints.best_step
+        return bool(config.early_stopping) and step // config.eval_every - (best or 0) // config.eval_every >= (
+            config.early_stopping
+        )
 
-        if int(state.failed_at) != states.NEVER:
-            raise _failure(f"the loss of step {int(state.failed_at)}", checkpoints)
-        logs.advance(step)
-        stopping = stop.received is not None
-        if step == next_eval:
-            results = _results(job, state)
-            logs.results(step, step / job.steps_per_epoch, results)
-            for split, values in results.items():
-                if not math.isfinite(values["loss"]):
-                    raise _failure(f"the {split} loss after step {step}", checkpoints)
-            state = state._replace(sums=states.no_sums())
-            checkpoints.save(state, results.get("validation"))
-        elif stopping:
-            checkpoints.save(state, None)
-        if stopping:
-            break
+    def train(self, state: TrainState, logs: Logs) -> None:
+        """Takes steps, evaluates and saves, in this order, until the end, a stop, or a failure."""
+        job, config = self._job, self._job.config
+        profiler = Profiler(Path(config.run_dir), config.profile, writes=distributed.is_first())
+        step, epoch, at_once, compiled = int(state.step), None, 1, False
+        while step < job.total_steps and not self.stalled(step):
+            if epoch != step // job.steps_per_epoch:
+                epoch = step // job.steps_per_epoch
+                order = data.order(config.seed, epoch, len(job.data.train))
+                device_order = distributed.replicate(job.mesh, order) if job.on_device else None
+            first = step - epoch * job.steps_per_epoch
+            next_eval = min((step // config.eval_every + 1) * config.eval_every, job.total_steps)
+            steps = min(at_once, job.steps_per_epoch - first, next_eval - step)
+            if compiled:
+                steps = profiler.before(steps)
 
+            started = time.perf_counter()
+            if job.on_device:
+                state = states.train_steps(
+                    job.recipe, state, job.source, device_order, first * config.batch_size, steps, loop=job.loop
+                )
+            else:
+                state = self._stream(state, order, first, steps)
+            step = int(state.step)
+            seconds = time.perf_counter() - started
+            profiler.after(steps)
+            if compiled:
+                self._steps, self._seconds = self._steps + steps, self._seconds + seconds
+            compiled = True
 
-def _failure(what: str, checkpoints: Checkpoints) -> RunFailed:
-    newest = (
-        "There is no checkpoint yet" if (step := checkpoints.latest_step) is None else f"Step {step} is saved"
-    )
-    return RunFailed(f"{what} is not finite. {newest}. Try a lower optimizer.learning_rate.")
+            if int(state.failed_at) != states.NEVER:
+                raise self._failure(f"the loss of step {int(state.failed_at)}")
+            logs.advance(step)
+            wanted = max(1, min(2 * at_once, round(steps / seconds * SECONDS_PER_DISPATCH)))
+            # Every process has to take the same steps, and to stop after the same one.
+            signal, slowest = distributed.largest(self._stop.received or 0, -min(wanted, 2**20))
+            at_once = -slowest
+            if signal and self._stop.received is None:
+                self._stop.received = signal
+            if step == next_eval:
+                state = self._evaluate_and_save(state, logs)
+            elif signal:
+                self._checkpoints.save(state, None)
+            if signal:
+                break
+        profiler.stop()
 
+    def _stream(self, state: TrainState, order: np.ndarray, first: int, steps: int) -> TrainState:
+        job, size = self._job, self._job.config.batch_size
+        for step in range(first, first + steps):
+            batch = job.data.train.take(order[step * size : (step + 1) * size])
+            source: Source = job.source._replace(examples=distributed.shard(job.mesh, batch))
+            state = states.train_on_batch(job.recipe, state, source)
+        return state
 
-def _results(job: Job, state: TrainState) -> Results:
-    results = {"train": state.sums.means()}
-    for name in ("validation", "test"):
-        split = getattr(job.data, name)
-        if len(split.labels):
-            results[name] = job.evaluate(state, split)
-    return results
+    def _evaluate_and_save(self, state: TrainState, logs: Logs) -> TrainState:
+        job, step = self._job, int(state.step)
+        results: Results = {"train": jax.device_get(state.sums).means()}
+        for name in ("validation", "test"):
+            split = getattr(job.data, name)
+            if len(split):
+                results[name] = job.evaluate(state.evaluated, split)
+        logs.results(step, step / job.steps_per_epoch, results)
+        for split, values in results.items():
+            if not math.isfinite(values["loss"]):
+                raise self._failure(f"the {split} loss after step {step}")
+        state = state._replace(sums=distributed.replicate(job.mesh, states.no_sums()))
+        self._checkpoints.save(state, results.get("validation"))
+        return state
 
-
-def _heading(job: Job, step: int | None) -> str:
-    sizes = [f"{len(getattr(job.data, split).labels):,} {split}" for split in ("train", "validation", "test")]
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(job.initial.params))
-    lines = [
-        f"data   {job.config.data.name}: {', '.join(sizes)} examples",
-        f"model  {job.config.model.name}: {parameters:,} parameters, norm {job.config.model.norm}",
-        f"run    {job.total_steps:,} steps of {job.config.batch_size} on {jax.devices()[0].device_kind}",
-    ]
-    return "\n".join(lines) + ("" if step is None else f", going on from step {step:,}")
-
-
-def _summary(run_dir: Path, checkpoints: Checkpoints, status: str, seconds: float) -> dict[str, Any]:
-    tests = {line["step"]: line for line in read_metrics(run_dir) if line["split"] == "test"}
-    best = tests.get(checkpoints.best_step, {})
-    return {
-        "status": status,
-        "step": checkpoints.latest_step,
-        "best_step": checkpoints.best_step,
-        "test_accuracy": best.get("accuracy"),
-        "test_loss": best.get("loss"),
-        "best_test_accuracy": max((line["accuracy"] for line in tests.values()), default=None),
-        "wall_seconds": round(seconds, 3),
-    }
+    def _failure(self, what: str) -> RunFailed:
+        step = self._checkpoints.latest_step
+        newest = "There is no checkpoint yet" if step is None else f"Step {step} is saved"
+        return RunFailed(f"{what} is not finite. {newest}. Try a lower optimizer.learning_rate.")

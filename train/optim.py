@@ -1,5 +1,7 @@
 """Optimizers and learning-rate schedules, from optax."""
 
+from collections import Counter
+
 import jax
 import optax
 
@@ -7,11 +9,20 @@ from train.config import Optimizer
 
 
 def schedule(config: Optimizer, steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step: a linear warm-up, then the schedule."""
+    """Returns the learning rate as a function of the step: a linear warm-up from 0, then the schedule.
+
+    Cosine and line end with the job, at 0. Milestones are fractions of the whole job, warm-up included.
+    """
     peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(steps - warmup, 1)
+    # Counted, since in a short job two milestones may round to one step.
+    milestones = Counter(round(fraction * steps) - warmup for fraction in config.milestones)
+    factors = {step: config.milestone_factor**times for step, times in milestones.items()}
     after = {
         "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "step": optax.piecewise_constant_schedule(peak, factors),
     }[config.schedule]
     if not warmup:
         return after
@@ -19,16 +30,34 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
 
 
 def build(config: Optimizer, steps: int) -> optax.GradientTransformation:
-    """Builds the optimizer that a job names. Weight decay spares scales and biases."""
-    rate = schedule(config, steps)
-    if config.name == "adamw":
-        return optax.adamw(rate, weight_decay=config.weight_decay, mask=_decayed)
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=_decayed),
-        optax.sgd(rate, momentum=config.momentum or None, nesterov=config.momentum > 0),
-    )
+    """Builds the optimizer that a job names. Weight decay spares scales and biases.
+
+    Decay is part of the gradient in SGD and in LARS (You et al., 2017), and beside Adam's direction in AdamW
+    (Loshchilov & Hutter, 2019) and in LAMB (You et al., 2020). LARS gives scales and biases plain momentum, and
+    LAMB plain Adam.
+    What `clip_norm` bounds is the gradient without decay.
+    """
+    rate, decay, momentum = schedule(config, steps), config.weight_decay, config.momentum
+    optimizer = {
+        "sgd": optax.chain(
+            optax.add_decayed_weights(decay, mask=_weights),
+            optax.sgd(rate, momentum=momentum or None, nesterov=momentum > 0),
+        ),
+        "adamw": optax.adamw(rate, weight_decay=decay, mask=_weights),
+        "lars": optax.lars(rate, decay, _weights, trust_ratio_mask=_weights, momentum=momentum),
+        # optax.lamb has a trust ratio for scales and biases too, which keeps a bias that starts at 0 near it.
+        "lamb": optax.chain(
+            optax.scale_by_adam(eps=1e-6),
+            optax.add_decayed_weights(decay, mask=_weights),
+            optax.masked(optax.scale_by_trust_ratio(), _weights),
+            optax.scale_by_learning_rate(rate),
+        ),
+    }[config.name]
+    if not config.clip_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
-def _decayed(params):
+def _weights(params):
     """Marks what decays: a scale or bias shrunk by decay would only change what the network can represent."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)

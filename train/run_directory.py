@@ -1,12 +1,14 @@
 """The run directory: whose it is, and its small JSON files.
 
 config.json       the resolved job
+data.json         what the data are like: shape, classes, what the network sees of them, a fingerprint
 environment.json  versions and devices of the latest start
 metrics.jsonl     one line an evaluation and split (train/logs.py)
 summary.json      what the run reached; absent while it runs
 checkpoints/      train/checkpoint.py
 tensorboard/      the metrics once more
 curves.png        their picture (train/report.py)
+profile/          a trace of some steps, if asked for
 """
 
 import contextlib
@@ -19,14 +21,26 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from train import config as configs
-from train.config import Config, UserError
+import numpy as np
 
-# Where the run and its data lie does not change what it computes.
-_NOT_COMPARED = ("run_dir", "data.path")
+from train import parsing
+from train.config import NOT_COMPARED, Config
+from train.data import Dataset, Preprocessing
+from train.errors import UserError
+
 _LENGTH = ("steps", "epochs")
+
+
+class Description(NamedTuple):
+    """What a network has to know of the data that it was trained on."""
+
+    shape: tuple[int, ...]  # of one example
+    dtype: str
+    classes: int
+    preprocessing: Preprocessing
+    fingerprint: str
 
 
 def earlier_summary(config: Config) -> dict[str, Any] | None:
@@ -42,7 +56,7 @@ def earlier_summary(config: Config) -> dict[str, Any] | None:
         return None
     summary = read_json(path / "summary.json") if (path / "summary.json").exists() else None
     may_grow = _LENGTH if is_finished(summary) else ()
-    differing = configs.differences(read_config(path), config, ignore=_NOT_COMPARED + may_grow)
+    differing = parsing.differences(read_config(path), config, ignore=NOT_COMPARED + may_grow)
     if differing:
         raise UserError(
             f"run_dir = '{path}' holds another job: {'; '.join(differing)}. Give another --run_dir, or go "
@@ -91,24 +105,58 @@ def locked(path: Path) -> Iterator[None]:
         os.close(directory)
 
 
-def begin(config: Config) -> None:
-    """Notes what runs in the run directory, and on what."""
-    path = Path(config.run_dir)
+def begin(config: Config, dataset: Dataset) -> None:
+    """Notes what runs in the run directory, on which data, and where.
+
+    Raises:
+      UserError: the run that is there was trained on other data.
+    """
+    path, description = Path(config.run_dir), describe(dataset)
+    if (path / "data.json").exists() and (earlier := read_data(path)).fingerprint != description.fingerprint:
+        raise UserError(
+            f"run_dir = '{path}' was trained on other data (fingerprint {earlier.fingerprint}, now "
+            f"{description.fingerprint}). Give back the data that it had, or another --run_dir."
+        )
     # First, so that a run that grows and is killed is not taken for the finished one it grew from.
     (path / "summary.json").unlink(missing_ok=True)
     write_json(path / "config.json", dataclasses.asdict(config))
+    preprocessing = {name: value.tolist() for name, value in description.preprocessing._asdict().items()}
+    write_json(path / "data.json", description._asdict() | {"preprocessing": preprocessing})
     write_json(path / "environment.json", _environment())
+
+
+def describe(dataset: Dataset) -> Description:
+    """Describes data, for those who come after them."""
+    inputs = dataset.train.inputs
+    return Description(
+        inputs.shape[1:], str(inputs.dtype), dataset.classes, dataset.preprocessing, dataset.fingerprint
+    )
 
 
 def read_config(path: Path) -> Config:
     """Reads the job of a run directory."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"'{path}' is not a run directory: it has no config.json.")
-    values = read_json(path / "config.json")
+    values = _read(path, "config.json")
     try:
-        return configs.from_dict(values)
+        return parsing.from_dict(values)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(f"'{path / 'config.json'}' is not a job of this program: {error}") from None
+
+
+def read_data(path: Path) -> Description:
+    """Reads what the data of a run are like."""
+    values = _read(path, "data.json")
+    try:
+        preprocessing = {name: np.float32(value) for name, value in values.pop("preprocessing").items()}
+        shape = tuple(values.pop("shape"))
+        return Description(shape=shape, preprocessing=Preprocessing(**preprocessing), **values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"'{path / 'data.json'}' does not describe data: {error}") from None
+
+
+def _read(path: Path, name: str) -> Any:
+    if not (path / name).is_file():
+        raise UserError(f"'{path}' is not a run directory: it has no {name}.")
+    return read_json(path / name)
 
 
 def _environment() -> dict[str, Any]:
@@ -123,6 +171,9 @@ def _environment() -> dict[str, Any]:
         "packages": {name: version(name) for name in packages},
         "devices": [device.device_kind for device in jax.devices()],
         "backend": jax.default_backend(),
+        "processes": jax.process_count(),
+        "host": platform.node(),
+        "jax_options": {key: value for key, value in os.environ.items() if key.startswith(("JAX_", "XLA_"))},
     }
 
 
@@ -141,6 +192,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Replaces a file's content, whole or not at all, also when the process is killed meanwhile."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Replaces a file's content, whole or not at all, also when the process is killed meanwhile."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     os.replace(temporary, path)

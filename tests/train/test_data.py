@@ -1,14 +1,14 @@
-import io
-import os
-import pickle
+import tracemalloc
 import zipfile
 
+import jax
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
-from train import data
-from train.config import Data, UserError
+from train import data, sources
+from train.config import Data
+from train.errors import UserError
 
 
 def arrays(n_train=20, n_test=8, shape=(4, 4), dtype=np.uint8):
@@ -21,161 +21,182 @@ def arrays(n_train=20, n_test=8, shape=(4, 4), dtype=np.uint8):
     }
 
 
-def load_npz(tmp_path, **options):
-    np.savez(tmp_path / "mine.npz", **options.pop("arrays"))
+def load_npz(tmp_path, arrays, save=np.savez, **options):
+    save(tmp_path / "mine.npz", **arrays)
     return data.load(Data(name="npz", path=str(tmp_path / "mine.npz"), **options))
 
 
-def rows(*splits):
-    return sorted(bytes(row) for split in splits for row in split.inputs)
+@pytest.mark.parametrize(
+    "given, sizes", [({}, [1293, 144, 360, 10]), ({"validation": 0}, [1437, 0, 360, 10])], ids=str
+)
+def test_digits_are_split_in_three(given, sizes):
+    digits = data.load(Data(**given))
+    assert [len(digits.train), len(digits.validation), len(digits.test), digits.classes] == sizes
 
 
-def test_digits_have_a_fixed_test_split_and_every_example_once():
-    from sklearn.datasets import load_digits
-
-    digits = data.load(Data(validation=0.1))
-    sizes = [len(split.labels) for split in (digits.train, digits.validation, digits.test)]
-    assert (sizes, digits.classes) == ([1293, 144, 360], 10)
-    everything = data.Split((load_digits().data / 16).astype(np.float32), load_digits().target)
-    assert rows(digits.train, digits.validation, digits.test) == rows(everything)
-    # The split itself is part of every number in the README.
-    assert_array_equal(digits.test.labels[:12], [4, 5, 6, 9, 4, 7, 8, 9, 9, 6, 9, 9])
-
-
-@pytest.mark.parametrize("fraction, held_out", [(0.0, 0), (0.25, 5)])
+@pytest.mark.parametrize("fraction, held_out", [(0.0, []), (0.25, [1, 8, 10, 18, 19])])
 def test_validation_is_held_out_of_the_training_data_and_never_of_the_test_data(tmp_path, fraction, held_out):
     given = arrays()
-    loaded = load_npz(tmp_path, arrays=given, validation=fraction)
-    assert len(loaded.validation.labels) == held_out
-    whole = data.Split((given["x_train"] / 255).astype(np.float32), given["y_train"])
-    assert rows(loaded.train, loaded.validation) == rows(whole)
-    assert_array_equal(loaded.test.labels, given["y_test"])
-
-
-@pytest.mark.parametrize(
-    "shape, dtype, wanted",
-    [((4, 4), np.uint8, (4, 4, 1)), ((4, 4, 3), np.uint8, (4, 4, 3)), ((7,), np.float64, (7,))],
-)
-def test_own_arrays_may_be_images_or_vectors(tmp_path, shape, dtype, wanted):
-    given = arrays(shape=shape, dtype=dtype)
-    loaded = load_npz(tmp_path, arrays=given, validation=0)
-    assert loaded.train.inputs.shape == (20, *wanted) and loaded.train.inputs.dtype == np.float32
-    scale = 255 if dtype == np.uint8 else 1  # bytes become [0, 1]; floating point is left as it is
-    assert_array_equal(
-        loaded.train.inputs.reshape(given["x_train"].shape), np.float32(given["x_train"]) / np.float32(scale)
-    )
+    loaded = load_npz(tmp_path, given, validation=fraction)
+    # The same rows on every machine, as whichever checkpoint is best depends on them.
+    assert_array_equal(loaded.validation.rows, np.array(held_out, np.int64), strict=True)
+    assert_array_equal(loaded.train.rows, np.setdiff1d(np.arange(20), held_out), strict=True)
+    assert_array_equal(loaded.test.rows, np.arange(8), strict=True)
+    for split, part in (loaded.train, "train"), (loaded.validation, "train"), (loaded.test, "test"):
+        inputs, labels = split.take(slice(None))
+        assert_array_equal(inputs[..., 0], given[f"x_{part}"][split.rows], strict=True)
+        assert_array_equal(labels, given[f"y_{part}"][split.rows].astype(np.int32), strict=True)
     assert loaded.classes == 4
 
 
-def test_mnist_is_found_in_a_folder_by_flag_or_environment(tmp_path, monkeypatch):
-    np.savez(tmp_path / "mnist.npz", **arrays(shape=(28, 28)))
-    monkeypatch.setenv("JBN_DATA", str(tmp_path))
-    by_environment = data.load(Data(name="mnist"))
-    monkeypatch.setenv("JBN_DATA", "/nowhere")
-    by_flag = data.load(Data(name="mnist", path=str(tmp_path)))
-    assert rows(by_environment.train) == rows(by_flag.train)
-    assert by_flag.test.inputs.shape == (8, 28, 28, 1)
+def test_splits_share_the_memory_map_and_take_copies_of_few_examples(tmp_path):
+    loaded = load_npz(tmp_path, arrays(), validation=0.25)
+    assert isinstance(loaded.train.inputs, np.memmap) and loaded.train.inputs is loaded.validation.inputs
+    for at in slice(2, 5), np.array([4, 2, 4]):
+        inputs, labels = loaded.train.take(at)
+        assert type(inputs) is np.ndarray and not np.shares_memory(inputs, loaded.train.inputs)
+        assert_array_equal(inputs, loaded.train.inputs[loaded.train.rows[at]])
+        assert_array_equal(labels, loaded.train.labels[loaded.train.rows[at]])
 
 
-@pytest.mark.skipif("JBN_DATA" not in os.environ, reason="needs MNIST in $JBN_DATA")
-def test_real_mnist_has_its_known_sizes_and_first_labels():
-    mnist = data.load(Data(name="mnist", validation=0))
-    assert mnist.train.inputs.shape == (60000, 28, 28, 1) and mnist.test.inputs.shape == (10000, 28, 28, 1)
-    assert_array_equal(mnist.train.labels[:5], [5, 0, 4, 1, 9])
+@pytest.mark.parametrize("dtype, scale", [(np.uint8, 255), (np.float32, 1)])
+def test_bytes_become_numbers_in_0_to_1_and_floating_point_is_left_as_it_is(tmp_path, dtype, scale):
+    given = arrays(dtype=dtype)
+    loaded = load_npz(tmp_path, given, validation=0)
+    found = loaded.preprocessing(loaded.train.take(slice(None)).inputs)
+    assert_array_equal(found[..., 0], np.float32(given["x_train"]) / np.float32(scale), strict=True)
+    assert {(leaf.shape, leaf.dtype.name) for leaf in loaded.preprocessing} == {((), "float32")}
 
 
-@pytest.mark.parametrize("name", ["mnist", "npz"])
-def test_missing_file_names_the_path_and_what_is_accepted(tmp_path, monkeypatch, name):
-    monkeypatch.delenv("JBN_DATA", raising=False)
-    with pytest.raises(
-        UserError, match=r"--data.path, or set \$JBN_DATA, to an .npz file with x_train, y_train"
-    ):
-        data.load(Data(name=name))
-    with pytest.raises(
-        UserError, match=rf"{tmp_path}/{name}.npz does not exist; wanted an .npz file with x_train"
-    ):
-        data.load(Data(name=name, path=str(tmp_path)))
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (7,)], ids=str)
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("chunk", [sources.CHUNK, 1000])
+def test_normalizing_is_by_mean_and_standard_deviation_of_the_training_split_alone(
+    tmp_path, monkeypatch, shape, dtype, chunk
+):
+    monkeypatch.setattr(sources, "CHUNK", chunk)
+    given = arrays(n_train=200, shape=shape, dtype=dtype)
+    first = load_npz(tmp_path, given, validation=0.25, normalize=True)
+    examples = first.train.take(slice(None)).inputs.astype(np.float64)
+    over = tuple(range(examples.ndim - 1))  # all but the channels of images, all but the features of vectors
+    assert_allclose(first.preprocessing.mean, examples.mean(over), rtol=1e-6)
+    assert_allclose(first.preprocessing.std, examples.std(over), rtol=1e-6)
+    assert {leaf.dtype for leaf in first.preprocessing} == {np.dtype(np.float32)}
+    seen = first.preprocessing(first.train.take(slice(None)).inputs)
+    assert_allclose(seen, (examples - examples.mean(over)) / examples.std(over), atol=1e-5)
+    given["x_test"][:] = given["x_train"][first.validation.rows] = 99
+    again = load_npz(tmp_path, given, validation=0.25, normalize=True)
+    for one, other in zip(first.preprocessing, again.preprocessing):
+        assert_array_equal(one, other, strict=True)
 
 
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("exploded",)
+@pytest.mark.parametrize("constant", [0, 0.1, -1e6, 1 / 3])
+@pytest.mark.parametrize("n", [100, 1437])
+def test_constant_feature_becomes_0(tmp_path, monkeypatch, constant, n):
+    monkeypatch.setattr(sources, "CHUNK", 4 * 3 * 33)
+    given = arrays(n_train=n, shape=(3,), dtype=np.float32)
+    given["x_train"][:, 1] = constant
+    preprocessing = load_npz(tmp_path, given, normalize=True).preprocessing
+    assert preprocessing.std[1] == 1 and preprocessing.std[0] > 50
+    assert_allclose(preprocessing(given["x_train"])[:, 1], 0, atol=1e-6 * abs(constant))
 
 
-def saved(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
+def test_inputs_too_large_to_normalize_are_named(tmp_path):
+    given = arrays(shape=(3,), dtype=np.float32)
+    given["x_train"] *= np.float32(1e30)
+    with pytest.raises(UserError, match="data.normalize = true, and the inputs .* data.normalize = false"):
+        load_npz(tmp_path, given, normalize=True)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_preprocessing_is_the_same_inside_jit(tmp_path, normalize):
+    loaded = load_npz(tmp_path, arrays(shape=(4, 4, 3)), normalize=normalize)
+    inputs, _ = loaded.test.take(slice(None))
+    inside = jax.jit(lambda preprocessing, inputs: preprocessing(inputs))(loaded.preprocessing, inputs)
+    assert_allclose(inside, loaded.preprocessing(inputs), rtol=1e-6, atol=1e-6)
+    assert inside.dtype == np.float32
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_data_larger_than_memory_may_hold_are_never_there_at_once(tmp_path, normalize):
+    rows, features = 2**16, 2**10  # 256 MiB
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive:
+        for key, shape, dtype in (
+            *(("x_train", (rows, features), np.float32), ("y_train", (rows,), np.uint8)),
+            *(("x_test", (1, features), np.float32), ("y_test", (1,), np.uint8)),
+        ):
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                empty = np.broadcast_to(np.zeros((), dtype), shape)
+                np.lib.format.write_array_header_1_0(
+                    file, np.lib.format.header_data_from_array_1_0(empty) | {"fortran_order": False}
+                )
+                for part in sources.chunks(empty, shape[0]):
+                    file.write(empty[part].tobytes())
+    tracemalloc.start()
+    try:
+        loaded = data.load(Data(name="npz", path=str(tmp_path / "large.npz"), normalize=normalize))
+        assert tracemalloc.get_traced_memory()[1] < 2**28 / 3
+    finally:
+        tracemalloc.stop()
+    assert loaded.train.inputs.shape == (rows, features) and not loaded.train.take(slice(9)).inputs.any()
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04 cut", pickle.dumps(Bomb()), b"no archive at all", saved(np.zeros(3))]
-)
-def test_file_that_is_no_npz_is_named_and_no_code_in_it_runs(tmp_path, monkeypatch, content):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.npz").write_bytes(content)
-    with pytest.raises(UserError, match="mine.npz cannot be read as an .npz file of plain arrays"):
-        data.load(Data(name="npz", path="mine.npz"))
-    assert not (tmp_path / "exploded").exists()
-
-
-def test_truncated_archive_is_named(tmp_path):
-    np.savez(tmp_path / "whole.npz", **arrays(n_train=500))
-    whole = (tmp_path / "whole.npz").read_bytes()
-    for keep in (0.3, 0.9, 0.999):
-        (tmp_path / "mine.npz").write_bytes(whole[: int(len(whole) * keep)])
-        with pytest.raises(UserError, match="mine.npz cannot be read"):
-            data.load(Data(name="npz", path=str(tmp_path / "mine.npz")))
-
-
-@pytest.mark.parametrize(
-    "change, message",
+    "key, at",
     [
-        ({"y_test": None}, r"wanted \['y_test'\] too"),
-        ({"x_train": np.array([Bomb()], object)}, "cannot be read as an .npz file of plain arrays"),
-        (
-            {"x_train": np.zeros((20, 4, 5), np.uint8)},
-            r"x_train has shape \(4, 5, 1\), one of x_test \(4, 4, 1\)",
-        ),
-        ({"x_train": np.zeros(20, np.uint8)}, r"wanted x_train of shape \(n, features\)"),
-        ({"x_train": np.zeros((20, 4, 4), np.int32)}, "wanted x_train of uint8 or floating point"),
-        ({"x_test": np.full((8, 4, 4), np.nan, np.float32)}, "wanted finite numbers in x_test"),
-        ({"x_test": np.zeros((0, 4, 4), np.uint8), "y_test": np.zeros(0, int)}, "wanted one example or more"),
-        ({"y_train": np.zeros(19, int)}, "wanted one label in y_train for each of the 20 examples"),
-        ({"y_train": np.zeros(20)}, "wanted labels in y_train that are integers >= 0"),
-        ({"y_train": np.full(20, 2**64 - 1, np.uint64)}, r"integers >= 0 and < 2\*\*31"),
-        (
-            {"x_train": np.zeros((20, 0)), "x_test": np.zeros((8, 0))},
-            "one example or more, of one number or more",
-        ),
-        ({"x_train": np.full((20, 4, 4), 1e300)}, "wanted finite numbers in x_train"),
-        ({"y_train": np.full(20, -1)}, "wanted labels in y_train that are integers >= 0"),
+        ("x_train", (19, 3, 3)),
+        ("x_train", (0, 0, 0)),
+        ("x_test", (7, 3, 3)),
+        ("y_train", 11),
+        ("y_test", 0),
     ],
 )
-def test_malformed_arrays_are_named_with_their_file(tmp_path, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
-    given = {key: value for key, value in (arrays() | change).items() if value is not None}
-    with pytest.raises(UserError, match=f"mine.npz.*{message}"):
-        load_npz(tmp_path, arrays=given)
-    assert not (tmp_path / "exploded").exists()
+def test_fingerprint_tells_other_data(tmp_path, key, at):
+    given = arrays()
+    before = load_npz(tmp_path, given).fingerprint
+    given[key][at] ^= 1
+    assert load_npz(tmp_path, given).fingerprint != before
+    assert len(before) == 16 and int(before, 16)
 
 
-def test_archive_of_other_files_is_named(tmp_path):
-    with zipfile.ZipFile(tmp_path / "mine.npz", "w") as archive:
-        for name in arrays():
-            archive.writestr(name, b"text")
-    with pytest.raises(UserError, match="mine.npz has members that are no arrays"):
-        data.load(Data(name="npz", path=str(tmp_path / "mine.npz")))
+def test_fingerprint_tells_shapes_and_dtypes_of_the_same_bytes(tmp_path):
+    prints = {
+        load_npz(
+            tmp_path,
+            arrays()
+            | {f"x_{part}": np.zeros((n, *shape), dtype) for part, n in (("train", 20), ("test", 8))},
+        ).fingerprint
+        for shape, dtype in [((4, 4), np.uint8), ((2, 8), np.uint8), ((16,), np.uint8), ((4,), np.float32)]
+    }
+    assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"save": np.savez_compressed},
+        {"validation": 0.5},
+        {"normalize": True},
+        {"arrays": arrays(dtype=np.float64)},
+        {"arrays": {key: array.astype(array.dtype.newbyteorder(">")) for key, array in arrays().items()}},
+    ],
+    ids=str,
+)
+def test_fingerprint_is_of_the_data_and_not_of_how_they_are_kept_or_used(tmp_path, how):
+    given = arrays(dtype=np.float32)
+    before = load_npz(tmp_path, given).fingerprint
+    (tmp_path / "elsewhere").mkdir()
+    assert load_npz(tmp_path / "elsewhere", **({"arrays": given} | how)).fingerprint == before
 
 
 def test_validation_that_leaves_nothing_to_train_on_is_named(tmp_path):
     with pytest.raises(UserError, match="data.validation = 0.999 leaves no example to train on"):
-        load_npz(tmp_path, arrays=arrays(), validation=0.999)
+        load_npz(tmp_path, arrays(), validation=0.999)
 
 
 def test_labels_that_cannot_be_classes_are_named(tmp_path):
     with pytest.raises(UserError, match="has labels up to 20 and 20 training examples; wanted labels from 0"):
-        load_npz(tmp_path, arrays=arrays() | {"y_test": np.full(8, 20)})
+        load_npz(tmp_path, arrays() | {"y_test": np.full(8, 20)})
 
 
 def test_order_is_a_permutation_that_follows_from_seed_and_epoch():
@@ -196,9 +217,22 @@ def test_too_few_examples_for_a_batch_are_named():
 
 
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 24])
-def test_eval_batches_hold_each_example_once_in_one_size(n):
-    split = data.Split(np.arange(1, n + 1, dtype=np.float32)[:, None], np.arange(n, dtype=np.int32))
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_eval_batches_hold_each_example_once_in_one_size(n, dtype):
+    rows = np.arange(0, 2 * n, 2)
+    split = data.Split(np.arange(1, 2 * n + 1, dtype=dtype)[:, None], np.arange(2 * n, dtype=np.int32), rows)
     batches = list(data.eval_batches(split, 8))
-    assert {batch.inputs.shape for batch in batches} == {(8, 1)}
-    assert_array_equal(np.concatenate([batch.labels[batch.mask] for batch in batches]), split.labels)
-    assert_array_equal(np.concatenate([batch.inputs[batch.mask] for batch in batches]), split.inputs)
+    assert {(leaf.shape, leaf.dtype.name) for batch in batches for leaf in batch} == {
+        ((8, 1), np.dtype(dtype).name),
+        ((8,), "int32"),
+        ((8,), "bool"),
+    }
+    inputs, labels, mask = (np.concatenate(leaves) for leaves in zip(*batches))
+    assert_array_equal(labels[mask], split.labels[rows])
+    assert_array_equal(inputs[mask], split.inputs[rows])
+    assert not inputs[~mask].any() and not labels[~mask].any()
+
+
+def test_split_of_no_examples_has_no_eval_batches():
+    nothing = data.Split(np.zeros((3, 2), np.float32), np.zeros(3, np.int32), np.arange(0))
+    assert list(data.eval_batches(nothing, 8)) == []

@@ -1,0 +1,33 @@
+"""A trace of some steps, to be opened in TensorBoard, XProf or Perfetto."""
+
+from pathlib import Path
+
+import jax
+
+
+class Profiler:
+    """Traces the first steps after those that compile the program, as many as the job asks for."""
+
+    def __init__(self, run_dir: Path, steps: int, *, writes: bool):
+        self._directory, self._left, self._active, self._writes = run_dir / "profile", steps, False, writes
+
+    def before(self, steps: int) -> int:
+        """Returns how many of the next `steps` to take, and starts the trace if it has to begin now."""
+        if self._left and not self._active:
+            self._active = True
+            if self._writes:
+                jax.profiler.start_trace(str(self._directory))
+        return min(steps, self._left) if self._active else steps
+
+    def after(self, steps: int) -> None:
+        """Notes that steps were taken, and ends the trace with the last one."""
+        if self._active:
+            self._left -= steps
+            if self._left == 0:
+                self.stop()
+
+    def stop(self) -> None:
+        """Ends the trace where it is."""
+        if self._active and self._writes:
+            jax.profiler.stop_trace()
+        self._active = False
