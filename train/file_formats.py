@@ -58,8 +58,7 @@ def npz(path: Path) -> dict[str, np.ndarray]:
 def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(member) as file:
         read_header = NPY_HEADERS.get(np.lib.format.read_magic(file))
-        stored = member.compress_type == zipfile.ZIP_STORED
-        if read_header and stored:
+        if read_header and member.compress_type == zipfile.ZIP_STORED:
             shape, fortran_order, dtype = read_header(file)
             header_size = file.tell()
             content_size = math.prod(shape) * dtype.itemsize

@@ -90,7 +90,8 @@ def _variables(module: nnx.Module) -> Variables:
 
 
 class MLP(nn.Module):
-    """For each width a linear map, normalization and the activation; then a linear map to the classes."""
+    """For each width a linear map, normalization and the activation; then a linear map to the classes:
+    (n, ...) -> logits (n, classes)."""
 
     widths: tuple[int, ...]
     classes: int
@@ -109,7 +110,7 @@ class MLP(nn.Module):
 
 class CNN(nn.Module):
     """For each width two 3x3 convolutions, each with normalization and activation, and 2x2 pooling; then the
-    mean over positions and a linear map to the classes."""
+    mean over positions and a linear map to the classes: images (n, h, w, c) -> logits (n, classes)."""
 
     widths: tuple[int, ...]
     classes: int

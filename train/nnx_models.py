@@ -22,7 +22,7 @@ class Hidden(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The network of `train.models.MLP`: (n, ...) with `features` values an example -> (n, classes)."""
+    """The network of `train.models.MLP`: (n, ...), `features` values each -> logits (n, classes)."""
 
     def __init__(
         self,

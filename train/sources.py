@@ -52,11 +52,11 @@ def read(config: Data) -> tuple[Arrays, Arrays]:
         problem = "has nothing of the kind" if path.exists() else "does not exist"
         raise UserError(f"{path} {problem}; wanted {accepted}, from --data.path or $JBN_DATA.")
     train, test = (_check(path, part, found[f"x_{part}"], found[f"y_{part}"]) for part in ("train", "test"))
-    ours, theirs = ((inputs.dtype.name, inputs.shape[1:]) for inputs, _ in (train, test))
-    if ours != theirs:
+    of_train, of_test = (f"{inputs.dtype} and {inputs.shape[1:]}" for inputs, _ in (train, test))
+    if of_train != of_test:
         raise UserError(
-            f"{path}: an example of x_train has dtype {ours[0]} and shape {ours[1]}, one of x_test "
-            f"{theirs[0]} and {theirs[1]}; wanted the same."
+            f"{path}: dtype and shape of an example of x_train are {of_train}, of x_test {of_test}; "
+            "wanted the same."
         )
     return train, test
 

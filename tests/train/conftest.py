@@ -19,6 +19,7 @@ def make_config(tmp_path):
             "run_dir": str(tmp_path / "run"),
             "steps": 30,
             "eval_every": 12,
+            "devices": 1,
             "model": {"widths": (16,)},
         } | changes
         return Config(

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from train import loop
+from train import job, loop, serving
 from train.checkpoint import Checkpoints
-from train.config import UserError
+from train.errors import RunFailed, UserError
+from train.job import Job
 from train.logs import read_metrics
 
 
@@ -40,7 +41,7 @@ def fit(config, stop_after=None):
 
 def final_state(config):
     with Checkpoints(Path(config.run_dir)) as checkpoints:
-        return checkpoints.restore(checkpoints.latest_step, loop.Job(config).initial)
+        return checkpoints.restore(checkpoints.latest_step, Job(config).initial)
 
 
 def metrics(config):
@@ -57,8 +58,11 @@ def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
     tests = {line["step"]: line for line in lines if line["split"] == "test"}
     quality = lambda line: (line["accuracy"], -line["loss"])
     best = max((line for line in lines if line["split"] == "validation"), key=quality)["step"]
-    seconds = summary.pop("wall_seconds")
-    assert 0 < seconds < 120
+    assert json.loads((Path(config.run_dir) / "summary.json").read_text()) == summary
+    assert 0 < summary.pop("wall_seconds") < 120
+    assert 128 / 120 < summary.pop("examples_per_second")
+    assert 10e6 < summary.pop("peak_host_bytes") < 100e9
+    assert summary.pop("peak_device_bytes") is None or jax.default_backend() != "cpu"
     assert summary == {
         "status": "finished",
         "step": 30,
@@ -67,20 +71,17 @@ def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
         "test_loss": tests[best]["loss"],
         "best_test_accuracy": max(line["accuracy"] for line in tests.values()),
     }
-    names = "checkpoints config.json curves.png environment.json metrics.jsonl summary.json tensorboard"
+    names = "checkpoints config.json curves.png data.json environment.json metrics.jsonl summary.json tensorboard"
     assert sorted(path.name for path in Path(config.run_dir).iterdir()) == names.split()
-    assert json.loads((Path(config.run_dir) / "summary.json").read_text()) == summary | {
-        "wall_seconds": seconds
-    }
 
 
 def test_best_step_is_by_validation_and_not_by_test(make_config, monkeypatch):
     results = iter([0.2, 0.1, 0.9, 0.3, 0.5, 0.8])  # validation and test after steps 12, 24 and 30
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Job, "evaluate", lambda *_: {"loss": 1.0, "accuracy": next(results)})
+        patch.setattr(Job, "evaluate", lambda *_: {"loss": 1.0, "accuracy": next(results)})
         summary = fit(make_config())
     assert (summary["best_step"], summary["test_accuracy"], summary["best_test_accuracy"]) == (24, 0.3, 0.8)
-    assert loop.evaluate(Path(make_config().run_dir))["step"] == 24
+    assert serving.evaluate(Path(make_config().run_dir))["step"] == 24
 
 
 def test_seed_decides_the_initial_weights_and_each_epoch_has_its_order(make_config, monkeypatch):
@@ -90,7 +91,7 @@ def test_seed_decides_the_initial_weights_and_each_epoch_has_its_order(make_conf
     fit(config, stop_after=1)
     fit(config)
     assert list(dict.fromkeys(orders)) == [(3, epoch, 1293) for epoch in range(3)]
-    kernels = [loop.Job(make_config(seed=seed)).initial.params["Dense_0"]["kernel"] for seed in (3, 4)]
+    kernels = [Job(make_config(seed=seed)).initial.variables.params["Dense_0"]["kernel"] for seed in (3, 4)]
     assert (kernels[0] != kernels[1]).all()
 
 
@@ -106,9 +107,9 @@ def test_train_lines_are_means_since_the_line_before(make_config):
 def test_steps_of_one_dispatch_stay_inside_their_epoch_and_evaluation(make_config, monkeypatch):
     spans, train_steps = [], loop.states.train_steps
 
-    def spy(*arguments, start, steps, batch_size, loop):
-        spans.append((start // batch_size, steps))
-        return train_steps(*arguments, start=start, steps=steps, batch_size=batch_size, loop=loop)
+    def spy(recipe, state, source, order, start, steps, loop):
+        spans.append((start // recipe.batch_size, steps))
+        return train_steps(recipe, state, source, order, start, steps, loop=loop)
 
     monkeypatch.setattr(loop.states, "train_steps", spy)
     monkeypatch.setattr(loop, "SECONDS_PER_DISPATCH", 1e9)
@@ -126,8 +127,8 @@ def test_batch_normalization_makes_the_job_learn(make_config):
 )
 def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(make_config, tmp_path, model):
     # Two steps an epoch; stops fall on steps with and without an evaluation.
-    job = {"steps": 5, "eval_every": 2, "batch_size": 600, "model": model}
-    whole, parts = (make_config(run_dir=str(tmp_path / name), **job) for name in ("whole", "parts"))
+    steps = {"steps": 5, "eval_every": 2, "batch_size": 600, "model": model}
+    whole, parts = (make_config(run_dir=str(tmp_path / name), **steps) for name in ("whole", "parts"))
     fit(whole)
     statuses = []
     while not statuses or statuses[-1] != "finished":
@@ -148,7 +149,7 @@ def test_stop_writes_no_metrics_line_and_a_summary_that_says_so(make_config):
 def test_evaluation_of_the_restored_best_is_that_of_the_live_one(make_config):
     config = make_config()
     summary = fit(config)
-    result = loop.evaluate(Path(config.run_dir))
+    result = serving.evaluate(Path(config.run_dir))
     assert result == {
         "split": "test",
         "step": summary["best_step"],
@@ -160,10 +161,10 @@ def test_evaluation_of_the_restored_best_is_that_of_the_live_one(make_config):
 
 @pytest.mark.parametrize("batch", [7, 360, 500])
 def test_evaluation_is_the_same_for_any_batch_size(make_config, monkeypatch, batch):
-    job = loop.Job(make_config())
-    expected = job.evaluate(job.initial, job.data.test)
-    monkeypatch.setattr(loop, "EVAL_BATCH", batch)
-    actual = job.evaluate(job.initial, job.data.test)
+    built = Job(make_config())
+    expected = built.evaluate(built.initial.variables, built.data.test)
+    monkeypatch.setattr(job, "EVAL_BATCH", batch)
+    actual = built.evaluate(built.initial.variables, built.data.test)
     assert actual["accuracy"] == expected["accuracy"]
     np.testing.assert_allclose(actual["loss"], expected["loss"], rtol=1e-6)
 
@@ -201,7 +202,8 @@ def test_job_whose_end_was_not_noted_is_finished_by_its_checkpoint(make_config):
     summary = fit(config)
     (Path(config.run_dir) / "summary.json").unlink()
     again = fit(config)
-    assert {**again, "wall_seconds": None} == {**summary, "wall_seconds": None}
+    of_the_session = dict.fromkeys(("wall_seconds", "examples_per_second", "peak_host_bytes"))
+    assert {**again, **of_the_session} == {**summary, **of_the_session}
 
 
 def test_job_without_validation_ends_with_its_last_step(make_config):
@@ -224,12 +226,12 @@ def test_loss_that_is_not_finite_ends_the_run_and_keeps_the_last_good_checkpoint
     # The first step goes nowhere, the second one away.
     broken = {"learning_rate": 1e38, "warmup_steps": 30}
     config = make_config(model={"norm": "none", "widths": (16,)}, optimizer=broken, eval_every=every)
-    with pytest.raises(loop.RunFailed, match=message):
+    with pytest.raises(RunFailed, match=message):
         fit(config)
     summary = json.loads((Path(config.run_dir) / "summary.json").read_text())
     assert (summary["status"], summary["step"]) == ("failed", saved)
     if saved:
-        for leaf in jax.tree.leaves(final_state(config).params):
+        for leaf in jax.tree.leaves(final_state(config).variables):
             assert np.isfinite(leaf).all()
 
 
@@ -246,6 +248,6 @@ def test_run_without_a_checkpoint_cannot_be_evaluated(make_config):
 
     config = make_config()
     run_directory.create(config)
-    run_directory.begin(config)
+    run_directory.begin(config, Job(config).data)
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        loop.evaluate(Path(config.run_dir))
+        serving.evaluate(Path(config.run_dir))

@@ -1,16 +1,25 @@
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
-from train import run_directory
-from train.config import UserError
+from train import data, run_directory
+from train.config import NOT_COMPARED, Data, flatten
+from train.errors import UserError
 
 
-def begin(config):
+@functools.cache
+def digits(validation=0.1):
+    return data.load(Data(validation=validation))
+
+
+def begin(config, dataset=None):
     run_directory.create(config)
-    run_directory.begin(config)
+    run_directory.begin(config, dataset or digits())
 
 
 def finish(config, status="finished", step=30):
@@ -113,13 +122,39 @@ def test_config_of_no_run_is_refused(tmp_path):
         run_directory.read_config(tmp_path)
 
 
-def test_every_key_of_the_schema_is_compared_but_where_things_lie(make_config):
+def test_every_key_of_the_schema_is_compared_but_how_and_where_a_job_runs(make_config):
     config = make_config()
     begin(config)
-    changed = {"seed": 1, "steps": 7, "epochs": 1.0, "batch_size": 3, "eval_every": 3}
-    assert set(changed) | {"run_dir", "data", "model", "optimizer"} == {
-        f.name for f in dataclasses.fields(config)
-    }
-    for key, value in changed.items():
-        with pytest.raises(UserError, match=f"{key} = "):
-            run_directory.earlier_summary(dataclasses.replace(config, **{key: value}))
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        changed = change(config, key, f"not {value}")
+        if key in NOT_COMPARED:
+            assert key == "run_dir" or run_directory.earlier_summary(changed) is None
+        else:
+            with pytest.raises(UserError, match=f"holds another job: {key} = "):
+                run_directory.earlier_summary(changed)
+
+
+def change(config, key, value):
+    section, _, name = key.rpartition(".")
+    if not section:
+        return dataclasses.replace(config, **{name: value})
+    changed = dataclasses.replace(getattr(config, section), **{name: value})
+    return dataclasses.replace(config, **{section: changed})
+
+
+def test_what_the_data_are_like_is_noted_for_those_who_come_after(make_config):
+    config = make_config()
+    begin(config)
+    described = run_directory.read_data(Path(config.run_dir))
+    assert (described.shape, described.dtype, described.classes) == ((8, 8, 1), "float32", 10)
+    assert described.fingerprint == digits().fingerprint
+    for value, wanted in zip(described.preprocessing, digits().preprocessing):
+        assert value.dtype == np.float32
+        assert_array_equal(value, wanted)
+
+
+def test_other_data_than_those_a_run_was_trained_on_are_refused(make_config):
+    begin(make_config())
+    other = digits()._replace(fingerprint="of others")
+    with pytest.raises(UserError, match="was trained on other data .fingerprint .*, now of others"):
+        begin(make_config(), other)

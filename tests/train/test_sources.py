@@ -128,9 +128,9 @@ def test_missing_file_names_the_path_and_what_is_accepted(tmp_path, monkeypatch,
     [
         (
             {"x_train": np.zeros((20, 4, 5), np.uint8)},
-            r"shape \(4, 5, 1\), one of x_test uint8 and \(4, 4, 1\)",
+            r"x_train are uint8 and \(4, 5, 1\), of x_test uint8 and \(4, 4, 1\)",
         ),
-        ({"x_train": np.zeros((20, 4, 4))}, "x_train has dtype float32 .*, one of x_test uint8 .* the same"),
+        ({"x_train": np.zeros((20, 4, 4))}, "x_train are float32 .*, of x_test uint8 .* the same"),
         ({"x_train": np.zeros(20, np.uint8)}, r"wanted x_train of shape \(n, features\)"),
         ({"x_train": np.uint8(1)}, r"wanted x_train of shape \(n, features\)"),
         ({"x_train": np.zeros((20, 4, 4), np.int32)}, "wanted x_train of uint8 or floating point"),
