@@ -14,7 +14,10 @@ def start(*arguments, **environment):
     return subprocess.Popen(command, cwd=ROOT, text=True, env=os.environ | environment, **pipes)
 
 
-def run(*arguments, **environment):
-    process = start(*arguments, **environment)
+def finish(process):
     out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(*arguments, **environment):
+    return finish(start(*arguments, **environment))

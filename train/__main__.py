@@ -18,7 +18,11 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns the exit code: 0 finished, 1 failed, 2 bad input, 128 + N for signal N."""
-    from train.errors import RunFailed, UserError, explained  # after this file's own --help, which needs nothing
+    from train.errors import (
+        RunFailed,
+        UserError,
+        explained,
+    )  # after this file's own --help, which needs nothing
 
     try:
         with explained():

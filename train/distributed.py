@@ -79,7 +79,9 @@ def make_mesh(config: Config) -> Mesh:
     """
     devices = jax.devices()
     if config.devices is not None and config.devices > len(devices):
-        raise UserError(f"devices = {config.devices}; wanted at most {len(devices)}, which is how many are here.")
+        raise UserError(
+            f"devices = {config.devices}; wanted at most {len(devices)}, which is how many are here."
+        )
     devices = devices[: config.devices]
     part = config.batch_size // config.optimizer.accumulate
     if part % len(devices):

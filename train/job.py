@@ -79,7 +79,9 @@ class Trained:
         self.data = run_directory.read_data(run_dir)
         self.mesh = distributed.mesh_of(jax.devices())
         self.network = models.build(self.config.model, self.data.shape, self.data.classes)
-        shapes = jax.eval_shape(self.network.init, jax.random.key(0), np.zeros((1, *self.data.shape), np.float32))
+        shapes = jax.eval_shape(
+            self.network.init, jax.random.key(0), np.zeros((1, *self.data.shape), np.float32)
+        )
         like = jax.tree.map(lambda leaf: distributed.replicated_like(self.mesh, leaf), shapes)
         with Checkpoints(run_dir) as checkpoints:
             self.step = best_step(run_dir, checkpoints)

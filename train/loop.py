@@ -95,9 +95,9 @@ class _Run:
     def stalled(self, step: int) -> bool:
         """Tells whether the evaluations up to this step have stopped getting better."""
         config, best = self._job.config, self._checkpoints.best_step
-        return bool(config.early_stopping) and step // config.eval_every - (best or 0) // config.eval_every >= (
-            config.early_stopping
-        )
+        return bool(config.early_stopping) and step // config.eval_every - (
+            best or 0
+        ) // config.eval_every >= (config.early_stopping)
 
     def train(self, state: TrainState, logs: Logs) -> None:
         """Takes steps, evaluates and saves, in this order, until the end, a stop, or a failure."""
@@ -118,7 +118,13 @@ class _Run:
             started = time.perf_counter()
             if job.on_device:
                 state = states.train_steps(
-                    job.recipe, state, job.source, device_order, first * config.batch_size, steps, loop=job.loop
+                    job.recipe,
+                    state,
+                    job.source,
+                    device_order,
+                    first * config.batch_size,
+                    steps,
+                    loop=job.loop,
                 )
             else:
                 state = self._stream(state, order, first, steps)

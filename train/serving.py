@@ -7,110 +7,165 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import export as jax_export
 
-from train import data, distributed, run_directory
+from train import distributed, run_directory, sources
 from train import state as states
+from train.data import Split
 from train.errors import UserError
-from train.job import EVAL_BATCH, Trained, evaluate_split
-from train.run_directory import Description
+from train.file_formats import reading
+from train.job import Trained, evaluate_split
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for as many bytes a pixel
+# Images are predicted this many at a time, the last ones beside zeros. It is one program for any number of them,
+# and none's result depends on how many came with it. Small, because a single image costs as much.
+PREDICT_BATCH = 32
 
 
 def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
-    """Evaluates the best checkpoint of a run on the test split of its data, or of those at `path`."""
+    """Evaluates the best checkpoint of a run on the test split of its data, or of those at `path`.
+
+    Raises:
+      UserError: the run or the data cannot be read, or the data do not suit the network.
+    """
     trained = Trained(run_dir)
-    config = trained.config.data if path is None else dataclasses.replace(trained.config.data, path=path)
-    dataset = data.load(config)
-    found, wanted = (dataset.train.inputs.shape[1:], dataset.classes), (trained.data.shape, trained.data.classes)
-    if found[0] != wanted[0] or found[1] > wanted[1]:
+    config = trained.config.data
+    if path is not None:
+        # The embedded digits have no file; others like them come in the general layout.
+        name = "npz" if config.name == "digits" else config.name
+        config = dataclasses.replace(config, name=name, path=path)
+    _, (inputs, labels) = sources.read(config)
+    what = f"the test split of {path or config.path or config.name}"
+    if labels.max() >= trained.data.classes:
         raise UserError(
-            f"data.path has examples of shape {found[0]} in {found[1]} classes; wanted {wanted[0]} and at most "
-            f"{wanted[1]}, as the data that '{run_dir}' was trained on."
+            f"{what} has labels up to {labels.max()}; wanted at most {trained.data.classes - 1}, as in the "
+            "data that the network was trained on."
         )
-    results = evaluate_split(
-        trained.network, trained.mesh, trained.variables, trained.preprocessing, dataset.test
-    )
-    return {"split": "test", "step": trained.step, **results, "examples": len(dataset.test)}
+    split = Split(_as_trained(trained, what, inputs), labels, np.arange(len(labels)))
+    results = evaluate_split(trained.network, trained.mesh, trained.variables, trained.preprocessing, split)
+    return {"split": "test", "step": trained.step, **results, "examples": len(split)}
 
 
 def predict(run_dir: Path, paths: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yields the class and the probabilities of each image in the files, in their order.
 
-    A file is an image, an .npy array of them, or an .npz archive with `x_test` or a single array.
+    A file is an image, an .npy array of one or more, or an .npz archive of one array or with `x_test`. All of
+    them are read before the first is predicted.
 
     Raises:
       UserError: a file cannot be read, or holds other images than those that the network was trained on.
     """
     trained = Trained(run_dir)
-    for path in map(Path, paths):
-        images = _as_trained(_read(path), path, trained.data)
-        for start in range(0, len(images), EVAL_BATCH):
-            part = images[start : start + EVAL_BATCH]
-            padded = np.pad(part, [(0, EVAL_BATCH - len(part))] + [(0, 0)] * (part.ndim - 1))
-            probabilities = states.probabilities(
-                trained.network, trained.variables, trained.preprocessing, distributed.replicate(trained.mesh, padded)
+    files = [_as_trained(trained, path, _read(Path(path), trained.data.shape)) for path in paths]
+    places = [(path, i) for path, images in zip(paths, files) for i in range(len(images))]
+    images = np.concatenate(files)
+    for start in range(0, len(images), PREDICT_BATCH):
+        part = images[start : start + PREDICT_BATCH]
+        padded = np.zeros((PREDICT_BATCH, *images.shape[1:]), images.dtype)
+        padded[: len(part)] = part
+        probabilities = np.asarray(
+            states.probabilities(
+                trained.network,
+                trained.variables,
+                trained.preprocessing,
+                distributed.replicate(trained.mesh, padded),
             )
-            for i, row in enumerate(np.asarray(probabilities)[: len(part)], start):
-                yield {"file": str(path), "image": i, "class": int(row.argmax()), "probabilities": row.tolist()}
+        )
+        for (path, i), row in zip(places[start:], probabilities[: len(part)]):
+            yield {"file": path, "image": i, "class": int(row.argmax()), "probabilities": row.tolist()}
 
 
 def export(run_dir: Path, path: Path) -> str:
     """Writes the best checkpoint as a serialized StableHLO program, and returns how to run it.
 
     The program maps raw images, any number of them, to probabilities (n, classes), float32, on cpu, cuda and
-    tpu. It holds the weights, and needs jax alone.
+    tpu. It holds the weights and needs jax alone, which runs such programs for half a year of newer versions.
+
+    Raises:
+      UserError: the run cannot be read, or the file cannot be written.
     """
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder; wanted a file to write, '{path / 'model.stablehlo'}', say.")
     trained = Trained(run_dir)
+    # Host arrays become constants of the program, which then is for one device, however many are here.
     variables, preprocessing = jax.device_get((trained.variables, trained.preprocessing))
-    run = jax.jit(lambda images: states.probabilities(trained.network, variables, preprocessing, images))
-    (n,) = jax.export.symbolic_shape("n")
-    images = jax.ShapeDtypeStruct((n, *trained.data.shape), trained.data.dtype)
-    exported = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(images)
-    run_directory.replace_bytes(path, exported.serialize())
-    shape = ", ".join(map(str, ("n", *trained.data.shape)))
+    program = jax.jit(lambda images: states.probabilities(trained.network, variables, preprocessing, images))
+    shape, dtype = trained.data.shape, trained.data.dtype
+    images = jax.ShapeDtypeStruct((*jax_export.symbolic_shape("n"), *shape), dtype)
+    exported = jax_export.export(program, platforms=("cpu", "cuda", "tpu"))(images)
+    try:
+        run_directory.replace_bytes(path, exported.serialize())
+    except OSError as error:
+        raise UserError(
+            f"'{path}' cannot be written: {error.strerror}; wanted a file in a folder that exists."
+        ) from error
     return (
-        f"Wrote {path}. Run it anywhere with jax:\n"
-        "    import jax\n"
-        f"    program = jax.export.deserialize(bytearray(open({str(path)!r}, 'rb').read()))\n"
-        f"    probabilities = program.call(images)  # images: {trained.data.dtype} ({shape})"
+        f"Wrote {path}. To run it, anywhere with jax:\n"
+        "    from jax import export\n"
+        f"    program = export.deserialize(bytearray(open({str(path.absolute())!r}, 'rb').read()))\n"
+        f"    probabilities = program.call(images)  # {dtype} (n, {', '.join(map(str, shape))})"
     )
 
 
-def _read(path: Path) -> np.ndarray:
-    """Reads images, (h, w[, channels]) or (n, ...), as uint8 where the file is an image."""
-    try:
+def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads an image with as many channels as `shape` has, (h, w, channels), uint8; or an array as it is."""
+    with reading(path, "an image, an .npy array of images, or an .npz archive of one array or with x_test"):
         if path.suffix.lower() in IMAGE_FILES:
-            from PIL import Image
-
-            with Image.open(path) as image:
-                return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+            return _read_image(path, IMAGE_MODES.get(shape[-1], "RGB") if len(shape) == 3 else "L")
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded
-        name = "x_test" if "x_test" in loaded.files else loaded.files[0] if len(loaded.files) == 1 else None
-        if name is None:
-            raise ValueError(f"it has {loaded.files}; wanted `x_test`, or one array")
-        return loaded[name]
-    except Exception as error:  # what a broken file raises depends on its kind
-        raise UserError(
-            f"{path} cannot be read ({error}); wanted an image, or an .npy or .npz file of images."
-        ) from None
+        with loaded as archive:
+            names = ["x_test"] if "x_test" in archive.files else archive.files
+            if len(names) != 1:
+                raise ValueError(f"it has {names}")
+            return archive[names[0]]
 
 
-def _as_trained(images: np.ndarray, path: Path, wanted: Description) -> np.ndarray:
-    """Returns images as the network was trained on: (n, *shape), in the same dtype and units."""
-    given, shape = f"{images.dtype}{list(images.shape)}", wanted.shape
-    grey = len(shape) == 3 and shape[-1] == 1
-    if grey and images.ndim >= 2 and images.shape[-2:] == shape[:2]:
-        images = images[..., None]
-    images = images[None] if images.shape == shape else images
-    if images.shape[1:] != shape:
-        raise UserError(f"{path} holds {given}; wanted images of shape {list(shape)}, one or (n, ...).")
-    if images.dtype == np.uint8 and wanted.dtype == "float32":
-        return images.astype(np.float32) / np.float32(255)
-    if str(images.dtype) != wanted.dtype and not (
-        wanted.dtype == "float32" and np.issubdtype(images.dtype, np.floating)
-    ):
-        raise UserError(f"{path} holds {given}; wanted {wanted.dtype}, as the data that it was trained on.")
-    return images.astype(wanted.dtype)
+def _read_image(path: Path, mode: str) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        # Pillow would cut off what is above 255, and what is seen through holes is anyone's guess.
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"it has more than 8 bits a channel (mode {image.mode})")
+        if mode != "RGBA" and image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+            raise ValueError("it is transparent in places")
+        pixels = np.asarray(image.convert(mode))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _as_trained(trained: Trained, what: str, given: np.ndarray) -> np.ndarray:
+    """Returns examples, (n, *shape), of the shape, dtype and units that the network was trained on.
+
+    Grey images may lack the axis of channels, a single example the first axis. The units are known of the
+    digits alone: numbers from 0 to 1, which bytes become. Others have to be given as in training.
+    """
+    shape, digits = trained.data.shape, trained.config.data.name == "digits"
+
+    def require(holds: bool, wanted: str) -> None:
+        if not holds:
+            raise UserError(
+                f"{what} holds {given.dtype}{list(given.shape)}; wanted {wanted}, as in the data that the "
+                "network was trained on."
+            )
+
+    examples = given
+    if len(shape) == 3 and shape[-1] == 1 and examples.shape[-2:] == shape[:2]:
+        examples = examples[..., None]
+    if examples.shape == shape:
+        examples = examples[None]
+    require(examples.shape[1:] == shape, f"one example of shape {list(shape)}, or n of them, [n, ...]")
+    require(len(examples) > 0, "one example or more")
+    if trained.data.dtype == "uint8":
+        require(examples.dtype == np.uint8, "uint8")
+        return examples
+    if digits and examples.dtype == np.uint8:
+        return examples.astype(np.float32) / np.float32(255)
+    require(np.issubdtype(examples.dtype, np.floating), f"{'uint8 or ' * digits}floating point")
+    with np.errstate(over="ignore"):
+        examples = examples.astype(np.float32, copy=False)
+    require(bool(np.isfinite(examples).all()), "finite numbers")
+    require(not digits or (examples.min() >= 0 and examples.max() <= 1), "numbers from 0 to 1")
+    return examples

@@ -149,7 +149,9 @@ def _gradients(recipe, variables, inputs, labels):
 
     # Each part has rows of every device.
     split = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
-    nothing = jax.tree.map(jnp.zeros_like, (variables.params, jnp.zeros(()), _zero_sums(), variables.batch_stats))
+    nothing = jax.tree.map(
+        jnp.zeros_like, (variables.params, jnp.zeros(()), _zero_sums(), variables.batch_stats)
+    )
     (grads, loss, sums, pooled), _ = jax.lax.scan(add_part, nothing, (split(inputs), split(labels)))
     grads, loss = jax.tree.map(lambda total: total / parts, (grads, loss))
     return grads, loss, sums, _absorb(recipe.rule, variables.batch_stats, pooled)
@@ -224,9 +226,7 @@ def eval_step(
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, examples.labels)
         return loss, logits.argmax(-1) == examples.labels
 
-    over_devices = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS)
-    )
+    over_devices = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS))
     scores = over_devices(variables, preprocessing, examples)
     return jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, P()))
 

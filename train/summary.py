@@ -26,7 +26,11 @@ def heading(job: Job, step: int | None) -> str:
 
 
 def summarize(
-    run_dir: Path, checkpoints: Checkpoints, status: str, wall_seconds: float, examples_per_second: float | None
+    run_dir: Path,
+    checkpoints: Checkpoints,
+    status: str,
+    wall_seconds: float,
+    examples_per_second: float | None,
 ) -> dict[str, Any]:
     """Returns what a run has reached, as summary.json has it."""
     tests = {line["step"]: line for line in read_metrics(run_dir) if line["split"] == "test"}

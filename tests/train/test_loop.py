@@ -71,7 +71,9 @@ def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
         "test_loss": tests[best]["loss"],
         "best_test_accuracy": max(line["accuracy"] for line in tests.values()),
     }
-    names = "checkpoints config.json curves.png data.json environment.json metrics.jsonl summary.json tensorboard"
+    names = (
+        "checkpoints config.json curves.png data.json environment.json metrics.jsonl summary.json tensorboard"
+    )
     assert sorted(path.name for path in Path(config.run_dir).iterdir()) == names.split()
 
 

@@ -169,10 +169,14 @@ def test_accumulation_gives_the_first_layer_the_running_statistics_of_the_whole_
     stats = {}
     for parts in (1, 2, 4):
         recipe, state, source = setup(norm=norm, virtual_batch_size=2, options={"accumulate": parts})
-        moved = state._replace(variables=one_step(recipe, state, source).variables)  # from a second step on too
+        moved = state._replace(
+            variables=one_step(recipe, state, source).variables
+        )  # from a second step on too
         stats[parts] = one_step(recipe, moved, source, slice(8, 16)).variables.batch_stats["BatchNorm_0"]
         if parts > 1:
-            features = (INPUTS[8:16].reshape(8, -1) @ moved.variables.params["Dense_0"]["kernel"]).astype(float)
+            features = (INPUTS[8:16].reshape(8, -1) @ moved.variables.params["Dense_0"]["kernel"]).astype(
+                float
+            )
             first = moved.variables.batch_stats["BatchNorm_0"]
             weight = 0.1 / (1 - 0.9**2)  # of the second batch in a debiased average
             for name, value in (("mean", features.mean(0)), ("var", features.var(0))):
@@ -198,7 +202,9 @@ def test_average_is_that_of_weights_and_statistics_and_forgets_the_start_quickly
 @pytest.mark.parametrize("devices", [1, 4])
 def test_eval_step_scores_each_example_to_the_same_bit_on_any_number_of_devices(devices):
     recipe, state, _ = setup()
-    examples = distributed.shard(distributed.mesh_of(jax.devices()[:devices]), Examples(*(a[:32] for a in DATA)))
+    examples = distributed.shard(
+        distributed.mesh_of(jax.devices()[:devices]), Examples(*(a[:32] for a in DATA))
+    )
     mesh = distributed.mesh_of(jax.devices()[:devices])
     variables, preprocessing = distributed.replicate(mesh, (state.variables, PREPROCESSING))
     loss, correct = states.eval_step(recipe.network, mesh, variables, preprocessing, examples)

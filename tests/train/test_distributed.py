@@ -1,0 +1,226 @@
+"""Several devices and several processes: one job, whatever it runs on."""
+
+import dataclasses
+import json
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+from command import finish, start
+from numpy.testing import assert_allclose, assert_array_equal
+
+from train import distributed, run_directory
+from train.checkpoint import Checkpoints
+from train.errors import UserError
+from train.job import Job
+from train.logs import read_metrics
+
+# Every kind of thing that could differ: augmentation, accumulation, an average, an evaluation of odd size.
+JOB = (
+    *(
+        "configs/digits_mlp.toml",
+        "--eval-every",
+        5,
+        "--batch-size",
+        128,
+        "--data.shift",
+        1,
+        "--model.widths",
+        16,
+    ),
+    *("--optimizer.schedule", "constant", "--optimizer.accumulate", 2, "--optimizer.average", 0.9),
+)
+
+
+def start_processes(job, run_dir, processes=2, devices=2, *, missing=(), peer_timeout=60):
+    """Starts the processes of one job on this machine, all before any is waited for."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = ["--run-dir", run_dir, "--peer-timeout", peer_timeout]
+    if processes > 1:
+        flags += ["--coordinator", coordinator, "--num-processes", processes]
+    return [
+        start(
+            *(*job, *flags, *(["--process-id", i] if processes > 1 else [])),
+            JAX_NUM_CPU_DEVICES=str(devices),
+        )
+        for i in range(processes)
+        if i not in missing
+    ]
+
+
+def wait_for(condition, processes):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
+def finish_all(processes, code=0):
+    done = [finish(process) for process in processes]
+    assert [process.returncode for process in done] == [code] * len(done), done
+    return done
+
+
+def final_state(run_dir):
+    here = dict.fromkeys(("coordinator", "num_processes", "process_id")) | {"devices": 1}
+    config = dataclasses.replace(run_directory.read_config(run_dir), **here)
+    with Checkpoints(run_dir) as checkpoints:
+        return checkpoints.restore(checkpoints.latest_step, Job(config).initial)
+
+
+def assert_same_training(run_dir, wanted):
+    close = lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    ours, theirs = final_state(run_dir), final_state(wanted)
+    jax.tree.map(close, (ours.variables, ours.average), (theirs.variables, theirs.average))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same job in three layouts: (processes, devices of each)."""
+    run_dirs = {}
+    for layout in ((1, 1), (1, 4), (2, 2)):
+        run_dirs[layout] = tmp_path_factory.mktemp("layout") / "run"
+        first = finish_all(start_processes([*JOB, "--steps", 12], run_dirs[layout], *layout))[0]
+        assert first.stdout.splitlines()[-1].startswith("Finished at step 12")
+    return run_dirs
+
+
+@pytest.mark.parametrize("layout", [(1, 4), (2, 2)])
+def test_every_layout_gives_the_same_training_to_rounding(runs, layout):
+    assert_same_training(runs[layout], runs[1, 1])
+    for line, wanted in zip(read_metrics(runs[layout]), read_metrics(runs[1, 1]), strict=True):
+        exact = ("step", "split", "accuracy")
+        assert [line[key] for key in exact] == [wanted[key] for key in exact]
+        assert_allclose(line["loss"], wanted["loss"], rtol=1e-5)
+
+
+def test_only_the_first_of_several_processes_writes_and_prints(runs):
+    environment = json.loads((runs[2, 2] / "environment.json").read_text())
+    assert (environment["processes"], len(environment["devices"])) == (2, 4)
+    lines = [(line["step"], line["split"]) for line in read_metrics(runs[2, 2])]
+    assert len(lines) == len(set(lines)) == 9
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_evaluation_is_the_same_to_the_last_bit_on_any_number_of_devices(make_config, devices):
+    results = []
+    for count in (1, devices):
+        job = Job(make_config(devices=count))
+        results += [[job.evaluate(job.initial.variables, split) for split in (job.data.train, job.data.test)]]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("first, then", [((2, 2), (1, 1)), ((1, 1), (2, 2))])
+def test_checkpoint_moves_between_one_process_and_several(tmp_path, runs, first, then):
+    finish_all(start_processes([*JOB, "--steps", 7], tmp_path / "run", *first))
+    done = finish_all(start_processes([*JOB, "--steps", 12], tmp_path / "run", *then))
+    assert "going on from step 7" in done[0].stdout
+    assert_same_training(tmp_path / "run", runs[1, 1])
+
+
+@pytest.mark.parametrize("number, code, to", [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 0)])
+def test_signal_to_one_process_stops_all_at_the_same_step(tmp_path, number, code, to):
+    processes = start_processes([*JOB, "--steps", 100000], tmp_path / "run")
+    wait_for(lambda: read_metrics(tmp_path / "run"), processes)
+    processes[to].send_signal(number)
+    done = finish_all(processes, code)
+    step = json.loads((tmp_path / "run" / "summary.json").read_text())["step"]
+    assert done[0].stdout.splitlines()[-1].startswith(f"Stopped at step {step}: ")
+    assert step >= 5 and int(final_state(tmp_path / "run").step) == step
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_process_that_never_comes_ends_the_others_with_a_message(tmp_path, missing):
+    (process,) = start_processes([*JOB, "--steps", 5], tmp_path / "run", missing=[missing], peer_timeout=2)
+    (done,) = finish_all([process], code=1)
+    assert "failed: not all 2 processes met at 127.0.0.1:" in done.stderr and "within 2 s" in done.stderr
+    assert "raise --peer-timeout" in done.stderr and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "number, dead", [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGSTOP, 1)], ids=str
+)
+def test_process_that_dies_or_is_silent_ends_the_others_with_a_message_and_the_job_goes_on_later(
+    tmp_path, number, dead
+):
+    job = [*JOB, "--steps", 12]
+    processes = start_processes([*job, "--eval-every", 1], tmp_path / "run", peer_timeout=8)
+    wait_for(lambda: len(read_metrics(tmp_path / "run")) >= 6, processes)
+    processes[dead].send_signal(number)
+    other = finish(processes[1 - dead])
+    processes[dead].kill()
+    processes[dead].communicate()
+    # Whichever comes first: our message, or that of JAX's runtime, which ends the process.
+    assert other.returncode in (1, -signal.SIGABRT)
+    assert "another process of the job has ended" in other.stderr or "another task died" in other.stderr
+    resumed = finish_all(start_processes([*job, "--eval-every", 1], tmp_path / "run", 1, 1))
+    assert "going on from step" in resumed[0].stdout
+
+
+def test_mistake_that_one_process_finds_ends_all(tmp_path):
+    bad = [*JOB, "--steps", 5, "--batch-size", 126]
+    for process in finish_all(start_processes(bad, tmp_path / "run"), code=2):
+        assert "batch_size = 126 in 2 parts cannot be split evenly over 4 devices" in process.stderr
+
+
+def test_no_cluster_means_one_process(make_config):
+    distributed.join(make_config())
+    assert jax.process_count() == 1 and distributed.is_first()
+    assert distributed.largest(3, -7) == [3, -7]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[3-4]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+        | {"SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "2"},
+        {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911", "OMPI_COMM_WORLD_SIZE": "2"}
+        | {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "0"},
+    ],
+    ids=["Slurm", "Open MPI"],
+)
+def test_clusters_tell_who_takes_part(make_config, monkeypatch, variables):
+    """Up to the connection itself, which needs the other process."""
+    found = {}
+
+    def connect(address, process_id, **_):
+        found.update(address=address, process_id=process_id)
+        raise ValueError("the other process is missing here")
+
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("jax._src.distributed._jax.get_distributed_runtime_client", connect)
+    distributed.join(make_config(devices=None))
+    assert found["process_id"] == 1 and found["address"].startswith(("node3:", "10.96.0.1:"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"devices": 99}, r"devices = 99; wanted at most 8"),
+        ({"devices": 3}, r"batch_size = 128 cannot be split evenly over 3 devices; wanted 129, say"),
+        (
+            {"devices": 8, "batch_size": 24, "optimizer": {"accumulate": 2}},
+            "batch_size = 24 in 2 parts cannot be split evenly over 8 devices; wanted 32, say",
+        ),
+    ],
+)
+def test_devices_that_do_not_fit_are_refused(make_config, options, message):
+    with pytest.raises(UserError, match=message):
+        distributed.make_mesh(make_config(**options))
+
+
+def test_arrays_lie_whole_on_every_device_or_by_rows():
+    mesh = distributed.mesh_of(jax.devices()[:4])
+    x = np.arange(16.0, dtype=np.float32).reshape(8, 2)
+    whole, rows = distributed.replicate(mesh, x), distributed.shard(mesh, x)
+    for i, shard in enumerate(rows.addressable_shards):
+        assert_array_equal(shard.data, x[2 * i : 2 * i + 2])
+    assert len(whole.addressable_shards) == 4
+    for shard in whole.addressable_shards:
+        assert_array_equal(shard.data, x)
