@@ -14,7 +14,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from train.errors import RunFailed, UserError
+from train.errors import RunFailed, UserError, explain
 from train.models import Variables
 from train.state import TrainState
 
@@ -71,10 +71,8 @@ class Checkpoints:
         try:
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except Exception as error:  # what Orbax raises depends on the file system
-            raise RunFailed(
-                f"step {step} could not be saved to '{self._manager.directory}': {_first_line(error)}. What was "
-                "saved before is kept; make room, and start again to go on from there."
-            ) from error
+            reason = explain(error) or f"{str(error).partition(chr(10))[0][:300]}. What was saved before is kept."
+            raise RunFailed(f"step {step} could not be saved to '{self._manager.directory}': {reason}") from error
         if not saved:
             raise RuntimeError(f"Orbax declined to save step {step} after step {self.latest_step}.")
 
@@ -112,7 +110,3 @@ def _items(state: TrainState) -> dict[str, Any]:
         optimizer["variables"] = state.variables._asdict()
     meta = {"step": state.step, "sums": state.sums, "failed_at": state.failed_at}
     return {"model": state.evaluated._asdict(), "optimizer": optimizer, "meta": meta}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0][:300] or type(error).__name__

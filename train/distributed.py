@@ -51,6 +51,8 @@ def join(config: Config) -> None:
         if config.coordinator is not None:
             raise
         # Told nothing and no cluster found: one process.
+    except RuntimeError as error:
+        raise UserError(f"{error}\nGive --num-processes 1 to train in this process alone.") from error
     finally:
         watch.cancel()
 

@@ -17,18 +17,26 @@ def explained() -> Iterator[None]:
     """Turns what the system, or JAX, could not do into a RunFailed that says what helps."""
     try:
         yield
-    except OSError as error:
-        raise RunFailed(f"{error}. What was saved before is kept; mend that, and start again.") from error
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
-            raise RunFailed(
-                f"out of memory: {text.partition(chr(10))[0][:200]}. Try a smaller batch_size, a larger "
-                "optimizer.accumulate, model.dtype = 'bfloat16', or a smaller data.device_gib."
-            ) from error
-        if any(name in text for name in ("Gloo", "NCCL", "coordination service", "heartbeat")):
-            raise RunFailed(
-                "another process of the job has ended, or cannot be reached: "
-                f"{text.partition(chr(10))[0][:200]}. Its own output says why; start all of them again."
-            ) from error
-        raise
+    except Exception as error:
+        if isinstance(error, (UserError, RunFailed)) or (explanation := explain(error)) is None:
+            raise
+        raise RunFailed(explanation) from error
+
+
+def explain(error: Exception) -> str | None:
+    """Says what happened and what helps, where it is nothing that the program did wrong; else None."""
+    text = str(error)
+    first_line = text.partition("\n")[0][:300]
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "Out of memory" in text:
+        return (
+            f"out of memory: {first_line}. Try a smaller batch_size, a larger optimizer.accumulate, "
+            "model.dtype = 'bfloat16', or a smaller data.device_gib."
+        )
+    if any(name in text for name in ("Gloo", "NCCL", "coordination service", "heartbeat")):
+        return (
+            f"another process of the job has ended, or cannot be reached: {first_line}. Its own output says why; "
+            "start all of them again."
+        )
+    if isinstance(error, OSError):
+        return f"{error}. What was saved before is kept; mend that, and start again."
+    return None

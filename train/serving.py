@@ -18,8 +18,8 @@ from train.job import Trained, evaluate_split
 
 IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for as many bytes a pixel
-# Images are predicted this many at a time, the last ones beside zeros. It is one program for any number of them,
-# and none's result depends on how many came with it. Small, because a single image costs as much.
+# Images are predicted this many at a time, the last ones beside zeros: one program for any number of them, in
+# which none's result depends on the others. Small, because a single image costs as much.
 PREDICT_BATCH = 32
 
 

@@ -191,9 +191,8 @@ def test_average_is_that_of_weights_and_statistics_and_forgets_the_start_quickly
     for step in range(4):
         state = one_step(recipe, state, source, slice(8 * step, 8 * step + 8))
         decay = min(0.3, (1 + step) / (10 + step))
-        expected = jax.tree.map(
-            lambda a, v: decay * a + (1 - decay) * np.float64(v), expected, state.variables
-        )
+        move = lambda a, v, decay=decay: decay * a + (1 - decay) * np.float64(v)
+        expected = jax.tree.map(move, expected, state.variables)
     assert_close(state.average, expected)
     assert state.evaluated is state.average and isinstance(state.average, Variables)
     assert setup()[1].average is None
