@@ -1,11 +1,11 @@
-"""The command line: argv -> a command. Imports what a command needs when it is called, so that --help is quick."""
+"""The command line: argv -> a command. Imports what a command needs when it runs, so that --help is quick."""
 
 import json
 import sys
 from pathlib import Path
 
 USAGE = """\
-usage: python -m train CONFIG.toml [--key value ...]     train; resumes where the run directory has a checkpoint
+usage: python -m train CONFIG.toml [--key value ...]     train; resumes where there is a checkpoint
        python -m train CONFIG.toml --help                the keys, with this file's values
        python -m train eval RUN_DIR [--data.path PATH]   evaluate the best checkpoint; prints one JSON line
        python -m train predict RUN_DIR IMAGES ...        classes and probabilities, one JSON line an image
@@ -18,11 +18,7 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 
 def main(arguments: list[str]) -> int:
     """Runs one command and returns the exit code: 0 finished, 1 failed, 2 bad input, 128 + N for signal N."""
-    from train.errors import (
-        RunFailed,
-        UserError,
-        explained,
-    )  # after this file's own --help, which needs nothing
+    from train.errors import RunFailed, UserError, explained
 
     try:
         with explained():
@@ -30,28 +26,37 @@ def main(arguments: list[str]) -> int:
                 case [] | ["-h" | "--help", *_]:
                     print(USAGE, end="")
                     return 0 if arguments else 2
+                case ["eval" | "predict" | "export" | "sweep" | "list", *rest] if {"-h", "--help"} & {*rest}:
+                    print(USAGE, end="")
+                    return 0
                 case ["list"]:
                     return _list()
                 case ["eval", run_dir]:
                     return _eval(run_dir)
                 case ["eval", run_dir, "--data.path", path]:
                     return _eval(run_dir, path)
-                case ["predict", run_dir, *images] if images:
+                case ["eval", run_dir, flag] if flag.startswith("--data.path="):
+                    return _eval(run_dir, flag.partition("=")[2])
+                case ["predict", run_dir, *images] if images and not _has_flags(images):
                     return _predict(run_dir, images)
-                case ["export", run_dir, *file] if len(file) < 2:
+                case ["export", run_dir, *file] if len(file) < 2 and not _has_flags(file):
                     return _export(run_dir, *file)
                 case ["sweep", path, *grid] if path.endswith(".toml"):
                     return _sweep(Path(path), grid)
                 case [path, *overrides] if path.endswith(".toml"):
                     return _train(Path(path), overrides)
                 case _:
-                    raise UserError(f"'{' '.join(arguments)}' is no command.\n{USAGE}")
+                    raise UserError(f"'{' '.join(arguments)}' is no command; wanted one of these.\n{USAGE}")
     except UserError as error:
         return _leave(2, f"error: {error}")
     except RunFailed as error:
         return _leave(1, f"failed: {error}")
     except KeyboardInterrupt:
         return 130
+
+
+def _has_flags(words: list[str]) -> bool:
+    return any(word.startswith("--") for word in words)
 
 
 def _leave(code: int, message: str) -> int:
@@ -117,15 +122,12 @@ def _export(run_dir: str, file: str | None = None) -> int:
 
 
 def _sweep(path: Path, grid: list[str]) -> int:
-    from train.sweep import jobs
-
-    out, planned = jobs(path, grid)
     from train.stopping import StopRequests
+    from train.sweep import plan, run
 
+    out, planned = plan(path, grid)
     with StopRequests() as stop:
         _use_compilation_cache()
-        from train.sweep import run
-
         return run(out, planned, stop)
 
 

@@ -6,94 +6,148 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from train.config import Config
-from train.errors import RunFailed, UserError
+from train.config import Config, flatten
+from train.errors import RunFailed, UserError, explained
 from train.parsing import load
 from train.stopping import StopRequests
 
-COLUMNS = ("status", "step", "best_step", "test_accuracy", "test_loss", "best_test_accuracy", "wall_seconds")
+Grid = dict[str, list[list[str]]]  # key -> its values, each one or more words of the command line
+
+# What the table shows of each job's summary, and how.
+COLUMNS = {
+    "status": "",
+    "step": "",
+    "best_step": "",
+    "test_accuracy": ".4f",
+    "test_loss": ".4f",
+    "best_test_accuracy": ".4f",
+    "wall_seconds": ".1f",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """One job of a sweep."""
 
-    values: dict[str, str]  # of the keys that have several
-    config: Config  # its run directory is OUT/NAME
+    values: dict[str, Any]  # of the keys that have several
+    config: Config  # its run directory is OUT/KEY=VALUE,KEY=VALUE
 
 
-def jobs(path: Path, arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
-    """Returns where the sweep goes (`--out`, else runs/NAME-sweep) and its jobs, one for each combination.
+def plan(path: Path, arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
+    """Returns where a sweep goes (`--out`, else runs/NAME-sweep) and its jobs, one for each combination.
 
-    `--key A,B` gives a key several values; those of a key that takes a list are lists: `--model.widths 64,64 64`.
+    `--key A,B` gives a key several values. Those of a key that takes a list are lists: `--model.widths
+    64,64 32` compares one layer of 64 features with two of 64 and 32.
+
+    Raises:
+      UserError: a job makes no sense, or two of them would be the same.
+      SystemExit: with code 2 for an unknown key or a wrong type, after tyro has printed which key was meant.
     """
-    out, options = Path(f"runs/{path.stem}-sweep"), _options(arguments)
-    if "out" in options:
-        out = Path(" ".join(options.pop("out")[0]))
-    choices = [[(key, value) for value in values] for key, values in options.items()]
-    planned = []
-    for combination in itertools.product(*choices):
-        several = {key: " ".join(value) for key, value in combination if len(options[key]) > 1}
-        name = ",".join(f"{key}={value}" for key, value in several.items()).replace("/", "_") or path.stem
-        overrides = [text for key, value in combination for text in (f"--{key}", *value)]
-        planned.append(Planned(several, load(path, [*overrides, "--run_dir", str(out / name)])))
-    return out, planned
+    grid = _grid(arguments)
+    out = _folder(grid.pop("out", [[f"runs/{path.stem}-sweep"]]))
+    if "run_dir" in grid:
+        raise UserError("--run_dir does not go with a sweep; wanted --out, in which each job gets a folder.")
+    several = [key for key, values in grid.items() if len(values) > 1]
+    planned: dict[str, Planned] = {}
+    for combination in itertools.product(*grid.values()):
+        config = load(path, [word for key, words in zip(grid, combination) for word in (f"--{key}", *words)])
+        flat = flatten(dataclasses.asdict(config))
+        values = {key: flat[key] for key in several}
+        name = ",".join(f"{key}={_text(value)}" for key, value in values.items()) or path.stem
+        run_dir = str(out / name.replace("/", "_").replace(" ", "-"))
+        if run_dir in planned:
+            raise UserError(f"Two jobs of the sweep would be '{run_dir}'; wanted each value of a key once.")
+        planned[run_dir] = Planned(values, dataclasses.replace(config, run_dir=run_dir))
+    return out, list(planned.values())
 
 
 def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
-    """Trains the jobs one after the other, finished ones excepted, and returns the exit code.
+    """Trains the jobs one after the other, but for finished ones; prints a table and returns the exit code.
 
-    After each job OUT/results.json holds a list with the values and the summary of those so far. A job that
-    fails does not keep the others from running.
+    After each job OUT/results.json holds a list of those so far: values, run directory, summary, error. A job
+    that fails, or that its data do not allow, does not keep the others from running.
+
+    Raises:
+      UserError: OUT cannot be created.
     """
+    from train import distributed, run_directory  # which import jax
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be created: {error.strerror}; wanted a folder.") from error
+    distributed.join(planned[0].config)
+    say = print if distributed.is_first() else lambda *_, **__: None
+    results, codes = [], []
+    for job in planned:
+        say(f"[{len(results) + 1}/{len(planned)}] {job.config.run_dir}", flush=True)
+        code, reached = _train(job.config, stop)
+        if reached["error"]:
+            say(f"{reached['status']}: {reached['error']}")
+        codes.append(code)
+        results.append({**job.values, "run_dir": job.config.run_dir, **reached})
+        if distributed.is_first():
+            run_directory.write_json(out / "results.json", results)
+        if stop.received is not None and len(results) < len(planned):
+            codes.append(128 + stop.received)
+            break
+    say(f"\n{_table(list(planned[0].values), results)}\n\nResults: {out / 'results.json'}")
+    return max(codes)
+
+
+def _train(config: Config, stop: StopRequests) -> tuple[int, dict[str, Any]]:
+    """Returns the exit code that the job would have by itself, and its summary with what went wrong."""
     from train import run_directory
     from train.loop import fit
 
-    rows: list[dict[str, Any]] = []
-    console = Console(soft_wrap=True, markup=False, highlight=False)
-    for number, job in enumerate(planned, 1):
-        console.print(f"\n[{number}/{len(planned)}] {job.config.run_dir}")
-        try:
-            summary = fit(job.config, stop)
-        except RunFailed as error:
-            console.print(f"failed: {error}")
-            summary = run_directory.read_json(Path(job.config.run_dir) / "summary.json")
-        rows.append({**job.values, "run_dir": job.config.run_dir, **{key: summary[key] for key in COLUMNS}})
-        run_directory.write_json(out / "results.json", rows)
-        if stop.received is not None:
-            break
-    _print_table(console, planned[0].values, rows)
-    print(f"Results: {out / 'results.json'}")
-    if stop.received is not None:
-        return 128 + stop.received
-    return int(any(row["status"] != "finished" for row in rows))
+    nothing = dict.fromkeys(COLUMNS)
+    try:
+        with explained():
+            summary = fit(config, stop)
+    except UserError as error:
+        return 2, {**nothing, "status": "refused", "error": str(error)}
+    except RunFailed as error:
+        path = Path(config.run_dir) / "summary.json"
+        summary = run_directory.read_json(path) if path.exists() else nothing
+        return 1, {**summary, "status": "failed", "error": str(error)}
+    return 0 if summary["status"] == "finished" else 128 + stop.received, {**summary, "error": None}
 
 
-def _options(arguments: Sequence[str]) -> dict[str, list[list[str]]]:
-    """Returns the values of each key, each a list of words."""
-    words: dict[str, list[str]] = {}
+def _grid(arguments: Sequence[str]) -> Grid:
+    """Reads `--key A,B`, `--key=A,B` and `--key A, B`: a comma ends a value, and so does the next key."""
+    grid: Grid = {}
     for argument in arguments:
+        words = [argument]
         if argument.startswith("--"):
-            key = argument[2:].replace("-", "_")
-            words[key] = []
-        elif words:
-            words[key].append(argument)
-        else:
-            raise UserError(f"'{argument}' follows no --key; wanted --key VALUE,VALUE ...")
-    return {key: [value.split() for value in " ".join(parts).split(",")] for key, parts in words.items()}
+            name, equals, value = argument[2:].partition("=")
+            key, words = name.replace("-", "_"), [value] * bool(equals)
+            if key in grid:
+                raise UserError(f"--{name} is given twice; wanted it once, with its values: --{name} A,B.")
+            grid[key] = [[]]
+        elif not grid:
+            raise UserError(f"'{argument}' follows no key; wanted --key A,B ...")
+        for word in words:
+            first, *others = word.split(",")
+            grid[key][-1] += [first] * bool(first)
+            grid[key] += [[other] * bool(other) for other in others]
+    return grid
 
 
-def _print_table(console: Console, values: dict[str, str], rows: Sequence[dict[str, Any]]) -> None:
-    columns = [*values, *COLUMNS]
-    table = Table(*columns, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*("-" if row[key] is None else _text(row[key]) for key in columns))
-    console.print()
-    console.print(table)
+def _folder(values: list[list[str]]) -> Path:
+    if len(values) > 1 or len(values[0]) != 1:
+        given = ",".join(" ".join(words) for words in values)
+        raise UserError(f"--out is '{given}'; wanted one folder, without a comma in its name.")
+    return Path(values[0][0])
+
+
+def _table(keys: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
+    rows = [[*keys, *COLUMNS]]
+    for result in results:
+        shown = ["-" if result[key] is None else format(result[key], how) for key, how in COLUMNS.items()]
+        rows.append([*(_text(result[key]) for key in keys), *shown])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def _text(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

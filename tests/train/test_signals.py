@@ -1,44 +1,57 @@
 """The command under real signals, and two of them at one run directory."""
 
 import json
+import random
 import signal
 import time
 
+import jax
 import pytest
-from command import run, start
+from command import finish, run, start
+from numpy.testing import assert_array_equal
 
+from train import run_directory
+from train.checkpoint import Checkpoints
+from train.job import Job
 from train.logs import read_metrics
 
 
 def wait_while_running(process, until):
+    """Waits for a condition; returns whether it came before the process ended."""
     deadline = time.monotonic() + 120
     while not until():
-        assert process.poll() is None and time.monotonic() < deadline, process.poll()
-        time.sleep(0.01)
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return True
 
 
 def test_ctrl_c_while_it_compiles_exits_130_without_a_traceback(tmp_path):
     process = start("configs/digits_mlp.toml", "--steps", 200000, "--run-dir", tmp_path / "run")
-    wait_while_running(process, until=(tmp_path / "run").exists)
+    assert wait_while_running(process, until=(tmp_path / "run").exists)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, out + err
-    assert "a second signal ends it at once" in err and "Traceback" not in err
-    assert out.splitlines()[-1].startswith("Stopped at step ")
+    done = finish(process)
+    assert done.returncode == 130, done
+    assert "a second signal ends it at once" in done.stderr and "Traceback" not in done.stderr
+    assert done.stdout.splitlines()[-1].startswith("Stopped at step ")
 
 
 def test_second_process_is_kept_out_of_a_run_directory_in_use(tmp_path):
     job = ["configs/digits_mlp.toml", "--steps", 200000, "--run-dir", tmp_path / "run"]
     first = start(*job)
-    wait_while_running(first, until=lambda: read_metrics(tmp_path / "run"))
+    assert wait_while_running(first, until=lambda: read_metrics(tmp_path / "run"))
     second = run(*job)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=120)
-    assert first.returncode == 143
+    assert finish(first).returncode == 143
     assert second.returncode == 2 and "is in use by another process" in second.stderr
 
 
-JOB = ["configs/digits_mlp.toml", "--steps", 5000, "--eval-every", 500]
+# Most of its time goes into checkpoints, so that many of the kills come while one is being saved.
+JOB = [
+    *("configs/digits_mlp.toml", "--steps", 300, "--eval-every", 10, "--data.shift", 1),
+    *("--optimizer.average", 0.9),
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,24 +61,46 @@ def uninterrupted(tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_job_ended_by_a_signal_resumes_to_the_same_result(tmp_path, uninterrupted, number, code):
-    run_dir = tmp_path / "run"
-    process = start(*JOB, "--run-dir", run_dir)
-    # The second evaluation follows the first checkpoint.
-    wait_while_running(process, until=lambda: len(read_metrics(run_dir)) >= 6)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == code, out + err
-    if number != signal.SIGKILL:
-        summary = json.loads((run_dir / "summary.json").read_text())
-        assert summary["status"] == "stopped" and 0 < summary["step"] < 5000
-        assert out.splitlines()[-1].startswith(f"Stopped at step {summary['step']}: ")
+def assert_same_bits(run_dir, wanted):
+    """Compares every loss and accuracy, and every number of the last checkpoint."""
+    lines = [[{**line, "seconds": None} for line in read_metrics(path)] for path in (run_dir, wanted)]
+    assert lines[0] == lines[1]
+    states = []
+    for path in (run_dir, wanted):
+        with Checkpoints(path) as checkpoints:
+            initial = Job(run_directory.read_config(path)).initial
+            states.append(checkpoints.restore(checkpoints.latest_step, initial))
+    jax.tree.map(assert_array_equal, *states)
 
-    resumed = run(*JOB, "--run-dir", run_dir)
-    assert resumed.returncode == 0 and ", going on from step " in resumed.stdout
-    # Every loss after the signal is the same to the last digit.
-    without_time = [
-        [{**line, "seconds": None} for line in read_metrics(path)] for path in (run_dir, uninterrupted)
-    ]
-    assert without_time[0] == without_time[1]
+
+def test_job_stopped_by_signals_resumes_to_the_same_bits(tmp_path, uninterrupted):
+    run_dir = tmp_path / "run"
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process, before = start(*JOB, "--run-dir", run_dir), len(read_metrics(run_dir))
+        assert wait_while_running(process, until=lambda: len(read_metrics(run_dir)) > before + 8)
+        process.send_signal(number)
+        done = finish(process)
+        assert done.returncode == code, done
+        summary = json.loads((run_dir / "summary.json").read_text())
+        assert summary["status"] == "stopped" and 0 < summary["step"] < 300
+        assert done.stdout.splitlines()[-1].startswith(f"Stopped at step {summary['step']}: ")
+        # It saved where it was, and lost nothing.
+        lines = read_metrics(run_dir)
+        assert lines[-1]["step"] == summary["step"] // 10 * 10
+    assert run(*JOB, "--run-dir", run_dir).returncode == 0
+    assert_same_bits(run_dir, uninterrupted)
+
+
+def test_job_killed_at_many_moments_resumes_to_the_same_bits(tmp_path, uninterrupted):
+    run_dir, moments, saving = tmp_path / "run", random.Random(0), 0
+    for _ in range(6):
+        process, before = start(*JOB, "--run-dir", run_dir), len(read_metrics(run_dir))
+        assert wait_while_running(process, until=lambda: len(read_metrics(run_dir)) > before)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        assert finish(process).returncode == -signal.SIGKILL
+        saving += any("tmp" in path.name for path in (run_dir / "checkpoints").iterdir())
+    assert saving  # that is, some kills came in the middle of a checkpoint
+    done = run(*JOB, "--run-dir", run_dir)
+    assert done.returncode == 0 and ", going on from step " in done.stdout
+    assert_same_bits(run_dir, uninterrupted)
