@@ -59,14 +59,16 @@ class Job:
         return evaluate_split(self.recipe.network, self.mesh, variables, self.source.preprocessing, split)
 
     def _start_from(self, run_dir: Path) -> None:
-        with Checkpoints(run_dir) as checkpoints:
-            variables = checkpoints.restore_model(best_step(run_dir, checkpoints), self.initial.variables)
+        trained = Trained(run_dir).variables
         ours, theirs = (
-            jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
-            for tree in (self.initial.variables, variables)
+            jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (self.initial.variables, trained)
         )
         if ours != theirs:
-            raise UserError(f"init_from = '{run_dir}' holds other shapes; wanted a run of the same network.")
+            raise UserError(
+                f"init_from = '{run_dir}' holds the parameters of another network; wanted a run with the same "
+                "model, input shape and number of classes."
+            )
+        variables = distributed.replicate(self.mesh, jax.device_get(trained))
         average = None if self.initial.average is None else variables
         self.initial = self.initial._replace(variables=variables, average=average)
 

@@ -1,15 +1,26 @@
 """A trace of some steps, to be opened in TensorBoard, XProf or Perfetto."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
 
 class Profiler:
-    """Traces the first steps after those that compile the program, as many as the job asks for."""
+    """Traces the first steps after those that compile the program, as many as the job asks for.
+
+    Its `with` block is the job. The trace ends with the block, however that ends.
+    """
 
     def __init__(self, run_dir: Path, steps: int, *, writes: bool):
-        self._directory, self._left, self._active, self._writes = run_dir / "profile", steps, False, writes
+        self._directory, self._left, self._writes = run_dir / "profile", steps, writes
+        self._active = False
+
+    def __enter__(self) -> "Profiler":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
 
     def before(self, steps: int) -> int:
         """Returns how many of the next `steps` to take, and starts the trace if it has to begin now."""

@@ -16,7 +16,6 @@ from train.errors import UserError
 from train.file_formats import reading
 from train.job import Trained, evaluate_split
 
-IMAGE_FILES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for as many bytes a pixel
 # Images are predicted this many at a time, the last ones beside zeros: one program for any number of them, in
 # which none's result depends on the others. Small, because a single image costs as much.
@@ -111,8 +110,8 @@ def export(run_dir: Path, path: Path) -> str:
 def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     """Reads an image with as many channels as `shape` has, (h, w, channels), uint8; or an array as it is."""
     with reading(path, "an image, an .npy array of images, or an .npz archive of one array or with x_test"):
-        if path.suffix.lower() in IMAGE_FILES:
-            return _read_image(path, IMAGE_MODES.get(shape[-1], "RGB") if len(shape) == 3 else "L")
+        if path.suffix.lower() not in (".npy", ".npz"):
+            return _read_image(path, IMAGE_MODES.get(shape[-1], "RGB"))
         loaded = np.load(path, allow_pickle=False)
         if isinstance(loaded, np.ndarray):
             return loaded

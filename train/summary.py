@@ -1,5 +1,6 @@
 """What a session says of itself: before it starts, and when it has ended."""
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -44,17 +45,22 @@ def summarize(
         "best_test_accuracy": max((line["accuracy"] for line in tests.values()), default=None),
         "wall_seconds": round(wall_seconds, 3),
         "examples_per_second": examples_per_second and round(examples_per_second, 1),
-        "peak_host_bytes": _peak_host_bytes(),
-        "peak_device_bytes": _peak_device_bytes(),
+        "peak_host_bytes": peak_host_bytes(),
+        "peak_device_bytes": peak_device_bytes(),
     }
 
 
-def _peak_host_bytes() -> int:
+def peak_host_bytes() -> int:
+    """Returns the most memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(peak[1]) * 1024
+    # Where Linux has the former, this would count the process that started this one, too.
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # kilobytes but on macOS
 
 
-def _peak_device_bytes() -> int | None:
-    """Returns the most that one device held; None on CPUs, whose memory is the host's."""
+def peak_device_bytes() -> int | None:
+    """Returns the most memory that one device has held; None on CPUs, whose memory is the host's."""
     held = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return max((peak for peak in held if peak is not None), default=None)

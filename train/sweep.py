@@ -70,7 +70,9 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     Raises:
       UserError: OUT cannot be created.
     """
-    from train import distributed, run_directory  # which import jax
+    import jax
+
+    from train import distributed, run_directory
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,7 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     for job in planned:
         say(f"[{len(results) + 1}/{len(planned)}] {job.config.run_dir}", flush=True)
         code, reached = _train(job.config, stop)
+        jax.clear_caches()  # or the programs of all jobs would stay in memory
         if reached["error"]:
             say(f"{reached['status']}: {reached['error']}")
         codes.append(code)
