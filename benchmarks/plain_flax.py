@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from train import data
-from train.config import Model, load, total_steps
+from train.config import Model, total_steps
+from train.parsing import load
 
 
 class Net(nn.Module):
@@ -40,7 +41,8 @@ def main(path: Path, data_path: str | None) -> dict[str, float]:
     """Trains, and returns the seconds of all steps but the first, and the accuracies after the last."""
     config = load(path, ["--data.path", data_path] if data_path else [])
     dataset = data.load(config.data)
-    inputs, labels = jax.device_put(dataset.train)
+    train, validation, test = (_examples(dataset, split) for split in dataset[:3])
+    inputs, labels = train
     per_epoch = data.steps_per_epoch(len(labels), config.batch_size)
     steps, settings = total_steps(config, per_epoch), config.optimizer
     optimizer = optax.chain(
@@ -71,8 +73,9 @@ def main(path: Path, data_path: str | None) -> dict[str, float]:
 
     @jax.jit
     def accuracy(params, batch_stats, split):
-        logits = model.apply({"params": params, "batch_stats": batch_stats}, split.inputs, train=False)
-        return jnp.mean(logits.argmax(-1) == split.labels)
+        inputs, labels = split
+        logits = model.apply({"params": params, "batch_stats": batch_stats}, inputs, train=False)
+        return jnp.mean(logits.argmax(-1) == labels)
 
     state = params, batch_stats, optimizer.init(params)
     for step in range(steps):
@@ -86,9 +89,14 @@ def main(path: Path, data_path: str | None) -> dict[str, float]:
             started = time.perf_counter()
     jax.block_until_ready(state)
     seconds = time.perf_counter() - started
-    splits = {"validation_accuracy": dataset.validation, "test_accuracy": dataset.test}
+    splits = {"validation_accuracy": validation, "test_accuracy": test}
     found = {name: float(accuracy(*state[:2], split)) for name, split in splits.items()}
     return {"steps": steps - 1, "seconds": seconds, **found}
+
+
+def _examples(dataset: data.Dataset, split: data.Split) -> tuple[jax.Array, jax.Array]:
+    inputs, labels = split.take(slice(None))
+    return jax.device_put((dataset.preprocessing(inputs), labels))
 
 
 if __name__ == "__main__":

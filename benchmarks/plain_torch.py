@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from train import data
-from train.config import Model, load, total_steps
+from train.config import Model, total_steps
+from train.parsing import load
 
 
 def network(config: Model, features: int, classes: int) -> nn.Sequential:
@@ -36,7 +37,8 @@ def main(path: Path, data_path: str | None) -> dict[str, float]:
     dataset = data.load(config.data)
 
     def tensors(split):
-        inputs, labels = torch.from_numpy(split.inputs), torch.from_numpy(split.labels).long()
+        inputs, labels = split.take(slice(None))
+        inputs, labels = torch.from_numpy(dataset.preprocessing(inputs)), torch.from_numpy(labels).long()
         if config.model.name == "cnn":
             return inputs.permute(0, 3, 1, 2).contiguous(), labels
         return inputs.flatten(1), labels

@@ -66,6 +66,7 @@ class Logs:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            speed_estimate_period=300,  # seconds to average over; a step may take minutes
         )
         self._task = self._progress.add_task("training", total=total_steps, completed=first_step)
         self._in_table = False
@@ -115,10 +116,12 @@ class Logs:
 
 
 class _Rate(ProgressColumn):
-    """Steps per second, once they are known."""
+    """Steps per second, evaluations included, once they are known."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} steps/s" if task.speed else "compiling")
+        if not task.speed:
+            return Text("compiling")
+        return Text(f"{task.speed:,.0f} steps/s" if task.speed >= 10 else f"{task.speed:.2g} steps/s")
 
 
 def _row(step: int, epoch: float, results: Results, seconds: float) -> str:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from train import data, distributed, report, run_directory, summary
 from train import state as states
@@ -17,7 +16,7 @@ from train.errors import RunFailed, UserError
 from train.job import Job
 from train.logs import Logs, Results
 from train.profiling import Profiler
-from train.state import Source, TrainState
+from train.state import TrainState
 from train.stopping import StopRequests
 
 SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait, or one step if that is longer
@@ -46,18 +45,20 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
                 f"{job.total_steps}; wanted as many or more. Give another --run_dir for a shorter run."
             )
     with contextlib.ExitStack() as stack:
-        with distributed.all_or_none("begin the run"):
+        with distributed.all_or_none("use the run directory"):
             if first:
                 run_directory.create(config)
                 stack.enter_context(run_directory.locked(run_dir))
-                run_directory.begin(config, job.data)
         checkpoints = stack.enter_context(Checkpoints(run_dir))
         step = checkpoints.latest_step
-        if step is None and earlier and earlier["step"]:
-            raise UserError(
-                f"run_dir = '{run_dir}' had reached step {earlier['step']}, but its checkpoints are gone. Bring "
-                "them back, or give another --run_dir."
-            )
+        with distributed.all_or_none("begin the run"):
+            if step is None and earlier and earlier["step"]:
+                raise UserError(
+                    f"run_dir = '{run_dir}' had reached step {earlier['step']}, but its checkpoints are gone. "
+                    "Bring them back, or give another --run_dir."
+                )
+            if first:
+                run_directory.begin(config, job.data)
         state = job.initial if step is None else checkpoints.restore(step, job.initial)
         run = _Run(job, checkpoints, stop)
         error = None
@@ -94,10 +95,9 @@ class _Run:
 
     def stalled(self, step: int) -> bool:
         """Tells whether the evaluations up to this step have stopped getting better."""
-        config, best = self._job.config, self._checkpoints.best_step
-        return bool(config.early_stopping) and step // config.eval_every - (
-            best or 0
-        ) // config.eval_every >= (config.early_stopping)
+        config = self._job.config
+        done, best = (at // config.eval_every for at in (step, self._checkpoints.best_step or 0))
+        return 0 < config.early_stopping <= done - best
 
     def train(self, state: TrainState, logs: Logs) -> None:
         """Takes steps, evaluates and saves, in this order, until the end, a stop, or a failure."""
@@ -108,7 +108,7 @@ class _Run:
             if epoch != step // job.steps_per_epoch:
                 epoch = step // job.steps_per_epoch
                 order = data.order(config.seed, epoch, len(job.data.train))
-                device_order = distributed.replicate(job.mesh, order) if job.on_device else None
+                order = distributed.replicate(job.mesh, order) if job.on_device else order
             first = step - epoch * job.steps_per_epoch
             next_eval = min((step // config.eval_every + 1) * config.eval_every, job.total_steps)
             steps = min(at_once, job.steps_per_epoch - first, next_eval - step)
@@ -116,18 +116,7 @@ class _Run:
                 steps = profiler.before(steps)
 
             started = time.perf_counter()
-            if job.on_device:
-                state = states.train_steps(
-                    job.recipe,
-                    state,
-                    job.source,
-                    device_order,
-                    first * config.batch_size,
-                    steps,
-                    loop=job.loop,
-                )
-            else:
-                state = self._stream(state, order, first, steps)
+            state = self._take(state, order, first * config.batch_size, steps)
             step = int(state.step)
             seconds = time.perf_counter() - started
             profiler.after(steps)
@@ -152,12 +141,13 @@ class _Run:
                 break
         profiler.stop()
 
-    def _stream(self, state: TrainState, order: np.ndarray, first: int, steps: int) -> TrainState:
+    def _take(self, state: TrainState, order: Any, start: int, steps: int) -> TrainState:
         job, size = self._job, self._job.config.batch_size
-        for step in range(first, first + steps):
-            batch = job.data.train.take(order[step * size : (step + 1) * size])
-            source: Source = job.source._replace(examples=distributed.shard(job.mesh, batch))
-            state = states.train_on_batch(job.recipe, state, source)
+        if job.on_device:
+            return states.train_steps(job.recipe, state, job.source, order, start, steps, loop=job.loop)
+        for at in range(start, start + steps * size, size):
+            batch = distributed.shard(job.mesh, job.data.train.take(order[at : at + size]))
+            state = states.train_on_batch(job.recipe, state, job.source._replace(examples=batch))
         return state
 
     def _evaluate_and_save(self, state: TrainState, logs: Logs) -> TrainState:

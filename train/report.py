@@ -28,5 +28,5 @@ def draw_curves(run_dir: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    figure.suptitle(run_dir.name)
+    figure.suptitle(run_dir.name, parse_math=False)
     figure.savefig(run_dir / "curves.png", dpi=120)

@@ -51,7 +51,9 @@ def earlier_summary(config: Config) -> dict[str, Any] | None:
     """
     path = Path(config.run_dir)
     if not (path / "config.json").exists():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # What a run makes before its config.json, and may have been killed after.
+        begun = {"config.tmp", "checkpoints"}
+        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - begun):
             raise UserError(f"run_dir = '{path}' is in use, and not by a run; give another --run_dir.")
         return None
     summary = read_json(path / "summary.json") if (path / "summary.json").exists() else None

@@ -53,9 +53,9 @@ def summarize(
 def peak_host_bytes() -> int:
     """Returns the most memory that this process has held."""
     status = Path("/proc/self/status")
+    # On Linux, getrusage also counts what the process that started this one has held.
     if status.exists() and (peak := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(peak[1]) * 1024
-    # Where Linux has the former, this would count the process that started this one, too.
     largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return largest if sys.platform == "darwin" else largest * 1024  # kilobytes but on macOS
 

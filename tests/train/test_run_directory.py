@@ -32,6 +32,10 @@ def test_unused_directory_has_no_earlier_run(make_config):
     assert run_directory.earlier_summary(config) is None
     Path(config.run_dir).mkdir()
     assert run_directory.earlier_summary(config) is None
+    # Killed before there was a config.json.
+    (Path(config.run_dir) / "config.tmp").write_text('{"see')
+    (Path(config.run_dir) / "checkpoints").mkdir()
+    assert run_directory.earlier_summary(config) is None
 
 
 def test_begin_writes_a_config_that_can_be_run_again_and_the_environment(make_config):

@@ -1,0 +1,352 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from command import run
+from numpy.testing import assert_allclose, assert_array_equal
+from PIL import Image
+
+from train import data, distributed, run_directory, serving
+from train import state as states
+from train.checkpoint import Checkpoints
+from train.config import Config, Data, Model, Optimizer
+from train.errors import UserError
+from train.job import Job
+
+BROKEN = Path(__file__)  # whatever its name says, no image and no array
+
+
+def save(run_dir, *, average=0.0, **changes):
+    """Leaves a run with one checkpoint, of parameters and statistics that no two layers have alike."""
+    sections = {"data": Data, "model": Model}
+    changes = {key: sections[key](**values) for key, values in changes.items()}
+    config = Config(str(run_dir), steps=1, devices=1, optimizer=Optimizer(average=average), **changes)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        job = Job(config)
+    rng = np.random.RandomState(0)
+    moved = lambda leaf: (leaf + rng.uniform(0, 0.3, leaf.shape)).astype(leaf.dtype)
+    evaluated = distributed.replicate(job.mesh, jax.tree.map(moved, jax.device_get(job.initial.variables)))
+    state = job.initial._replace(step=np.int32(1))
+    state = state._replace(**{"average" if average else "variables": evaluated})
+    run_directory.create(config)
+    run_directory.begin(config, job.data)
+    with Checkpoints(Path(config.run_dir)) as checkpoints:
+        checkpoints.save(state, {"loss": 1.0, "accuracy": 0.5})
+    return job, state
+
+
+def probabilities(job, state, inputs):
+    """Those of the live model, in batches as they are predicted in."""
+    rows = -len(inputs) % serving.PREDICT_BATCH
+    padded = np.concatenate([inputs, np.zeros((rows, *inputs.shape[1:]), inputs.dtype)])
+    source = job.source.preprocessing
+    parts = [
+        states.probabilities(
+            job.recipe.network, state.evaluated, source, distributed.replicate(job.mesh, part)
+        )
+        for part in padded.reshape(-1, serving.PREDICT_BATCH, *inputs.shape[1:])
+    ]
+    return np.concatenate(parts)[: len(inputs)]
+
+
+def predicted(run_dir, *paths):
+    lines = list(serving.predict(run_dir, [str(path) for path in paths]))
+    return lines, np.float32([line["probabilities"] for line in lines])
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("digits")
+    return run_dir, *save(run_dir, model={"widths": (16,)})
+
+
+@pytest.fixture(scope="module")
+def colours(tmp_path_factory):
+    """A run on colour images of bytes, which the network sees normalized."""
+    folder = tmp_path_factory.mktemp("colours")
+    rng = np.random.RandomState(0)
+    x, y = rng.randint(0, 256, (90, 6, 5, 3)).astype(np.uint8), np.arange(90) % 4
+    np.savez(folder / "npz.npz", x_train=x[:60], y_train=y[:60], x_test=x[60:], y_test=y[60:])
+    options = {"name": "npz", "path": str(folder), "normalize": True}
+    return folder, *save(folder / "run", data=options, model={"widths": (8,)}, batch_size=20)
+
+
+# Evaluation
+
+
+def test_evaluation_is_that_of_the_live_model(digits, colours):
+    for run_dir, (_, job, state) in ((digits[0], digits), (colours[0] / "run", colours)):
+        live = job.evaluate(state.evaluated, job.data.test)
+        examples = len(job.data.test)
+        expected = {"split": "test", "step": 1, **live, "examples": examples}
+        assert serving.evaluate(run_dir) == expected
+
+
+def test_data_from_elsewhere_are_evaluated_as_if_the_run_had_had_them(digits, colours, tmp_path):
+    run_dir, job, state = digits
+    test = job.data.test.take(slice(0, 50))
+    np.savez(tmp_path / "some.npz", x_train=test[0], y_train=test[1], x_test=test[0], y_test=test[1])
+    live = job.evaluate(state.evaluated, data.Split(*test, np.arange(50)))
+    expected = {"split": "test", "step": 1, **live, "examples": 50}
+    assert serving.evaluate(run_dir, str(tmp_path / "some.npz")) == expected
+    # In bytes they differ by rounding to 1/255.
+    bytes_ = np.round(test[0] * 255).astype(np.uint8)
+    np.savez(tmp_path / "bytes.npz", x_train=bytes_, y_train=test[1], x_test=bytes_, y_test=test[1])
+    assert_allclose(serving.evaluate(run_dir, str(tmp_path / "bytes.npz"))["loss"], live["loss"], rtol=0.01)
+
+    folder, job, state = colours
+    (tmp_path / "moved").mkdir()
+    (folder / "npz.npz").rename(tmp_path / "moved" / "npz.npz")
+    try:
+        with pytest.raises(UserError, match="npz.* from --data.path"):
+            serving.evaluate(folder / "run")
+        moved = serving.evaluate(folder / "run", str(tmp_path / "moved"))
+    finally:
+        (tmp_path / "moved" / "npz.npz").rename(folder / "npz.npz")
+    assert moved == serving.evaluate(folder / "run")
+
+
+@pytest.mark.parametrize(
+    "x, labels, message",
+    [
+        (np.zeros((4, 6, 5, 1), np.uint8), 4, r"holds uint8\[4, 6, 5, 1\]; wanted .* shape \[6, 5, 3\]"),
+        (np.zeros((4, 6, 5, 3), np.float32), 4, r"holds float32\[4, 6, 5, 3\]; wanted uint8, as in"),
+        (np.zeros((4, 6, 5, 3), np.uint8), 5, "has labels up to 4; wanted at most 3, as in"),
+    ],
+)
+def test_data_of_another_kind_are_not_evaluated(colours, tmp_path, x, labels, message):
+    y = np.arange(4) % labels if labels < 5 else np.full(4, 4)
+    np.savez(tmp_path / "other.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(UserError, match=f"the test split of {tmp_path}/other.npz {message}"):
+        serving.evaluate(colours[0] / "run", str(tmp_path / "other.npz"))
+
+
+# Prediction
+
+
+def test_predictions_are_those_of_the_live_model_whatever_comes_with_an_image(digits, tmp_path):
+    run_dir, job, state = digits
+    inputs = job.data.test.take(slice(0, serving.PREDICT_BATCH + 9)).inputs
+    np.save(tmp_path / "all.npy", inputs)
+    np.save(tmp_path / "three.npy", inputs[:3, ..., 0])
+    np.save(tmp_path / "one.npy", inputs[4])
+    np.savez(tmp_path / "only.npz", images=np.float64(inputs[5:6]))
+    np.savez(tmp_path / "test.npz", x_train=inputs, x_test=inputs[6:8])
+    expected = probabilities(job, state, inputs)
+
+    lines, actual = predicted(run_dir, tmp_path / "all.npy")
+    assert_array_equal(actual, expected)
+    assert [line["class"] for line in lines] == expected.argmax(1).tolist()
+    assert_allclose(actual.sum(1), 1, rtol=1e-5)
+
+    names = ["three.npy", "one.npy", "only.npz", "test.npz"]
+    lines, actual = predicted(run_dir, *(tmp_path / name for name in names))
+    assert_array_equal(actual, expected[[0, 1, 2, 4, 5, 6, 7]])
+    places = [(Path(line["file"]).name, line["image"]) for line in lines]
+    assert places == [
+        *(("three.npy", i) for i in range(3)),
+        *((n, i) for n in names[1:] for i in range(1 + (n == "test.npz"))),
+    ]
+
+
+def test_pictures_are_read_with_the_channels_that_the_network_has(digits, colours, tmp_path):
+    run_dir, job, state = digits
+    grey = np.random.RandomState(0).randint(0, 256, (8, 8)).astype(np.uint8)
+    as_trained = np.float32(grey[None, ..., None]) / np.float32(255)
+    for mode in ("L", "P", "RGB", "RGBA"):
+        Image.fromarray(grey).convert(mode).save(tmp_path / f"{mode}.png")
+        _, actual = predicted(run_dir, tmp_path / f"{mode}.png")
+        assert_array_equal(actual, probabilities(job, state, as_trained))
+
+    folder, job, state = colours
+    colour = np.random.RandomState(0).randint(0, 256, (6, 5, 3)).astype(np.uint8)
+    Image.fromarray(colour).save(tmp_path / "colour.bmp")
+    Image.fromarray(colour[..., 0]).save(tmp_path / "grey.png")
+    _, actual = predicted(folder / "run", tmp_path / "colour.bmp", tmp_path / "grey.png")
+    pair = np.stack([colour, np.repeat(colour[..., :1], 3, -1)])
+    assert_array_equal(actual, probabilities(job, state, pair))
+
+
+def test_vectors_are_predicted_one_or_many(tmp_path):
+    x = np.random.RandomState(0).normal(5, 3, (40, 7))
+    np.savez(tmp_path / "npz.npz", x_train=x, y_train=np.arange(40) % 3, x_test=x, y_test=np.arange(40) % 3)
+    options = {"name": "npz", "path": str(tmp_path)}
+    job, state = save(tmp_path / "run", data=options, model={"widths": (8,)}, batch_size=20)
+    np.save(tmp_path / "one.npy", x[3])
+    np.save(tmp_path / "many.npy", np.float16(x[:2]))
+    _, actual = predicted(tmp_path / "run", tmp_path / "one.npy", tmp_path / "many.npy")
+    given = np.concatenate([x[3:4], np.float16(x[:2])]).astype(np.float32)
+    assert_array_equal(actual, probabilities(job, state, given))
+    np.save(tmp_path / "bytes.npy", x.astype(np.uint8))
+    with pytest.raises(UserError, match=r"uint8\[40, 7\]; wanted floating point, as in the data that"):
+        predicted(tmp_path / "run", tmp_path / "bytes.npy")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            np.zeros((8, 9), np.float32),
+            r"holds float32\[8, 9\]; wanted one example of shape \[8, 8, 1\], or n",
+        ),
+        (np.zeros((0, 8, 8), np.float32), "wanted one example or more"),
+        (np.zeros((8, 8), int), r"holds int64\[8, 8\]; wanted uint8 or floating point"),
+        (np.full((8, 8), 16.0), r"holds float64\[8, 8\]; wanted numbers from 0 to 1"),
+        (np.full((8, 8), np.nan), "wanted finite numbers"),
+        (np.full((8, 8), None), "cannot be read: Object arrays"),
+        (
+            {"a": np.zeros((8, 8)), "b": np.zeros((8, 8))},
+            "cannot be read: it has .'a', 'b'.; wanted an image",
+        ),
+        (b"PK\x03\x04 and no more", "cannot be read: "),
+    ],
+)
+def test_arrays_of_another_kind_are_refused_before_anything_is_predicted(digits, tmp_path, content, message):
+    np.save(tmp_path / "good.npy", np.zeros((8, 8)))
+    bad = tmp_path / ("bad.npz" if isinstance(content, dict) else "bad.npy")
+    if isinstance(content, dict):
+        np.savez(bad, **content)
+    elif isinstance(content, bytes):
+        bad.write_bytes(content)
+    else:
+        np.save(bad, content)
+    with pytest.raises(UserError, match=f"{bad} {message}"):
+        next(serving.predict(digits[0], [str(tmp_path / "good.npy"), str(bad)]))
+
+
+def test_pictures_of_another_kind_are_refused(digits, tmp_path):
+    def refused(image, message):
+        image.save(tmp_path / "bad.png")
+        with pytest.raises(UserError, match=f"bad.png {message}"):
+            predicted(digits[0], tmp_path / "bad.png")
+
+    refused(Image.new("L", (9, 8)), r"holds uint8\[8, 9, 1\]; wanted one example of shape \[8, 8, 1\]")
+    refused(Image.new("I;16", (8, 8)), "cannot be read: it has more than 8 bits a channel")
+    refused(Image.new("RGBA", (8, 8), (9, 9, 9, 0)), "cannot be read: it is transparent in places; wanted")
+    with pytest.raises(UserError, match="test_serving.py cannot be read: cannot identify image file"):
+        predicted(digits[0], BROKEN)
+    with pytest.raises(UserError, match="none.png cannot be read: .*No such file"):
+        predicted(digits[0], tmp_path / "none.png")
+
+
+# Export
+
+BATCHES = (1, 3)
+# A plain JAX program: it can import neither jbn nor flax, and runs what it is given.
+RUN_EXPORTED = """
+import sys
+sys.modules |= dict.fromkeys(("jbn", "train", "flax"))
+import jax, numpy as np
+from jax import export
+for name in sys.argv[1:]:
+    program = export.deserialize(bytearray(open(name + ".stablehlo", "rb").read()))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    images = np.load(name + ".npy")
+    np.savez(name + ".npz", *(program.call(images[:n]) for n in (1, len(images))))
+"""
+NETWORKS = [
+    *(
+        {"name": "cnn", "widths": (8,), "norm": n}
+        for n in ("batch", "none", "ghost", "layer", "group", "flax")
+    ),
+    {"name": "mlp", "widths": (16,)},
+    {"name": "nnx_mlp", "widths": (16,), "norm": "ghost"},
+    {"name": "resnet20", "widths": (4, 4, 4)},
+    {"name": "mlp", "widths": (16,), "dtype": "bfloat16"},
+    {"name": "cnn", "widths": (8,), "dtype": "bfloat16", "norm": "group"},
+]
+
+
+def test_exported_programs_need_jax_alone_and_compute_the_same(tmp_path):
+    inputs = np.random.RandomState(0).rand(3, 8, 8, 1).astype(np.float32)
+    names = [str(tmp_path / str(i)) for i in range(len(NETWORKS))]
+    for name, network in zip(names, NETWORKS):
+        save(name, model=network)
+        np.save(f"{name}.npy", inputs)
+        serving.export(Path(name), Path(f"{name}.stablehlo"))
+    command = [sys.executable, "-I", "-c", RUN_EXPORTED, *names]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, network in zip(names, NETWORKS):
+        _, expected = predicted(Path(name), f"{name}.npy")
+        tolerance = 0.02 if network.get("dtype") == "bfloat16" else 1e-5
+        for actual in np.load(f"{name}.npz").values():
+            assert actual.dtype == np.float32 and len(actual) in BATCHES
+            assert_allclose(actual, expected[: len(actual)], rtol=tolerance, atol=tolerance)
+        assert np.ptp(expected, axis=0).max() > 0.01, "whatever the image, the same"
+
+
+def test_exported_program_takes_raw_bytes_and_says_how_to_run_it(colours, tmp_path):
+    folder, job, state = colours
+    images = job.data.test.take(slice(0, 5)).inputs
+    told = serving.export(folder / "run", tmp_path / "model")
+    namespace = {"images": images}
+    exec("\n".join(line.strip() for line in told.splitlines()[1:]), namespace)
+    assert_allclose(namespace["probabilities"], probabilities(job, state, images), rtol=1e-5)
+    assert "uint8 (n, 6, 5, 3)" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "name, message", [("no/model", "cannot be written: No such file"), ("", "is a folder")]
+)
+def test_program_that_cannot_be_written_is_bad_input(digits, tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        serving.export(digits[0], tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_moving_average_is_what_is_evaluated_predicted_and_exported(tmp_path):
+    job, state = save(tmp_path / "run", average=0.9, model={"widths": (16,)})
+    images = job.data.test.take(slice(0, 4)).inputs
+    np.save(tmp_path / "images.npy", images)
+    expected = probabilities(job, state, images)
+    of_the_weights = probabilities(job, state._replace(average=None), images)
+    assert np.abs(expected - of_the_weights).max() > 0.01
+    assert serving.evaluate(tmp_path / "run")["loss"] == job.evaluate(state.average, job.data.test)["loss"]
+    assert_array_equal(predicted(tmp_path / "run", tmp_path / "images.npy")[1], expected)
+    serving.export(tmp_path / "run", tmp_path / "model")
+    program = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()))
+    assert_allclose(program.call(images), expected, rtol=1e-5)
+
+
+# The commands
+
+
+def test_commands_print_what_the_functions_return(digits, tmp_path):
+    run_dir = digits[0]
+    np.save(tmp_path / "two.npy", np.zeros((2, 8, 8)))
+    done = run("predict", run_dir, tmp_path / "two.npy", tmp_path / "two.npy")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [list(line) for line in lines] == 4 * [["file", "image", "class", "probabilities"]]
+    done = run("export", run_dir)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (
+        done.stdout.startswith(f"Wrote {run_dir}/model.stablehlo.") and (run_dir / "model.stablehlo").exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "eval",
+        "eval RUN --data.paht x",
+        "predict RUN",
+        "predict RUN --data.path x",
+        "export RUN a b",
+        "export RUN --out a",
+    ],
+)
+def test_misused_command_shows_how_it_is_used(capsys, arguments):
+    from train.__main__ import main
+
+    assert main(arguments.split()) == 2
+    assert (
+        f"'{arguments}' is no command" in (shown := capsys.readouterr().err)
+        and "export RUN_DIR [FILE]" in shown
+    )
