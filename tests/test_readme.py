@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train.parsing import load
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 INDENTED = re.findall(r"^    (.+)$", README.split("\n## ")[0], re.M)
@@ -52,6 +54,16 @@ def test_shell_lines_run_in_their_order(checkout, line):
     assert program == "python"
     done = subprocess.run([sys.executable, *arguments], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("language, processes", [("bash", None), ("yaml", "2")])
+def test_lines_for_clusters_are_a_job_that_loads(language, processes):
+    (block,) = blocks(language)
+    # One command over several lines, up to one that begins something else.
+    command = re.search(r"python -m train ((?:.*\n)(?: +--.*\n)*)", block)[1]
+    config, *flags = shlex.split(command.replace("$JOB_COMPLETION_INDEX", "1"))
+    loaded = load(ROOT / config, flags)
+    assert loaded.run_dir == "/shared/runs/cifar10" and str(loaded.num_processes or None) == str(processes)
 
 
 def test_every_command_of_the_results_table_names_a_config_that_exists():

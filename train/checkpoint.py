@@ -1,9 +1,9 @@
 """Checkpoints of the training state: a thin layer over Orbax.
 
 A checkpoint has the items `model` (the parameters and running statistics that are evaluated, which belong
-together), `optimizer` (its state, and what it trains if a moving average of that is evaluated) and `meta` (the
-step and the sums that the next log line reports). Data order, augmentation and learning rate are functions of
-the seed and the step, so nothing else is needed to go on exactly.
+together), `optimizer` (its state, and what it trains if a moving average of that is evaluated) and `meta`
+(the step and the sums that the next log line reports). Data order, augmentation and learning rate are
+functions of the seed and the step, so nothing else is needed to go on exactly.
 """
 
 import logging
@@ -71,8 +71,9 @@ class Checkpoints:
         try:
             saved = self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
         except Exception as error:  # what Orbax raises depends on the file system
-            reason = explain(error) or f"{str(error).partition(chr(10))[0][:300]}. What was saved before is kept."
-            raise RunFailed(f"step {step} could not be saved to '{self._manager.directory}': {reason}") from error
+            reason = explain(error) or f"{error}. What was saved before is kept."
+            folder = self._manager.directory
+            raise RunFailed(f"step {step} could not be saved to '{folder}': {reason}") from error
         if not saved:
             raise RuntimeError(f"Orbax declined to save step {step} after step {self.latest_step}.")
 

@@ -38,8 +38,8 @@ class Model:
     """A multi-layer perceptron in Flax Linen or in NNX, a small convolutional network, a residual network for
     small images (20, 56) or for large ones (18, 50)."""
     norm: Literal["batch", "none", "ghost", "layer", "group", "flax"] = "batch"
-    """What normalizes the input of each activation: batch norm, nothing, batch norm of virtual batches, Flax's
-    layer norm, group norm, or batch norm."""
+    """What normalizes the input of each activation: batch norm, nothing, batch norm of virtual batches, or
+    Flax's layer norm, group norm, or batch norm."""
     norm_momentum: float = 0.9
     """The weight of the old value in the running statistics (PyTorch's momentum is 1 minus this)."""
     virtual_batch_size: int = 32
@@ -47,7 +47,7 @@ class Model:
     norm_groups: int = 8
     """Groups of channels of norm = "group"."""
     widths: tuple[int, ...] = ()
-    """Features of each hidden layer, channels of each stage; if empty, those that are usual for the network."""
+    """Features of each hidden layer, channels of each stage; if empty, the network's usual ones."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """The activation of each hidden layer."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -65,11 +65,11 @@ class Optimizer:
     weight_decay: float = 0.0
     """Decay of the weights; never applied to scales and biases."""
     schedule: Literal["constant", "cosine", "linear", "step"] = "cosine"
-    """The learning rate after warm-up: held, taken to 0 along a cosine or a line, or reduced at milestones."""
+    """The learning rate after warm-up: held, taken to 0 by a cosine or a line, or reduced at milestones."""
     warmup_steps: int = 0
     """Steps in which the learning rate grows linearly from 0."""
     milestones: tuple[float, ...] = (0.5, 0.75)
-    """Fractions of the job after which schedule = "step" multiplies the learning rate with milestone_factor."""
+    """Fractions of the job after which schedule = "step" multiplies the rate with milestone_factor."""
     milestone_factor: float = 0.1
     """What the learning rate is multiplied with at each milestone."""
     clip_norm: float = 0.0
@@ -118,7 +118,7 @@ class Config:
     process_id: int | None = None
     """Which of them this is, from 0."""
     peer_timeout: int = 100
-    """Seconds after which a process that does not come, or that is silent, is given up, and the job with it."""
+    """Seconds after which a process that does not come, or is silent, is given up, and the job with it."""
 
 
 # How and where a job runs does not change what it computes, but for rounding.
@@ -157,6 +157,10 @@ def check(config: Config) -> None:
         "early_stopping": ("0 or more", lambda value: value >= 0),
         "profile": ("0 or more", lambda value: value >= 0),
         "devices": ("1 or more", lambda value: value is None or value >= 1),
+        "coordinator": (
+            "HOST:PORT",
+            lambda value: value is None or all(value.rpartition(":")) and value.rpartition(":")[2].isdigit(),
+        ),
         "num_processes": ("1 or more", lambda value: value is None or value >= 1),
         "peer_timeout": ("1 or more", lambda value: value >= 1),
         "seed": ("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
@@ -204,8 +208,8 @@ def _check_together(config: Config) -> None:
         )
     if config.early_stopping and not config.data.validation:
         raise UserError(
-            f"early_stopping = {config.early_stopping} and data.validation = 0; wanted a part of the training "
-            "data to judge by, data.validation = 0.1, say."
+            f"early_stopping = {config.early_stopping} and data.validation = 0; wanted a part of the "
+            "training data to judge by, data.validation = 0.1, say."
         )
     processes = (config.coordinator, config.num_processes, config.process_id)
     if processes != (None, 1, None) and 0 < processes.count(None) < 3:

@@ -90,8 +90,8 @@ def make_mesh(config: Config) -> Mesh:
         accumulate = f" in {config.optimizer.accumulate} parts" * (config.optimizer.accumulate > 1)
         larger = (part // len(devices) + 1) * len(devices) * config.optimizer.accumulate
         raise UserError(
-            f"batch_size = {config.batch_size}{accumulate} cannot be split evenly over {len(devices)} devices; "
-            f"wanted {larger}, say, or other --devices."
+            f"batch_size = {config.batch_size}{accumulate} cannot be split evenly over {len(devices)} "
+            f"devices; wanted {larger}, say, or other --devices."
         )
     return mesh_of(devices)
 

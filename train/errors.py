@@ -34,8 +34,8 @@ def explain(error: Exception) -> str | None:
         )
     if any(name in text for name in ("Gloo", "NCCL", "coordination service", "heartbeat")):
         return (
-            f"another process of the job has ended, or cannot be reached: {first_line}. Its own output says why; "
-            "start all of them again."
+            f"another process of the job has ended, or cannot be reached: {first_line}. Its own output says "
+            "why; start all of them again."
         )
     if isinstance(error, OSError):
         return f"{error}. What was saved before is kept; mend that, and start again."

@@ -65,8 +65,8 @@ class Job:
         )
         if ours != theirs:
             raise UserError(
-                f"init_from = '{run_dir}' holds the parameters of another network; wanted a run with the same "
-                "model, input shape and number of classes."
+                f"init_from = '{run_dir}' holds the parameters of another network; wanted a run with the "
+                "same model, input shape and number of classes."
             )
         variables = distributed.replicate(self.mesh, jax.device_get(trained))
         average = None if self.initial.average is None else variables

@@ -54,8 +54,8 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
         with distributed.all_or_none("begin the run"):
             if step is None and earlier and earlier["step"]:
                 raise UserError(
-                    f"run_dir = '{run_dir}' had reached step {earlier['step']}, but its checkpoints are gone. "
-                    "Bring them back, or give another --run_dir."
+                    f"run_dir = '{run_dir}' had reached step {earlier['step']}, but its checkpoints are "
+                    "gone. Bring them back, or give another --run_dir."
                 )
             if first:
                 run_directory.begin(config, job.data)

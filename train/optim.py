@@ -33,9 +33,8 @@ def build(config: Optimizer, steps: int) -> optax.GradientTransformation:
     """Builds the optimizer that a job names. Weight decay spares scales and biases.
 
     Decay is part of the gradient in SGD and in LARS (You et al., 2017), and beside Adam's direction in AdamW
-    (Loshchilov & Hutter, 2019) and in LAMB (You et al., 2020). LARS gives scales and biases plain momentum, and
-    LAMB plain Adam.
-    What `clip_norm` bounds is the gradient without decay.
+    (Loshchilov & Hutter, 2019) and in LAMB (You et al., 2020). LARS gives scales and biases plain momentum,
+    and LAMB plain Adam. What `clip_norm` bounds is the gradient without decay.
     """
     rate, decay, momentum = schedule(config, steps), config.weight_decay, config.momentum
     optimizer = {

@@ -112,14 +112,14 @@ def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     with reading(path, "an image, an .npy array of images, or an .npz archive of one array or with x_test"):
         if path.suffix.lower() not in (".npy", ".npz"):
             return _read_image(path, IMAGE_MODES.get(shape[-1], "RGB"))
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return loaded
-        with loaded as archive:
-            names = ["x_test"] if "x_test" in archive.files else archive.files
+        with path.open("rb") as file:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            names = ["x_test"] if "x_test" in loaded.files else loaded.files
             if len(names) != 1:
                 raise ValueError(f"it has {names}")
-            return archive[names[0]]
+            return loaded[names[0]]
 
 
 def _read_image(path: Path, mode: str) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ class Recipe:
 
 
 class Source(NamedTuple):
-    """What steps take their examples from; the same in every step, but for data that are not on the devices."""
+    """What steps take their examples from; the same in every step if the data are on the devices."""
 
     examples: Examples  # all of the training data, on every device; or one batch, over the devices
     preprocessing: Preprocessing
@@ -124,7 +124,7 @@ def train_step(recipe: Recipe, state: TrainState, source: Source, rows: jax.Arra
 
 
 def _gradients(recipe, variables, inputs, labels):
-    """Returns the gradients of the mean loss, that loss, the sums to report, and the new running statistics."""
+    """Returns the gradients of the mean loss, that loss, the sums to report, and new running statistics."""
     parts = recipe.options.accumulate
 
     def mean_loss(params, batch_stats, network, inputs, labels):

@@ -113,6 +113,33 @@ def test_mistake_in_a_flag_exits_2_and_names_the_key(job, capsys, flags, named):
         (["--data.validation", "1"], r"data.validation = 1.0; wanted a fraction in \[0, 1\)"),
         (["--model.widths", "8", "0"], r"model.widths = \(8, 0\); wanted widths >= 1"),
         (["--optimizer.learning-rate", "nan"], "optimizer.learning_rate = nan"),
+        (
+            ["--optimizer.milestones", "0.7", "0.2"],
+            r"milestones = \(0.7, 0.2\); wanted fractions in \(0, 1\), gr",
+        ),
+        (["--optimizer.average", "1"], "optimizer.average = 1.0"),
+        (["--optimizer.label-smoothing", "-0.1"], "optimizer.label_smoothing = -0.1"),
+        (["--optimizer.clip-norm", "-1"], "optimizer.clip_norm = -1"),
+        (["--data.shift", "-1"], "data.shift = -1; wanted 0 or more"),
+        (["--optimizer.accumulate", "5"], "batch_size = 128 and optimizer.accumulate = 5; .* 125, say"),
+        (
+            ["--optimizer.accumulate", "2", "--model.norm", "flax"],
+            "norm = 'flax', whose running statistics cannot",
+        ),
+        (["--early-stopping", "3", "--data.validation", "0"], "early_stopping = 3 and data.validation = 0"),
+        (
+            ["--num-processes", "2"],
+            "coordinator = None, num_processes = 2, process_id = None; wanted all three",
+        ),
+        (
+            ["--coordinator", "host:1", "--num-processes", "2", "--process-id", "2"],
+            "process_id = 2; wanted a number from 0 to 1",
+        ),
+        (
+            ["--coordinator", "host:1", "--num-processes", "2", "--process-id", "1", "--devices", "1"],
+            "devices = 1 and num_processes = 2; wanted one of the two",
+        ),
+        (["--coordinator", "host"], "coordinator = 'host'; wanted HOST:PORT"),
     ],
 )
 def test_values_that_make_no_sense_are_named(job, flags, message):

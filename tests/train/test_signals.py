@@ -77,7 +77,7 @@ def test_job_stopped_by_signals_resumes_to_the_same_bits(tmp_path, uninterrupted
     run_dir = tmp_path / "run"
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process, before = start(*JOB, "--run-dir", run_dir), len(read_metrics(run_dir))
-        assert wait_while_running(process, until=lambda: len(read_metrics(run_dir)) > before + 8)
+        assert wait_while_running(process, until=lambda at=before + 8: len(read_metrics(run_dir)) > at)
         process.send_signal(number)
         done = finish(process)
         assert done.returncode == code, done
@@ -95,7 +95,7 @@ def test_job_killed_at_many_moments_resumes_to_the_same_bits(tmp_path, uninterru
     run_dir, moments, saving = tmp_path / "run", random.Random(0), 0
     for _ in range(6):
         process, before = start(*JOB, "--run-dir", run_dir), len(read_metrics(run_dir))
-        assert wait_while_running(process, until=lambda: len(read_metrics(run_dir)) > before)
+        assert wait_while_running(process, until=lambda at=before: len(read_metrics(run_dir)) > at)
         time.sleep(moments.uniform(0, 0.3))
         process.kill()
         assert finish(process).returncode == -signal.SIGKILL
