@@ -128,6 +128,9 @@ def _sweep(path: Path, grid: list[str]) -> int:
     out, planned = plan(path, grid)
     with StopRequests() as stop:
         _use_compilation_cache()
+        from train import distributed
+
+        distributed.join(planned[0].config)
         return run(out, planned, stop)
 
 

@@ -12,7 +12,7 @@ from train import data, distributed, report, run_directory, summary
 from train import state as states
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.errors import RunFailed, UserError
+from train.errors import RunFailed, UserError, explained
 from train.job import Job
 from train.logs import Logs, Results
 from train.profiling import Profiler
@@ -65,7 +65,8 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
         with Logs(run_dir, first_step=step or 0, total_steps=job.total_steps, writes=first) as logs:
             logs.say(summary.heading(job, step))
             try:
-                run.train(state, logs)
+                with explained(), Profiler(run_dir, config.profile, writes=first) as profiler:
+                    run.train(state, logs, profiler)
             except RunFailed as failure:
                 error = failure
             seconds = logs.seconds
@@ -99,10 +100,9 @@ class _Run:
         done, best = (at // config.eval_every for at in (step, self._checkpoints.best_step or 0))
         return 0 < config.early_stopping <= done - best
 
-    def train(self, state: TrainState, logs: Logs) -> None:
+    def train(self, state: TrainState, logs: Logs, profiler: Profiler) -> None:
         """Takes steps, evaluates and saves, in this order, until the end, a stop, or a failure."""
         job, config = self._job, self._job.config
-        profiler = Profiler(Path(config.run_dir), config.profile, writes=distributed.is_first())
         step, epoch, at_once, compiled = int(state.step), None, 1, False
         while step < job.total_steps and not self.stalled(step):
             if epoch != step // job.steps_per_epoch:
@@ -139,7 +139,6 @@ class _Run:
                 self._checkpoints.save(state, None)
             if signal:
                 break
-        profiler.stop()
 
     def _take(self, state: TrainState, order: Any, start: int, steps: int) -> TrainState:
         job, size = self._job, self._job.config.batch_size

@@ -20,7 +20,7 @@ class Profiler:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self.stop()
+        self._stop()
 
     def before(self, steps: int) -> int:
         """Returns how many of the next `steps` to take, and starts the trace if it has to begin now."""
@@ -35,10 +35,9 @@ class Profiler:
         if self._active:
             self._left -= steps
             if self._left == 0:
-                self.stop()
+                self._stop()
 
-    def stop(self) -> None:
-        """Ends the trace where it is."""
+    def _stop(self) -> None:
         if self._active and self._writes:
             jax.profiler.stop_trace()
         self._active = False

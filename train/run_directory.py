@@ -52,7 +52,7 @@ def earlier_summary(config: Config) -> dict[str, Any] | None:
     path = Path(config.run_dir)
     if not (path / "config.json").exists():
         # What a run makes before its config.json, and may have been killed after.
-        begun = {"config.tmp", "checkpoints"}
+        begun = {".config.json.tmp", "checkpoints"}
         if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - begun):
             raise UserError(f"run_dir = '{path}' is in use, and not by a run; give another --run_dir.")
         return None
@@ -199,6 +199,6 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """Replaces a file's content, whole or not at all, also when the process is killed meanwhile."""
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -101,8 +101,9 @@ def export(run_dir: Path, path: Path) -> str:
         ) from error
     return (
         f"Wrote {path}. To run it, anywhere with jax:\n"
+        "    from pathlib import Path\n"
         "    from jax import export\n"
-        f"    program = export.deserialize(bytearray(open({str(path.absolute())!r}, 'rb').read()))\n"
+        f"    program = export.deserialize(bytearray(Path({str(path.absolute())!r}).read_bytes()))\n"
         f"    probabilities = program.call(images)  # {dtype} (n, {', '.join(map(str, shape))})"
     )
 

@@ -78,7 +78,6 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be created: {error.strerror}; wanted a folder.") from error
-    distributed.join(planned[0].config)
     say = print if distributed.is_first() else lambda *_, **__: None
     results, codes = [], []
     for job in planned:

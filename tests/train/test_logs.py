@@ -84,6 +84,26 @@ def test_large_losses_keep_to_their_column(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[2:8] == ["3.0e+30", "0.5000"] * 3
 
 
+@pytest.mark.parametrize(
+    "seconds_per_step, shown",
+    [(0.0625, "16 steps/s 0:00:03"), (0.5, "2 steps/s 0:00:20"), (40, "0.025 steps/s 0:26:40")],
+)
+def test_progress_shows_rate_and_time_left(tmp_path, capsys, seconds_per_step, shown):
+    """Of a job that has gone on from step 50 of 100, and is at step 60."""
+    with Logs(tmp_path, first_step=50, total_steps=100) as logs:
+        progress, now = logs._progress, 0.0
+        progress.get_time = lambda: now
+        logs.advance(50)
+        progress.print(progress)
+        for step in range(51, 61):
+            now = 7 + seconds_per_step * (step - 50)  # the first one compiled for 7 s
+            logs.advance(step)
+        progress.print(progress)
+    compiling, training = capsys.readouterr().out.splitlines()
+    assert compiling.split()[-3:] == ["50/100", "compiling", "-:--:--"]
+    assert training.endswith(f" 60/100 {shown}")
+
+
 def test_tensorboard_has_the_same_values(tmp_path):
     write(tmp_path, [10])
     (file,) = (tmp_path / "tensorboard").iterdir()

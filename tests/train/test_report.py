@@ -17,3 +17,12 @@ def test_curves_are_drawn_from_the_metrics(tmp_path):
 def test_run_without_metrics_has_no_picture(tmp_path):
     draw_curves(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_run_may_have_any_name(tmp_path):
+    run_dir = tmp_path / "$a^$ = 1"
+    run_dir.mkdir()
+    with Logs(run_dir, first_step=0, total_steps=20) as logs:
+        logs.results(10, 1.0, {"test": {"loss": 1.0, "accuracy": 0.5}})
+    draw_curves(run_dir)
+    assert (run_dir / "curves.png").exists()

@@ -33,7 +33,7 @@ def test_unused_directory_has_no_earlier_run(make_config):
     Path(config.run_dir).mkdir()
     assert run_directory.earlier_summary(config) is None
     # Killed before there was a config.json.
-    (Path(config.run_dir) / "config.tmp").write_text('{"see')
+    (Path(config.run_dir) / ".config.json.tmp").write_text('{"see')
     (Path(config.run_dir) / "checkpoints").mkdir()
     assert run_directory.earlier_summary(config) is None
 
