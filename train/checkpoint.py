@@ -6,8 +6,11 @@ together), `optimizer` (its state, and what it trains if a moving average of tha
 functions of the seed and the step, so nothing else is needed to go on exactly.
 """
 
+import functools
+import json
 import logging
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,15 @@ class Checkpoints:
     """The checkpoints of one run: the newest two and the best one by validation."""
 
     def __init__(self, run_dir: Path):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports at length what is no news here
+        _quieten()
+        folder = (run_dir / "checkpoints").absolute()
+        _check_metrics(folder)
         policies = [
             checkpoint_managers.LatestN(2),
             checkpoint_managers.BestN(get_metric_fn=_quality, n=1, keep_checkpoints_without_metrics=False),
         ]
         self._manager = ocp.CheckpointManager(
-            (run_dir / "checkpoints").absolute(),
+            folder,
             options=ocp.CheckpointManagerOptions(
                 best_fn=_quality,
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
@@ -98,11 +103,45 @@ class Checkpoints:
         try:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**wanted)).items())
         except Exception as error:  # what Orbax raises depends on which file is broken
-            folder = self._manager.directory / str(step)
-            raise UserError(
-                f"'{folder}' is no whole checkpoint ({type(error).__name__}). Delete that folder to go on "
-                "from the one before."
-            ) from error
+            folder = Path(self._manager.directory / str(step))
+            if not isinstance(error, FileNotFoundError) and (reason := explain(error)):
+                raise RunFailed(f"'{folder}' could not be read: {reason}") from error
+            raise _broken(folder, error) from error
+
+
+@functools.cache
+def _quieten() -> None:
+    """Drops what Orbax and TensorStore print at length: no news, or what the error of a save says too."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+
+    def report_unless_late(unraisable: Any) -> None:
+        # A write that ends after the save which it was part of has failed finds nobody to tell.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = report_unless_late
+
+
+def _check_metrics(folder: Path) -> None:
+    """Raises a UserError for checkpoints that the manager could not rank."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"'{folder}' is no folder. Move it away, or take another run directory.")
+    for path in folder.glob("[0-9]*/metrics/metrics"):
+        try:
+            _quality(json.loads(path.read_text()))
+        except FileNotFoundError:
+            continue  # the job that trains there has just deleted it
+        except (ValueError, KeyError, TypeError) as error:
+            raise _broken(path.parent.parent, error) from error
+
+
+def _broken(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"'{folder}' is no whole checkpoint ({type(error).__name__}). Delete that folder to go on from the "
+        "one before."
+    )
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -6,10 +6,10 @@ import os
 import re
 from collections.abc import Iterator
 
-# What mends what the system refuses: a full disk, quota or file; a place that may not be written to.
+# What mends what the system refuses: a full disk, quota or file; a place that may not be read or written to.
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow access to it"),
 }
 
 
@@ -49,8 +49,8 @@ def explain(error: Exception) -> str | None:
         said = f"{int(size[1]) / 2**30:,.2f} GiB more were wanted" if size else first_line or "none is left"
         return (
             f"out of memory: {said}. Try a smaller batch_size, a larger optimizer.accumulate, "
-            "model.dtype = 'bfloat16', a smaller data.device_gib, or a smaller network. What was saved before "
-            "is kept."
+            "model.dtype = 'bfloat16', a smaller data.device_gib, or a smaller network. What was saved "
+            "before is kept."
         )
     if any(name in text for name in ("Gloo", "NCCL", "coordination service", "heartbeat")):
         return (

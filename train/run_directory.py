@@ -28,9 +28,14 @@ import numpy as np
 from train import parsing
 from train.config import NOT_COMPARED, Config
 from train.data import Dataset, Preprocessing
-from train.errors import UserError
+from train.errors import REMEDIES, UserError
 
 _LENGTH = ("steps", "epochs")
+# What to do where one of these is missing or broken. A broken summary.json is written anew.
+_REMEDIES = {
+    "config.json": "Bring it back, or take another run directory.",
+    "data.json": "Without it, the job writes it anew when it is started again.",
+}
 
 
 class Description(NamedTuple):
@@ -50,13 +55,14 @@ def earlier_summary(config: Config) -> dict[str, Any] | None:
       UserError: the directory holds another job, or something that is no run.
     """
     path = Path(config.run_dir)
-    if not (path / "config.json").exists():
-        # What a run makes before its config.json, and may have been killed after.
-        begun = {".config.json.tmp", "checkpoints"}
-        if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - begun):
-            raise UserError(f"run_dir = '{path}' is in use, and not by a run; give another --run_dir.")
-        return None
-    summary = read_json(path / "summary.json") if (path / "summary.json").exists() else None
+    with _usable(path):
+        if not (path / "config.json").exists():
+            # What a run makes before its config.json, and may have been killed after.
+            begun = {".config.json.tmp", "checkpoints"}
+            if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - begun):
+                raise UserError(f"run_dir = '{path}' is in use, and not by a run; give another --run_dir.")
+            return None
+    summary = _whole_summary(path / "summary.json")
     may_grow = _LENGTH if is_finished(summary) else ()
     differing = parsing.differences(read_config(path), config, ignore=NOT_COMPARED + may_grow)
     if differing:
@@ -84,10 +90,8 @@ def create(config: Config) -> None:
     Raises:
       UserError: it cannot be created.
     """
-    try:
+    with _usable(Path(config.run_dir)):
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"run_dir = '{config.run_dir}' cannot be created: {error}") from None
 
 
 @contextlib.contextmanager
@@ -97,7 +101,8 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
       UserError: another process trains there.
     """
-    directory = os.open(path, os.O_RDONLY)
+    with _usable(path):
+        directory = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -119,12 +124,28 @@ def begin(config: Config, dataset: Dataset) -> None:
             f"run_dir = '{path}' was trained on other data (fingerprint {earlier.fingerprint}, now "
             f"{description.fingerprint}). Give back the data that it had, or another --run_dir."
         )
-    # First, so that a run that grows and is killed is not taken for the finished one it grew from.
-    (path / "summary.json").unlink(missing_ok=True)
-    write_json(path / "config.json", dataclasses.asdict(config))
     preprocessing = {name: value.tolist() for name, value in description.preprocessing._asdict().items()}
-    write_json(path / "data.json", description._asdict() | {"preprocessing": preprocessing})
-    write_json(path / "environment.json", _environment())
+    with _usable(path):
+        written = _write_beside(path / "config.json", _as_json(dataclasses.asdict(config)).encode())
+        # Before the new length is there, or a run that grows and is killed would be taken for finished.
+        (path / "summary.json").unlink(missing_ok=True)
+        os.replace(written, path / "config.json")
+        write_json(path / "data.json", description._asdict() | {"preprocessing": preprocessing})
+        write_json(path / "environment.json", _environment())
+
+
+@contextlib.contextmanager
+def _usable(path: Path) -> Iterator[None]:
+    """Raises a UserError for a directory that cannot be used; a full disk, which can, is an OSError still."""
+    try:
+        yield
+    except OSError as error:
+        if REMEDIES.get(error.errno) == "make room":
+            raise
+        reason = error.strerror + (f": '{error.filename}'" if error.filename else "")
+        raise UserError(
+            f"run_dir = '{path}' cannot be used: {reason}. Mend that, or give another --run_dir."
+        ) from error
 
 
 def describe(dataset: Dataset) -> Description:
@@ -141,7 +162,9 @@ def read_config(path: Path) -> Config:
     try:
         return parsing.from_dict(values)
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"'{path / 'config.json'}' is not a job of this program: {error}") from None
+        raise UserError(
+            f"'{path / 'config.json'}' is not a job of this program: {error}. {_REMEDIES['config.json']}"
+        ) from None
 
 
 def read_data(path: Path) -> Description:
@@ -149,16 +172,33 @@ def read_data(path: Path) -> Description:
     values = _read(path, "data.json")
     try:
         preprocessing = {name: np.float32(value) for name, value in values.pop("preprocessing").items()}
-        shape = tuple(values.pop("shape"))
-        return Description(shape=shape, preprocessing=Preprocessing(**preprocessing), **values)
+        shape, classes = tuple(map(int, values.pop("shape"))), int(values.pop("classes"))
+        return Description(
+            shape=shape, classes=classes, preprocessing=Preprocessing(**preprocessing), **values
+        )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"'{path / 'data.json'}' does not describe data: {error}") from None
+        raise UserError(
+            f"'{path / 'data.json'}' does not describe data: {error}. {_REMEDIES['data.json']}"
+        ) from None
 
 
 def _read(path: Path, name: str) -> Any:
     if not (path / name).is_file():
-        raise UserError(f"'{path}' is not a run directory: it has no {name}.")
-    return read_json(path / name)
+        raise UserError(f"'{path}' is not a run directory: it has no {name}. {_REMEDIES[name]}")
+    try:
+        return read_json(path / name)
+    except UserError as error:
+        raise UserError(f"{error}. {_REMEDIES[name]}") from None
+
+
+def _whole_summary(path: Path) -> dict[str, Any] | None:
+    """Returns a summary, if it is there and whole."""
+    try:
+        summary = read_json(path)
+        whole = {"status", "step", "best_step", "test_accuracy"} <= set(summary)
+        return summary if whole and isinstance(summary["step"], int | None) else None
+    except (UserError, TypeError):
+        return None
 
 
 def _environment() -> dict[str, Any]:
@@ -183,13 +223,13 @@ def read_json(path: Path) -> Any:
     """Reads one JSON file."""
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read: {error}") from None
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes one JSON file, whole or not at all."""
-    replace_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    replace_text(path, _as_json(value))
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -199,6 +239,14 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """Replaces a file's content, whole or not at all, also when the process is killed meanwhile."""
+    os.replace(_write_beside(path, content), path)
+
+
+def _write_beside(path: Path, content: bytes) -> Path:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
-    os.replace(temporary, path)
+    return temporary
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"

@@ -24,7 +24,8 @@ def begin(config, dataset=None):
 
 def finish(config, status="finished", step=30):
     begin(config)
-    run_directory.write_json(Path(config.run_dir) / "summary.json", {"status": status, "step": step})
+    summary = {"status": status, "step": step, "best_step": step, "test_accuracy": 0.5}
+    run_directory.write_json(Path(config.run_dir) / "summary.json", summary)
 
 
 def test_unused_directory_has_no_earlier_run(make_config):
@@ -87,7 +88,9 @@ def test_what_is_no_run_is_never_written_to(make_config, make):
 
 def test_directory_that_cannot_be_made_is_named(make_config, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file/run' cannot be created: .*Not a directory"):
+    with pytest.raises(
+        UserError, match="file/run' cannot be used: Not a directory: .* give another --run_dir"
+    ):
         begin(make_config(run_dir=str(tmp_path / "file" / "run")))
 
 
