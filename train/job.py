@@ -42,7 +42,8 @@ class Job:
             batch_size=config.batch_size,
             mesh=self.mesh,
         )
-        self.initial = states.create(self.recipe, config.seed, input_shape)
+        # Waits for it, since a step that is given what memory did not hold may wait for ever.
+        self.initial = jax.block_until_ready(states.create(self.recipe, config.seed, input_shape))
         if config.init_from is not None:
             self._start_from(Path(config.init_from))
         size = self.data.train.inputs.nbytes / 2**30

@@ -18,9 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from tensorboardX import SummaryWriter
 
 from train.run_directory import replace_text
+from train.tensorboard import TensorBoard
 
 Results = dict[str, dict[str, float]]  # split -> {"loss": ..., "accuracy": ...}
 
@@ -38,7 +38,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict) and {"step", "split"} <= set(line)]
+    return [line for line in lines if isinstance(line, dict) and _is_result(line)]
+
+
+def _is_result(line: dict[str, Any]) -> bool:
+    return isinstance(line.get("step"), int) and "split" in line
 
 
 class Logs:
@@ -57,7 +61,7 @@ class Logs:
             path = run_dir / "metrics.jsonl"
             replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a")
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = TensorBoard(run_dir / "tensorboard", purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -106,7 +110,7 @@ class Logs:
             line = {"step": step, "split": split, **dict.fromkeys(values), **finite}
             self._file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}) + "\n")
             for key, value in finite.items():
-                self._tensorboard.add_scalar(f"{key}/{split}", value, step)
+                self._tensorboard.scalar(f"{key}/{split}", value, step)
         self._file.flush()
         self._tensorboard.flush()
         if not self._in_table:

@@ -14,7 +14,7 @@ from train.checkpoint import Checkpoints
 from train.config import Config
 from train.errors import RunFailed, UserError, explained
 from train.job import Job
-from train.logs import Logs, Results
+from train.logs import Logs, Results, read_metrics
 from train.profiling import Profiler
 from train.state import TrainState
 from train.stopping import StopRequests
@@ -52,10 +52,13 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
         checkpoints = stack.enter_context(Checkpoints(run_dir))
         step = checkpoints.latest_step
         with distributed.all_or_none("begin the run"):
-            if step is None and earlier and earlier["step"]:
+            # Of the last evaluation the checkpoint may be missing still; those before it were saved.
+            saved = sorted({line["step"] for line in read_metrics(run_dir)})[:-1]
+            reached = max([*saved, earlier and earlier["step"] or 0], default=0)
+            if step is None and reached:
                 raise UserError(
-                    f"run_dir = '{run_dir}' had reached step {earlier['step']}, but its checkpoints are "
-                    "gone. Bring them back, or give another --run_dir."
+                    f"run_dir = '{run_dir}' had reached step {reached}, but its checkpoints are gone. Bring "
+                    "them back, or give another --run_dir."
                 )
             if first:
                 run_directory.begin(config, job.data)

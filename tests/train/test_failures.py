@@ -7,6 +7,7 @@ nothing, the command runs in this one.
 import contextlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from train.logs import read_metrics
 CONFIG = "configs/digits_mlp.toml"
 JOB = [CONFIG, "--steps", "20", "--eval-every", "5", "--model.widths", "16", "--devices", "1"]
 JOB += ["--num-processes", "1"]  # asks no cluster, which in a process that has computed already it cannot
+# The tests' cache of compiled programs, which several processes or one that may not write would tear.
+ONLY_READ = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
 
 
 @pytest.fixture
@@ -39,14 +42,15 @@ def command(capfd, monkeypatch):
     return run
 
 
-def start(*arguments, limits=(), wrapper=()):
+def start(*arguments, limits=(), wrapper=(), **environment):
     """Starts the command in a process with limits on its resources."""
     code = "import resource, runpy, sys\n"
     for limit, value in limits:
         code += f"resource.setrlimit(resource.{limit}, ({value}, {value}))\n"
     code += "sys.argv[0] = 'train'; runpy.run_module('train', run_name='__main__', alter_sys=True)"
     command = [*wrapper, sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=os.environ | environment, **pipes)
 
 
 def assert_short(complaint, *wanted):
@@ -113,12 +117,12 @@ def test_job_on_a_disk_that_fills_at_any_moment_says_so_and_resumes_to_the_same_
         disk, out = tmp_path / f"disk{size}", tmp_path / f"out{size}"
         disk.mkdir(), out.mkdir()
         shell = ["unshare", "-rm", "sh", "-c", ON_A_SMALL_DISK, "sh", str(size), str(disk), str(out)]
-        processes[size] = start(*JOB, "--run-dir", disk / "run", wrapper=shell)
-    for size, process in processes.items():
-        finish(process)
+        processes[size] = start(*JOB, "--run-dir", disk / "run", wrapper=shell, **ONLY_READ)
+    done = {size: finish(process) for size, process in processes.items()}
+    for size in processes:
         out = tmp_path / f"out{size}"
-        assert (out / "full.code").read_text() == "1\n", size
         complaint = (out / "full.err").read_text()
+        assert (out / "full.code").read_text() == "1\n", (size, complaint, done[size])
         assert_short(complaint, "failed: ", "No space left on device", "make room, and start again")
         assert complaint.count("\n") == 1
         assert (out / "resumed.code").read_text() == "0\n", (out / "resumed.err").read_text()
@@ -134,7 +138,8 @@ def test_job_that_may_write_no_larger_file_says_so_and_resumes_to_the_same_resul
     tmp_path, command, finished, size, what
 ):
     # The system sends SIGXFSZ too, at which a process would die that does not ignore it, as Python does.
-    done = finish(start(*JOB, "--run-dir", tmp_path / "run", limits=[("RLIMIT_FSIZE", size)]))
+    limits = [("RLIMIT_FSIZE", size)]
+    done = finish(start(*JOB, "--run-dir", tmp_path / "run", limits=limits, **ONLY_READ))
     assert done.returncode == 1
     assert_short(done.stderr, "failed: ", "File too large", "make room, and start again")
     assert command(*JOB, "--run-dir", tmp_path / "run")[0] == 0
