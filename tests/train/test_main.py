@@ -14,7 +14,9 @@ from command import ROOT, run
 from train.logs import read_metrics
 
 
-@pytest.mark.parametrize("name, reached", [("digits_mlp", 0.97), ("digits_cnn", 0.985)])
+@pytest.mark.parametrize(
+    "name, reached", [("digits_mlp", 0.97), ("digits_mlp_nnx", 0.97), ("digits_cnn", 0.985)]
+)
 def test_digits_jobs_reach_their_accuracy_say_so_and_are_done_the_second_time(tmp_path, name, reached):
     run_dir = tmp_path / name
     first = run(f"configs/{name}.toml", "--run-dir", run_dir)
