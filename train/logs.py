@@ -84,8 +84,8 @@ class Logs:
         if self._console.is_terminal:
             self._progress.stop()
         if self._writes:
-            self._file.close()
-            self._tensorboard.close()
+            with contextlib.closing(self._tensorboard), self._file:
+                pass  # both are closed, also if the disk is full
 
     @property
     def seconds(self) -> float:

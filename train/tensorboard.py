@@ -1,11 +1,12 @@
 """Scalars in TensorBoard's format, without TensorFlow."""
 
+import platform
 import time
 from pathlib import Path
 from typing import Any
 
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
 
@@ -18,7 +19,9 @@ class TensorBoard:
     def __init__(self, folder: Path, *, purge_step: int):
         """Opens the file; what earlier files have from `purge_step` on counts no longer."""
         folder.mkdir(exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}"  # as TensorBoard looks for
+        self._writer = RecordWriter(str(folder / name))
+        self._write(0, file_version="brain.Event:2")
         self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, name: str, value: float, step: int) -> None:
@@ -34,4 +37,4 @@ class TensorBoard:
         self._writer.close()
 
     def _write(self, step: int, **content: Any) -> None:
-        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
+        self._writer.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
