@@ -80,6 +80,7 @@ def _train(path: Path, overrides: list[str]) -> int:
         from train.loop import fit
 
         distributed.join(config)
+        stop.listen()  # JAX would keep SIGTERM for itself
         summary = fit(config, stop)
         if distributed.is_first():
             print(_last_line(summary, config.run_dir))
@@ -131,6 +132,7 @@ def _sweep(path: Path, grid: list[str]) -> int:
         from train import distributed
 
         distributed.join(planned[0].config)
+        stop.listen()
         return run(out, planned, stop)
 
 

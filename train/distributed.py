@@ -31,8 +31,6 @@ def join(config: Config) -> None:
     """
     if config.num_processes == 1:
         return
-    # JAX would catch SIGTERM itself. One way to stop is enough, and ours knows which signal it was.
-    jax.config.update("jax_enable_preemption_service", False)
     watch = threading.Timer(config.peer_timeout, _give_up, [config])
     watch.daemon = True
     watch.start()

@@ -13,14 +13,18 @@ class StopRequests:
         self.received: int | None = None  # the signal's number
 
     def __enter__(self) -> "StopRequests":
-        self._previous = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        self._previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.listen()
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def listen(self) -> None:
+        """Handles the signals from here on, whoever has begun to meanwhile."""
+        for number in self._previous:
+            signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:

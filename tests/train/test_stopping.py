@@ -30,3 +30,13 @@ with StopRequests():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("first\n", -signal.SIGTERM)
+
+
+def test_signal_that_another_has_begun_to_handle_is_noted_again_once_asked_for():
+    with StopRequests() as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is None
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
