@@ -19,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from train.run_directory import replace_text
+from train import files
 from train.tensorboard import TensorBoard
 
 Results = dict[str, dict[str, float]]  # split -> {"loss": ..., "accuracy": ...}
@@ -59,7 +59,7 @@ class Logs:
         self._console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not writes)
         if writes:
             path = run_dir / "metrics.jsonl"
-            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            files.replace(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._file = path.open("a")
             self._tensorboard = TensorBoard(run_dir / "tensorboard", purge_step=first_step + 1)
         self._progress = Progress(

@@ -13,6 +13,7 @@ from train import state as states
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.errors import RunFailed, UserError, explained
+from train.files import write_json
 from train.job import Job
 from train.logs import Logs, Results, read_metrics
 from train.profiling import Profiler
@@ -52,14 +53,8 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
         checkpoints = stack.enter_context(Checkpoints(run_dir))
         step = checkpoints.latest_step
         with distributed.all_or_none("begin the run"):
-            # Of the last evaluation the checkpoint may be missing still; those before it were saved.
-            saved = sorted({line["step"] for line in read_metrics(run_dir)})[:-1]
-            reached = max([*saved, earlier and earlier["step"] or 0], default=0)
-            if step is None and reached:
-                raise UserError(
-                    f"run_dir = '{run_dir}' had reached step {reached}, but its checkpoints are gone. Bring "
-                    "them back, or give another --run_dir."
-                )
+            if step is None:
+                _check_that_none_is_gone(run_dir, earlier)
             if first:
                 run_directory.begin(config, job.data)
         state = job.initial if step is None else checkpoints.restore(step, job.initial)
@@ -79,10 +74,23 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
         reached = summary.summarize(run_dir, checkpoints, status, seconds, run.examples_per_second)
         if first:
             report.draw_curves(run_dir)
-            run_directory.write_json(run_dir / "summary.json", reached)
+            write_json(run_dir / "summary.json", reached)
     if error:
         raise error
     return reached
+
+
+def _check_that_none_is_gone(run_dir: Path, earlier: dict[str, Any] | None) -> None:
+    """Raises a UserError for a run without checkpoints that once had one."""
+    # Of the last evaluation the checkpoint may be missing still; those before it were saved.
+    saved = sorted({line["step"] for line in read_metrics(run_dir)})[:-1]
+    if earlier and earlier["step"]:
+        saved.append(earlier["step"])
+    if saved:
+        raise UserError(
+            f"run_dir = '{run_dir}' had reached step {max(saved)}, but its checkpoints are gone. Bring them "
+            "back, or give another --run_dir."
+        )
 
 
 class _Run:

@@ -1,4 +1,4 @@
-"""The run directory: whose it is, and its small JSON files.
+"""The run directory: whose it is, and what it says of the job.
 
 config.json       the resolved job
 data.json         what the data are like: shape, classes, what the network sees of them, a fingerprint
@@ -14,7 +14,6 @@ profile/          a trace of some steps, if asked for
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import platform
 import sys
@@ -29,6 +28,7 @@ from train import parsing
 from train.config import NOT_COMPARED, Config
 from train.data import Dataset, Preprocessing
 from train.errors import REMEDIES, UserError
+from train.files import as_json, read_json, write_beside, write_json
 
 _LENGTH = ("steps", "epochs")
 # What to do where one of these is missing or broken. A broken summary.json is written anew.
@@ -126,7 +126,7 @@ def begin(config: Config, dataset: Dataset) -> None:
         )
     preprocessing = {name: value.tolist() for name, value in description.preprocessing._asdict().items()}
     with _usable(path):
-        written = _write_beside(path / "config.json", _as_json(dataclasses.asdict(config)).encode())
+        written = write_beside(path / "config.json", as_json(dataclasses.asdict(config)))
         # Before the new length is there, or a run that grows and is killed would be taken for finished.
         (path / "summary.json").unlink(missing_ok=True)
         os.replace(written, path / "config.json")
@@ -217,36 +217,3 @@ def _environment() -> dict[str, Any]:
         "host": platform.node(),
         "jax_options": {key: value for key, value in os.environ.items() if key.startswith(("JAX_", "XLA_"))},
     }
-
-
-def read_json(path: Path) -> Any:
-    """Reads one JSON file."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"'{path}' cannot be read: {error}") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes one JSON file, whole or not at all."""
-    replace_text(path, _as_json(value))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Replaces a file's content, whole or not at all, also when the process is killed meanwhile."""
-    replace_bytes(path, text.encode())
-
-
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Replaces a file's content, whole or not at all, also when the process is killed meanwhile."""
-    os.replace(_write_beside(path, content), path)
-
-
-def _write_beside(path: Path, content: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    return temporary
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"

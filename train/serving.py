@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from train import distributed, run_directory, sources
+from train import distributed, files, sources
 from train import state as states
 from train.data import Split
 from train.errors import UserError
@@ -94,7 +94,7 @@ def export(run_dir: Path, path: Path) -> str:
     images = jax.ShapeDtypeStruct((*jax_export.symbolic_shape("n"), *shape), dtype)
     exported = jax_export.export(program, platforms=("cpu", "cuda", "tpu"))(images)
     try:
-        run_directory.replace_bytes(path, exported.serialize())
+        files.replace(path, exported.serialize())
     except OSError as error:
         raise UserError(
             f"'{path}' cannot be written: {error.strerror}; wanted a file in a folder that exists."

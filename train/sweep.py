@@ -8,6 +8,7 @@ from typing import Any
 
 from train.config import Config, flatten
 from train.errors import RunFailed, UserError, explained
+from train.files import read_json, write_json
 from train.parsing import load
 from train.stopping import StopRequests
 
@@ -72,7 +73,7 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     """
     import jax
 
-    from train import distributed, run_directory
+    from train import distributed
 
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
         codes.append(code)
         results.append({**job.values, "run_dir": job.config.run_dir, **reached})
         if distributed.is_first():
-            run_directory.write_json(out / "results.json", results)
+            write_json(out / "results.json", results)
         if stop.received is not None and len(results) < len(planned):
             codes.append(128 + stop.received)
             break
@@ -99,7 +100,6 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
 
 def _train(config: Config, stop: StopRequests) -> tuple[int, dict[str, Any]]:
     """Returns the exit code that the job would have by itself, and its summary with what went wrong."""
-    from train import run_directory
     from train.loop import fit
 
     nothing = dict.fromkeys(COLUMNS)
@@ -110,7 +110,7 @@ def _train(config: Config, stop: StopRequests) -> tuple[int, dict[str, Any]]:
         return 2, {**nothing, "status": "refused", "error": str(error)}
     except RunFailed as error:
         path = Path(config.run_dir) / "summary.json"
-        summary = run_directory.read_json(path) if path.exists() else nothing
+        summary = read_json(path) if path.exists() else nothing
         return 1, {**summary, "status": "failed", "error": str(error)}
     return 0 if summary["status"] == "finished" else 128 + stop.received, {**summary, "error": None}
 

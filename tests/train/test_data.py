@@ -4,21 +4,12 @@ import zipfile
 import jax
 import numpy as np
 import pytest
+from arrays import keras_arrays as arrays
 from numpy.testing import assert_allclose, assert_array_equal
 
 from train import data, sources
 from train.config import Data
 from train.errors import UserError
-
-
-def arrays(n_train=20, n_test=8, shape=(4, 4), dtype=np.uint8):
-    rng = np.random.RandomState(0)
-    return {
-        "x_train": rng.randint(0, 256, (n_train, *shape)).astype(dtype),
-        "y_train": np.arange(n_train, dtype=np.uint8) % 3,
-        "x_test": rng.randint(0, 256, (n_test, *shape)).astype(dtype),
-        "y_test": np.arange(n_test, dtype=np.int64) % 4,
-    }
 
 
 def load_npz(tmp_path, arrays, save=np.savez, **options):

@@ -8,6 +8,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from arrays import keras_arrays as arrays
 from numpy.testing import assert_array_equal
 
 from train.errors import UserError
@@ -17,16 +18,6 @@ from train.file_formats import KEYS, idx, npz
 class Bomb:
     def __reduce__(self):
         return os.mkdir, ("exploded",)
-
-
-def arrays(n_train=20, n_test=8, shape=(4, 4), dtype=np.uint8):
-    rng = np.random.RandomState(0)
-    return {
-        "x_train": rng.randint(0, 256, (n_train, *shape)).astype(dtype),
-        "y_train": np.arange(n_train, dtype=np.uint8) % 3,
-        "x_test": rng.randint(0, 256, (n_test, *shape)).astype(dtype),
-        "y_test": np.arange(n_test, dtype=np.uint8) % 4,
-    }
 
 
 def same(found, wanted):

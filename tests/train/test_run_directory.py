@@ -10,6 +10,7 @@ from numpy.testing import assert_array_equal
 from train import data, run_directory
 from train.config import NOT_COMPARED, Data, flatten
 from train.errors import UserError
+from train.files import write_json
 
 
 @functools.cache
@@ -25,7 +26,7 @@ def begin(config, dataset=None):
 def finish(config, status="finished", step=30):
     begin(config)
     summary = {"status": status, "step": step, "best_step": step, "test_accuracy": 0.5}
-    run_directory.write_json(Path(config.run_dir) / "summary.json", summary)
+    write_json(Path(config.run_dir) / "summary.json", summary)
 
 
 def test_unused_directory_has_no_earlier_run(make_config):
@@ -100,19 +101,6 @@ def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
         pass
     with run_directory.locked(tmp_path):
         pass
-
-
-def test_text_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    run_directory.write_json(path, {"a": 1})
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_directory.os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        run_directory.write_json(path, {"a": 2})
-    assert run_directory.read_json(path) == {"a": 1}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"run_dir": "x"', '{"run_dir": "x", "colour": 3}'])

@@ -4,6 +4,7 @@ import struct
 
 import numpy as np
 import pytest
+from arrays import keras_arrays
 from numpy.testing import assert_array_equal
 
 from train import sources
@@ -11,14 +12,9 @@ from train.config import Data
 from train.errors import UserError
 
 
-def arrays(n_train=20, n_test=8, shape=(4, 4), dtype=np.uint8):
-    rng = np.random.RandomState(0)
-    return {
-        "x_train": rng.randint(0, 256, (n_train, *shape)).astype(dtype),
-        "y_train": np.arange(n_train, dtype=np.uint8) % 3,
-        "x_test": rng.randint(0, 256, (n_test, *shape)).astype(dtype),
-        "y_test": np.arange(n_test, dtype=np.int64)[:, None] % 4,  # as Keras has CIFAR-10's
-    }
+def arrays(**options):
+    given = keras_arrays(**options)
+    return given | {"y_test": given["y_test"].astype(int)[:, None]}  # as Keras has CIFAR-10's
 
 
 def read_npz(tmp_path, arrays):

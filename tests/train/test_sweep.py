@@ -8,7 +8,7 @@ from command import ROOT, finish, start
 from train import loop, sweep
 from train.__main__ import main
 from train.errors import UserError
-from train.run_directory import read_json
+from train.files import read_json
 from train.stopping import StopRequests
 
 CONFIG = Path("configs/digits_mlp.toml")
