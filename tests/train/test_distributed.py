@@ -131,25 +131,14 @@ def test_evaluation_is_the_same_to_the_last_bit_on_any_number_of_devices(make_co
 
 
 def test_processes_evaluate_the_same_weights_to_the_same_last_bit(tmp_path):
-    # Steps too small to change a weight.
-    still = [
-        "--optimizer.learning-rate",
-        1e-30,
-        "--optimizer.weight-decay",
-        0,
-        "--model.norm",
-        "none",
-        "--steps",
-        1,
-    ]
+    # A step too small to change a weight.
+    still = ["--steps", 1, "--optimizer.learning-rate", 1e-30, "--optimizer.weight-decay", 0]
     lines = {}
     for layout in ((1, 1), (2, 2)):
-        finish_all(start_processes([*JOB, *still], tmp_path / str(layout), *layout))
-        lines[layout] = [
-            {**line, "seconds": None}
-            for line in read_metrics(tmp_path / str(layout))
-            if line["split"] != "train"
-        ]
+        run_dir = tmp_path / str(layout)
+        finish_all(start_processes([*JOB, *still, "--model.norm", "none"], run_dir, *layout))
+        evaluated = [line for line in read_metrics(run_dir) if line["split"] != "train"]
+        lines[layout] = [{**line, "seconds": None} for line in evaluated]
     assert lines[1, 1] == lines[2, 2] and len(lines[1, 1]) == 2
 
 
