@@ -91,7 +91,7 @@ def _create(recipe, input_shape, seed):
 
 def no_sums() -> Sums:
     """Returns the sums over no examples."""
-    return Sums(np.float32(0), np.int32(0), np.int32(0))
+    return Sums(np.zeros((), np.float32), np.zeros((), np.int32), np.zeros((), np.int32))
 
 
 def train_step(recipe: Recipe, state: TrainState, source: Source, rows: jax.Array | None) -> TrainState:
@@ -150,7 +150,7 @@ def _gradients(recipe, variables, inputs, labels):
     # Each part has rows of every device.
     split = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
     nothing = jax.tree.map(
-        jnp.zeros_like, (variables.params, jnp.zeros(()), _zero_sums(), variables.batch_stats)
+        jnp.zeros_like, (variables.params, jnp.zeros(()), no_sums(), variables.batch_stats)
     )
     (grads, loss, sums, pooled), _ = jax.lax.scan(add_part, nothing, (split(inputs), split(labels)))
     grads, loss = jax.tree.map(lambda total: total / parts, (grads, loss))
@@ -162,10 +162,6 @@ def _absorb(rule, running, batch):
     if "mean" not in running:
         return {name: _absorb(rule, running[name], batch[name]) for name in running}
     return rule(jbn.Moments(**running), jbn.Moments(**batch))._asdict()
-
-
-def _zero_sums():
-    return jax.tree.map(jnp.asarray, no_sums())
 
 
 def loops_well(network: Network, input_shape: tuple[int, ...]) -> bool:
