@@ -22,6 +22,9 @@ class Data:
     normalize: bool = False
     """Whether the network sees inputs less their mean, divided by their standard deviation, both over the
     training data: of each channel of images, of each feature of vectors."""
+    feature_scales: tuple[float, ...] = ()
+    """Lowest and highest of the scales with which each feature (each pixel of images) is multiplied, drawn
+    log-uniformly once and for all: data that nobody normalized. If empty, none are."""
     flip: bool = False
     """Whether to mirror each training image with probability 1/2."""
     crop: int = 0
@@ -42,6 +45,10 @@ class Model:
     Flax's layer norm, group norm, or batch norm."""
     norm_momentum: float = 0.9
     """The weight of the old value in the running statistics (PyTorch's momentum is 1 minus this)."""
+    norm_debias: bool = True
+    """Whether the running statistics leave their initial values (mean 0, variance 1) out of account."""
+    norm_inputs: bool = False
+    """Whether the inputs are normalized too, feature by feature, before the first layer."""
     virtual_batch_size: int = 32
     """Examples in each virtual batch of norm = "ghost"."""
     norm_groups: int = 8
@@ -50,6 +57,8 @@ class Model:
     """Features of each hidden layer, channels of each stage; if empty, the network's usual ones."""
     activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     """The activation of each hidden layer."""
+    kernel_std: float = 0.0
+    """The standard deviation of Gaussian initial weights; 0 takes the network's usual ones."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of activations. Parameters, statistics and loss are float32."""
 
@@ -60,6 +69,9 @@ class Optimizer:
     """SGD with Nesterov momentum, AdamW, and LARS and LAMB for large batches."""
     learning_rate: float = 0.1
     """The peak learning rate."""
+    base_batch_size: int = 0
+    """The batch_size that learning_rate is meant for; at others it is in proportion (Goyal et al. 2017). 0
+    takes it as it is."""
     momentum: float = 0.9
     """Momentum of SGD and LARS; 0 is plain SGD."""
     weight_decay: float = 0.0
@@ -103,6 +115,9 @@ class Config:
     """Examples in a step, over all devices."""
     eval_every: int = 100
     """Steps between evaluations; each is followed by a checkpoint. The last step is always evaluated."""
+    inspect: bool = False
+    """Whether to measure at step 0 and at each evaluation what the layers see, and how loss and gradients
+    change along a step: into inspection.jsonl."""
     early_stopping: int = 0
     """Evaluations without a better one, by validation, after which the job is finished; 0 goes to its end."""
     init_from: str | None = None
@@ -165,14 +180,20 @@ def check(config: Config) -> None:
         "peer_timeout": ("1 or more", lambda value: value >= 1),
         "seed": ("a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32),
         "data.validation": ("a fraction in [0, 1)", lambda value: 0 <= value < 1),
+        "data.feature_scales": (
+            "two numbers > 0, the lower one first, or none",
+            lambda value: not value or len(value) == 2 and 0 < value[0] <= value[1] < math.inf,
+        ),
         "data.crop": ("0 or more", lambda value: value >= 0),
         "data.shift": ("0 or more", lambda value: value >= 0),
         "data.device_gib": ("0 or more", lambda value: value >= 0),
         "model.widths": ("widths >= 1", lambda value: min(value, default=1) >= 1),
         "model.norm_momentum": ("a number in [0, 1]", lambda value: 0 <= value <= 1),
         "model.virtual_batch_size": ("1 or more", lambda value: value >= 1),
+        "model.kernel_std": ("0 or more", lambda value: 0 <= value < math.inf),
         "model.norm_groups": ("1 or more", lambda value: value >= 1),
         "optimizer.learning_rate": ("a number > 0", lambda value: 0 < value < math.inf),
+        "optimizer.base_batch_size": ("0 or more", lambda value: value >= 0),
         "optimizer.momentum": ("a number in [0, 1)", lambda value: 0 <= value < 1),
         "optimizer.weight_decay": ("0 or more", lambda value: 0 <= value < math.inf),
         "optimizer.warmup_steps": ("0 or more", lambda value: 0 <= value < 2**31),
@@ -205,6 +226,11 @@ def _check_together(config: Config) -> None:
         raise UserError(
             f"optimizer.accumulate = {accumulate} and model.norm = 'flax', whose running statistics cannot "
             "pool the parts of a batch; wanted model.norm = 'batch', or optimizer.accumulate = 1."
+        )
+    if config.model.norm_inputs and config.model.norm not in ("batch", "ghost", "flax"):
+        raise UserError(
+            f"model.norm_inputs = true and model.norm = {config.model.norm!r}; wanted one that normalizes "
+            "each feature by itself: 'batch', 'ghost' or 'flax'."
         )
     if config.early_stopping and not config.data.validation:
         raise UserError(

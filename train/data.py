@@ -48,7 +48,7 @@ class Preprocessing(NamedTuple):
     """How raw inputs become a network's: (inputs - mean) / std, in float32."""
 
     mean: np.ndarray  # (), (channels,) or (features,), float32, in units of the raw inputs
-    std: np.ndarray  # likewise
+    std: np.ndarray  # likewise, or in the shape of an example where features are scaled apart
 
     def __call__(self, inputs: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
         return (inputs.astype(np.float32) - self.mean) / self.std
@@ -83,12 +83,16 @@ def load(config: Data) -> Dataset:
         raise UserError(f"data.validation = {config.validation} leaves no example to train on; wanted less.")
     shuffled = sources.permutation(0, examples).astype(np.int64)
     training = Split(*train, np.sort(shuffled[held_out:]))
+    preprocessing = _standardizing(training) if config.normalize else _scaling(training)
+    if config.feature_scales:
+        scales = _feature_scales(config.feature_scales, training.inputs.shape[1:])
+        preprocessing = preprocessing._replace(std=preprocessing.std / scales)
     return Dataset(
         train=training,
         validation=Split(*train, np.sort(shuffled[:held_out])),
         test=Split(*test, np.arange(len(test.labels))),
         classes=classes,
-        preprocessing=_standardizing(training) if config.normalize else _scaling(training),
+        preprocessing=preprocessing,
         fingerprint=_fingerprint(train, test),
     )
 
@@ -144,6 +148,11 @@ def _standardizing(split: Split) -> Preprocessing:
     # Of a constant all that is measured is rounding.
     varies = std > np.finfo(np.float32).eps * np.abs(mean)
     return Preprocessing(mean, np.where(varies, std, np.float32(1)))
+
+
+def _feature_scales(limits: tuple[float, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Returns what to multiply each feature with: of an example's shape, float32, the same for every job."""
+    return np.exp(np.random.RandomState(0).uniform(*np.log(limits), shape)).astype(np.float32)
 
 
 def _fingerprint(*parts: sources.Arrays) -> str:

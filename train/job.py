@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 import jbn
-from train import augment, data, distributed, models, optim, run_directory
+from train import augment, data, distributed, models, norms, optim, run_directory
 from train import state as states
 from train.checkpoint import Checkpoints
 from train.config import Config, total_steps
@@ -30,13 +30,12 @@ class Job:
         self.steps_per_epoch = data.steps_per_epoch(len(self.data.train), config.batch_size)
         self.total_steps = total_steps(config, self.steps_per_epoch)
         build = lambda rule: models.build(config.model, input_shape, self.data.classes, rule=rule)
-        # Debiased, running statistics are right from the first step on, also in jobs of a few hundred steps.
-        rule = jbn.ema(config.model.norm_momentum, debias=True)
+        rule = norms.running_rule(config.model)
         self.recipe = Recipe(
             network=build(rule),
             pooling=build(jbn.pooled()),
             rule=rule,
-            optimizer=optim.build(config.optimizer, self.total_steps),
+            optimizer=optim.build(config.optimizer, steps=self.total_steps, batch_size=config.batch_size),
             data=config.data,
             options=config.optimizer,
             batch_size=config.batch_size,

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-import jbn
 from train import nnx_models
 from train.config import Model
 from train.errors import UserError
-from train.norms import Layer, Norm, Rule
+from train.initialization import LECUN, kernel_init
+from train.norms import Layer, Norm, Rule, running_rule
 from train.resnet import RESNETS, ResNet
 
 USUAL_WIDTHS = {
@@ -97,15 +97,18 @@ class MLP(nn.Module):
     classes: int
     norm: Norm
     activation: Layer
+    kernel_std: float  # of the initial weights; 0 for the usual ones
     dtype: str  # of the activations
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = x.reshape(x.shape[0], -1).astype(self.dtype)
+        init = kernel_init(self.kernel_std, LECUN)
+        x = self.norm.linen_input_layer(train=train)(x.reshape(x.shape[0], -1).astype(self.dtype))
+        options = {"use_bias": not self.norm.adds_bias, "kernel_init": init, "dtype": self.dtype}
         for width in self.widths:
-            x = nn.Dense(width, use_bias=not self.norm.adds_bias, dtype=self.dtype)(x)
+            x = nn.Dense(width, **options)(x)
             x = self.activation(self.norm.linen_layer(train=train)(x))
-        return nn.Dense(self.classes)(x.astype(jnp.float32))
+        return nn.Dense(self.classes, kernel_init=init)(x.astype(jnp.float32))
 
 
 class CNN(nn.Module):
@@ -116,25 +119,27 @@ class CNN(nn.Module):
     classes: int
     norm: Norm
     activation: Layer
+    kernel_std: float
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = x.astype(self.dtype)
+        init = kernel_init(self.kernel_std, LECUN)
+        x = self.norm.linen_input_layer(train=train)(x.astype(self.dtype))
+        options = {"use_bias": not self.norm.adds_bias, "kernel_init": init, "dtype": self.dtype}
         for width in self.widths:
             for _ in range(2):
-                x = nn.Conv(width, (3, 3), use_bias=not self.norm.adds_bias, dtype=self.dtype)(x)
+                x = nn.Conv(width, (3, 3), **options)(x)
                 x = self.activation(self.norm.linen_layer(train=train)(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
-        return nn.Dense(self.classes)(x.astype(jnp.float32).mean((1, 2)))
+        return nn.Dense(self.classes, kernel_init=init)(x.astype(jnp.float32).mean((1, 2)))
 
 
 def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Rule | None = None) -> Network:
     """Builds the network that a job names, for inputs of shape (n, *input_shape).
 
     Args:
-      rule: how running statistics absorb those of a batch. If not given, a moving average, debiased so that
-        it is right from the first step on, also in jobs of a few hundred steps.
+      rule: how running statistics absorb those of a batch; if not given, as the config says.
 
     Raises:
       UserError: the network does not fit the inputs, or its widths.
@@ -144,8 +149,9 @@ def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Ru
     options = {
         "widths": widths,
         "classes": classes,
-        "norm": Norm(config, rule or jbn.ema(config.norm_momentum, debias=True)),
+        "norm": Norm(config, rule or running_rule(config)),
         "activation": getattr(nn, config.activation),
+        "kernel_std": config.kernel_std,
         "dtype": config.dtype,
     }
     if config.name == "nnx_mlp":

@@ -17,6 +17,14 @@ Layer = Callable[[jax.Array], jax.Array]
 Rule = Callable[[jbn.Moments, jbn.Moments], jbn.Moments]
 
 
+def running_rule(config: Model) -> jbn.ema:
+    """Returns how running statistics absorb those of a batch, as a config asks for it.
+
+    Debiased they are right from the first step on, also in jobs of a few hundred steps.
+    """
+    return jbn.ema(config.norm_momentum, debias=config.norm_debias)
+
+
 @dataclass(frozen=True)
 class Norm:
     """Makes the normalization layers of a network, all of the kind that a config names.
@@ -35,6 +43,14 @@ class Norm:
         """Makes a layer, inside a compact Linen module."""
         layer, _, options = self._kind(train)
         return layer(**options, dtype=self.config.dtype)
+
+    def linen_input_layer(self, *, train: bool) -> Layer:
+        """Makes the layer that the inputs of the network go through."""
+        return self.linen_layer(train=train) if self.config.norm_inputs else _identity
+
+    def nnx_input_layer(self, features: int, *, rngs: nnx.Rngs) -> Layer:
+        """Makes the layer that the inputs of the network go through."""
+        return self.nnx_layer(features, rngs=rngs) if self.config.norm_inputs else _identity
 
     def nnx_layer(self, features: int, *, rngs: nnx.Rngs) -> Layer:
         """Makes a layer that is in training; its model's `eval()` and `train()` change that."""

@@ -8,12 +8,16 @@ import optax
 from train.config import Optimizer
 
 
-def schedule(config: Optimizer, steps: int) -> optax.Schedule:
+def schedule(config: Optimizer, *, steps: int, batch_size: int) -> optax.Schedule:
     """Returns the learning rate as a function of the step: a linear warm-up from 0, then the schedule.
+
+    Its peak is in proportion to the batch size where the job says for which batch size it is meant: Goyal et
+    al. 2017, "Accurate, Large Minibatch SGD", section 2.1.
 
     Cosine and line end with the job, at 0. Milestones are fractions of the whole job, warm-up included.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
+    peak *= batch_size / config.base_batch_size if config.base_batch_size else 1
     rest = max(steps - warmup, 1)
     # Counted, since in a short job two milestones may round to one step.
     milestones = Counter(round(fraction * steps) - warmup for fraction in config.milestones)
@@ -29,14 +33,18 @@ def schedule(config: Optimizer, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def build(config: Optimizer, steps: int) -> optax.GradientTransformation:
+def build(config: Optimizer, *, steps: int, batch_size: int) -> optax.GradientTransformation:
     """Builds the optimizer that a job names. Weight decay spares scales and biases.
 
     Decay is part of the gradient in SGD and in LARS (You et al., 2017), and beside Adam's direction in AdamW
     (Loshchilov & Hutter, 2019) and in LAMB (You et al., 2020). LARS gives scales and biases plain momentum,
     and LAMB plain Adam. What `clip_norm` bounds is the gradient without decay.
     """
-    rate, decay, momentum = schedule(config, steps), config.weight_decay, config.momentum
+    rate, decay, momentum = (
+        schedule(config, steps=steps, batch_size=batch_size),
+        config.weight_decay,
+        config.momentum,
+    )
     optimizer = {
         "sgd": optax.chain(
             optax.add_decayed_weights(decay, mask=_weights),

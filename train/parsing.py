@@ -32,7 +32,7 @@ def load(path: Path, overrides: Sequence[str]) -> Config:
 def from_dict(values: dict[str, Any]) -> Config:
     """Rebuilds the config of a run from its config.json."""
     sections = {"data": Data, "model": Model, "optimizer": Optimizer}
-    tuples = {"widths", "milestones"}
+    tuples = {"widths", "milestones", "feature_scales"}
     built = {
         key: sections[key](**{k: tuple(v) if k in tuples else v for k, v in value.items()})
         if key in sections

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from train.initialization import HE, LECUN, kernel_init
 from train.norms import Layer, Norm
 
 # Section 4.2 and table 1: blocks in each stage, their kind, and whether the images are large.
@@ -16,8 +17,6 @@ RESNETS = {
     "resnet18": {"stages": (2, 2, 2, 2), "bottleneck": False, "large": True},
     "resnet50": {"stages": (3, 4, 6, 3), "bottleneck": True, "large": True},
 }
-# He et al. 2015; by what goes out, so that gradients keep their size on the way back.
-KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Convolution(nn.Module):
@@ -28,6 +27,7 @@ class Convolution(nn.Module):
     strides: int
     norm: Norm
     train: bool
+    kernel_std: float
     dtype: str
 
     @nn.compact
@@ -38,7 +38,7 @@ class Convolution(nn.Module):
             self.strides,
             padding=self.size // 2,
             use_bias=not self.norm.adds_bias,
-            kernel_init=KERNEL_INIT,
+            kernel_init=kernel_init(self.kernel_std, HE),
             dtype=self.dtype,
         )(x)
         return self.norm.linen_layer(train=self.train)(x)
@@ -94,11 +94,13 @@ class ResNet(nn.Module):
     classes: int
     norm: Norm
     activation: Layer
+    kernel_std: float
     dtype: str
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        convolution = partial(Convolution, norm=self.norm, train=train, dtype=self.dtype)
+        options = {"norm": self.norm, "train": train, "kernel_std": self.kernel_std, "dtype": self.dtype}
+        convolution = partial(Convolution, **options)
         block = partial(
             Block,
             bottleneck=self.bottleneck,
@@ -107,7 +109,7 @@ class ResNet(nn.Module):
             convolution=convolution,
         )
         size, strides = (7, 2) if self.large else (3, 1)
-        x = x.astype(self.dtype)
+        x = self.norm.linen_input_layer(train=train)(x.astype(self.dtype))
         x = self.activation(convolution(self.widths[0], size, strides, name="stem")(x))
         if self.large:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -115,4 +117,5 @@ class ResNet(nn.Module):
             for i in range(blocks):
                 strides = 2 if stage and not i else 1
                 x = block(width, strides, name=f"stage{stage}_block{i}")(x)
-        return nn.Dense(self.classes)(x.astype(jnp.float32).mean((1, 2)))
+        head = nn.Dense(self.classes, kernel_init=kernel_init(self.kernel_std, LECUN))
+        return head(x.astype(jnp.float32).mean((1, 2)))

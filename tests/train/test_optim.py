@@ -11,7 +11,7 @@ from train.config import Optimizer
 
 def rates(steps, **options):
     """Returns the learning rate of each step, and of the one after the last."""
-    schedule = optim.schedule(Optimizer(learning_rate=0.5, **options), steps)
+    schedule = optim.schedule(Optimizer(learning_rate=0.5, **options), steps=steps, batch_size=128)
     return [float(schedule(step)) for step in range(steps + 1)]
 
 
@@ -69,7 +69,9 @@ def float32(tree):
 
 def first_update(gradients, **options):
     """Returns what the first step adds to the parameters, at a learning rate of 0.1."""
-    optimizer = optim.build(Optimizer(learning_rate=0.1, schedule="constant", **options), steps=10)
+    optimizer = optim.build(
+        Optimizer(learning_rate=0.1, schedule="constant", **options), steps=10, batch_size=128
+    )
     params = float32(PARAMS)
     return optimizer.update(float32(gradients), optimizer.init(params), params)[0]
 
@@ -125,7 +127,7 @@ def lamb(weight, gradient, moments, step, momentum, decay):
 def test_steps_are_the_papers_by_hand_at_the_rate_of_each_step(rule, momentum):
     options = {"learning_rate": 0.1, "schedule": "constant", "warmup_steps": 2}
     config = Optimizer(name=rule.__name__, momentum=momentum, weight_decay=0.01, **options)
-    optimizer = optim.build(config, steps=5)
+    optimizer = optim.build(config, steps=5, batch_size=128)
     params, state, history = float32(PARAMS), optimizer.init(float32(PARAMS)), []
     for gradients in GRADIENTS:
         updates, state = optimizer.update(float32(gradients), state, params)

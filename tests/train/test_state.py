@@ -34,7 +34,7 @@ def setup(*, devices=1, seed=0, data=None, options=None, **model):
         network=build(rule),
         pooling=build(jbn.pooled()),
         rule=rule,
-        optimizer=optim.build(options, steps=100),
+        optimizer=optim.build(options, steps=100, batch_size=8),
         data=Data(**(data or {})),
         options=options,
         batch_size=8,
