@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 USAGE = """\
@@ -10,7 +11,9 @@ usage: python -m train CONFIG.toml [--key value ...]     train; resumes where th
        python -m train eval RUN_DIR [--data.path PATH]   evaluate the best checkpoint; prints one JSON line
        python -m train predict RUN_DIR IMAGES ...        classes and probabilities, one JSON line an image
        python -m train export RUN_DIR [FILE]             the best checkpoint as a program that needs jax alone
-       python -m train sweep CONFIG.toml --key A,B ...   train each combination; prints and writes a table
+       python -m train compare BASELINE.toml OTHER.toml ... [--out DIR] [--seeds N] [--key value ...]
+                                                         train all; comparison.json, and report.html
+       python -m train sweep CONFIG.toml --key A,B ...   train each combination; results.json, report.html
        python -m train list                              the configs, a line each
 """
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -26,7 +29,10 @@ def main(arguments: list[str]) -> int:
                 case [] | ["-h" | "--help", *_]:
                     print(USAGE, end="")
                     return 0 if arguments else 2
-                case ["eval" | "predict" | "export" | "sweep" | "list", *rest] if {"-h", "--help"} & {*rest}:
+                case ["eval" | "predict" | "export" | "compare" | "sweep" | "list", *rest] if {
+                    "-h",
+                    "--help",
+                } & {*rest}:
                     print(USAGE, end="")
                     return 0
                 case ["list"]:
@@ -41,6 +47,8 @@ def main(arguments: list[str]) -> int:
                     return _predict(run_dir, images)
                 case ["export", run_dir, *file] if len(file) < 2 and not _has_flags(file):
                     return _export(run_dir, *file)
+                case ["compare", *rest]:
+                    return _compare(rest)
                 case ["sweep", path, *grid] if path.endswith(".toml"):
                     return _sweep(Path(path), grid)
                 case [path, *overrides] if path.endswith(".toml"):
@@ -122,11 +130,21 @@ def _export(run_dir: str, file: str | None = None) -> int:
     return 0
 
 
-def _sweep(path: Path, grid: list[str]) -> int:
-    from train.stopping import StopRequests
-    from train.sweep import plan, run
+def _compare(arguments: list[str]) -> int:
+    from train import compare
 
-    out, planned = plan(path, grid)
+    return _run_several(compare.run, *compare.plan(arguments))
+
+
+def _sweep(path: Path, grid: list[str]) -> int:
+    from train import sweep
+
+    return _run_several(sweep.run, *sweep.plan(path, grid))
+
+
+def _run_several(run: Callable, out: Path, planned: list) -> int:
+    from train.stopping import StopRequests
+
     with StopRequests() as stop:
         _use_compilation_cache()
         from train import distributed

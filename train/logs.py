@@ -1,7 +1,5 @@
-"""What a run says: metrics.jsonl (the truth), TensorBoard, and the table and progress on the console."""
+"""What a run says: metrics.jsonl (the truth) and inspection.jsonl, TensorBoard, and the console's table."""
 
-import contextlib
-import json
 import math
 import time
 from pathlib import Path
@@ -19,7 +17,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from train import files
+from train import json_lines
+from train.json_lines import JsonLines
 from train.tensorboard import TensorBoard
 
 Results = dict[str, dict[str, float]]  # split -> {"loss": ..., "accuracy": ...}
@@ -33,16 +32,12 @@ _HEADER = (
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """Reads metrics.jsonl, without a last line that a kill may have cut."""
-    path = run_dir / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict) and _is_result(line)]
+    return [line for line in json_lines.read(run_dir / "metrics.jsonl") if "split" in line]
 
 
-def _is_result(line: dict[str, Any]) -> bool:
-    return isinstance(line.get("step"), int) and "split" in line
+def read_inspections(run_dir: Path) -> list[dict[str, Any]]:
+    """Reads inspection.jsonl likewise: what train/inspection.py has measured, step by step."""
+    return json_lines.read(run_dir / "inspection.jsonl")
 
 
 class Logs:
@@ -53,14 +48,15 @@ class Logs:
 
         Without `writes` all of it is silent: one of several processes speaks for the others.
         """
-        kept = [line for line in read_metrics(run_dir) if line["step"] <= first_step]
-        self._started = time.perf_counter() - (kept[-1]["seconds"] if kept else 0.0)
-        self._writes = writes
+        self._started, self._writes = time.perf_counter(), writes
         self._console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not writes)
         if writes:
-            path = run_dir / "metrics.jsonl"
-            files.replace(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-            self._file = path.open("a")
+            self._metrics, self._inspections = (
+                JsonLines(run_dir / f"{name}.jsonl", first_step=first_step)
+                for name in ("metrics", "inspection")
+            )
+            if self._metrics.kept:
+                self._started -= self._metrics.kept[-1]["seconds"]
             self._tensorboard = TensorBoard(run_dir / "tensorboard", purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("training"),
@@ -84,8 +80,7 @@ class Logs:
         if self._console.is_terminal:
             self._progress.stop()
         if self._writes:
-            with contextlib.closing(self._tensorboard), self._file:
-                pass  # both are closed, also if the disk is full
+            self._tensorboard.close()
 
     @property
     def seconds(self) -> float:
@@ -104,19 +99,24 @@ class Logs:
         """Writes the results of one evaluation, split by split."""
         if not self._writes:
             return
+        seconds = round(self.seconds, 3)
+        self._metrics.append(
+            *({"step": step, "split": split, **results[split], "seconds": seconds} for split in results)
+        )
         for split, values in results.items():
-            finite = {key: value for key, value in values.items() if math.isfinite(value)}
-            # JSON has no NaN.
-            line = {"step": step, "split": split, **dict.fromkeys(values), **finite}
-            self._file.write(json.dumps({**line, "seconds": round(self.seconds, 3)}) + "\n")
-            for key, value in finite.items():
-                self._tensorboard.scalar(f"{key}/{split}", value, step)
-        self._file.flush()
+            for key, value in values.items():
+                if math.isfinite(value):
+                    self._tensorboard.scalar(f"{key}/{split}", value, step)
         self._tensorboard.flush()
         if not self._in_table:
             self.say(_HEADER)
             self._in_table = True
         self.say(_row(step, epoch, results, self.seconds))
+
+    def inspection(self, step: int, measured: dict[str, Any]) -> None:
+        """Writes what was measured at a step."""
+        if self._writes:
+            self._inspections.append({"step": step, **measured})
 
 
 class _Rate(ProgressColumn):

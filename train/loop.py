@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from train import data, distributed, report, run_directory, summary
+from train import data, distributed, inspection, report, run_directory, summary
 from train import state as states
 from train.checkpoint import Checkpoints
 from train.config import Config
@@ -115,6 +115,8 @@ class _Run:
         """Takes steps, evaluates and saves, in this order, until the end, a stop, or a failure."""
         job, config = self._job, self._job.config
         step, epoch, at_once, compiled = int(state.step), None, 1, False
+        if step == 0:
+            self._inspect(state, logs)
         while step < job.total_steps and not self.stalled(step):
             if epoch != step // job.steps_per_epoch:
                 epoch = step // job.steps_per_epoch
@@ -171,9 +173,14 @@ class _Run:
         for split, values in results.items():
             if not math.isfinite(values["loss"]):
                 raise self._failure(f"the {split} loss after step {step}")
+        self._inspect(state, logs)
         state = state._replace(sums=distributed.replicate(job.mesh, states.no_sums()))
         self._checkpoints.save(state, results.get("validation"))
         return state
+
+    def _inspect(self, state: TrainState, logs: Logs) -> None:
+        if self._job.config.inspect:
+            logs.inspection(int(state.step), inspection.inspect(self._job, state))
 
     def _failure(self, what: str) -> RunFailed:
         step = self._checkpoints.latest_step

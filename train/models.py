@@ -39,11 +39,18 @@ class Variables(NamedTuple):
 class Network(Protocol):
     """A network as pure functions. It hashes by what it computes, so that it can be a static argument."""
 
+    @property
+    def activation(self) -> Layer:
+        """The activation of its hidden layers."""
+
     def init(self, key: jax.Array, inputs: jax.Array) -> Variables:
         """Draws new parameters; of the inputs, float32 (n, ...), only the shape matters."""
 
     def apply(self, variables: Variables, inputs: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
         """Returns float32 logits (n, classes) and the new running statistics: in inference, those given."""
+
+    def activation_inputs(self, variables: Variables, inputs: jax.Array, *, train: bool) -> list[jax.Array]:
+        """Returns what each activation gets, in their order: (n, ..., width) each."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class LinenNetwork:
     """A `Network` of a Linen module."""
 
     module: nn.Module
+
+    @property
+    def activation(self) -> Layer:
+        return self.module.activation
 
     def init(self, key: jax.Array, inputs: jax.Array) -> Variables:
         variables = self.module.init(key, inputs, train=False)
@@ -63,6 +74,11 @@ class LinenNetwork:
         logits, updated = apply(mutable=["batch_stats"])
         return logits, updated.get("batch_stats", {})
 
+    def activation_inputs(self, variables: Variables, inputs: jax.Array, *, train: bool) -> list[jax.Array]:
+        watch = _Watch(self.activation)
+        LinenNetwork(self.module.clone(activation=watch)).apply(variables, inputs, train=train)
+        return watch.seen
+
 
 @dataclass(frozen=True)
 class NNXNetwork:
@@ -70,6 +86,10 @@ class NNXNetwork:
 
     module: Callable[..., nnx.Module]
     options: tuple[tuple[str, Any], ...]  # what makes it, beside `rngs`; pairs, because a dict has no hash
+
+    @property
+    def activation(self) -> Layer:
+        return dict(self.options)["activation"]
 
     def init(self, key: jax.Array, inputs: jax.Array) -> Variables:
         return _variables(self._make(key))
@@ -81,8 +101,25 @@ class NNXNetwork:
         module.train() if train else module.eval()
         return module(inputs), _variables(module).batch_stats
 
+    def activation_inputs(self, variables: Variables, inputs: jax.Array, *, train: bool) -> list[jax.Array]:
+        watch = _Watch(self.activation)
+        watched = NNXNetwork(self.module, (*self.options, ("activation", watch)))
+        watched.apply(variables, inputs, train=train)
+        return watch.seen
+
     def _make(self, seed: int | jax.Array) -> nnx.Module:
         return self.module(**dict(self.options), rngs=nnx.Rngs(seed))
+
+
+class _Watch:
+    """An activation that remembers what it was called with."""
+
+    def __init__(self, activation: Layer):
+        self.activation, self.seen = activation, []
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.seen.append(x)
+        return self.activation(x)
 
 
 def _variables(module: nnx.Module) -> Variables:

@@ -1,8 +1,48 @@
-"""Pictures of a run."""
+"""Pictures of a run, and pages on several of them."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from train import page
+from train.claims import accuracy, covariate_shift, dependence, evaluation_gap, linear_regime, smoothness
+from train.claims.wording import listed
 from train.logs import read_metrics
+from train.series import Run, Series, group
+from train.several import text
+
+CLAIMS = (accuracy, covariate_shift, linear_regime, smoothness, evaluation_gap)
+
+
+def comparison(title: str, compared: Sequence[Series]) -> str:
+    """Returns the page on a comparison, whose first series is the baseline."""
+    baseline, others = compared[0], [job.name for job in compared[1:]]
+    intro = f"The baseline is {baseline.name}" + (f"; beside it {listed(others)}." if others else ".")
+    sections = [section for claim in CLAIMS if (section := claim.section(compared))]
+    return page.render(
+        f"Comparison: {title}", intro, sections, _footer([run for job in compared for run in job.runs])
+    )
+
+
+def sweep(title: str, values: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> str:
+    """Returns the page on a sweep; `values` are those of the keys of which it has several, run by run."""
+    names = [
+        ", ".join(f"{k} = {text(v)}" for k, v in point.items() if k != "seed") or title for point in values
+    ]
+    compared = group(names, runs)
+    sections = dependence.sections(values, runs)
+    sections += [section for claim in CLAIMS if (section := claim.section(compared))]
+    keys = listed(values[0]) if values[0] else "nothing"
+    return page.render(f"Sweep: {title}", f"{len(runs)} jobs, over {keys}.", sections, _footer(runs))
+
+
+def _footer(runs: Sequence[Run]) -> str:
+    seconds = sum(run.summary["wall_seconds"] or 0 for run in runs)
+    config = runs[0].config
+    return (
+        f"Made from {len(runs)} runs on {config.data.name}, {seconds:,.0f} seconds of training in all. All sentences "
+        "are computed from the files of these runs."
+    )
 
 
 def draw_curves(run_dir: Path) -> None:

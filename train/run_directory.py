@@ -4,6 +4,7 @@ config.json       the resolved job
 data.json         what the data are like: shape, classes, what the network sees of them, a fingerprint
 environment.json  versions and devices of the latest start
 metrics.jsonl     one line an evaluation and split (train/logs.py)
+inspection.jsonl  what the layers see, if asked for (train/inspection.py)
 summary.json      what the run reached; absent while it runs
 checkpoints/      train/checkpoint.py
 tensorboard/      the metrics once more

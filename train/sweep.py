@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from train import several
 from train.config import Config, flatten
-from train.errors import RunFailed, UserError, explained
-from train.files import read_json, write_json
+from train.errors import UserError
+from train.files import replace, write_json
 from train.parsing import load
 from train.stopping import StopRequests
 
@@ -48,13 +49,13 @@ def plan(path: Path, arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
     out = _folder(grid.pop("out", [[f"runs/{path.stem}-sweep"]]))
     if "run_dir" in grid:
         raise UserError("--run_dir does not go with a sweep; wanted --out, in which each job gets a folder.")
-    several = [key for key, values in grid.items() if len(values) > 1]
+    varied = [key for key, values in grid.items() if len(values) > 1]
     planned: dict[str, Planned] = {}
     for combination in itertools.product(*grid.values()):
         config = load(path, [word for key, words in zip(grid, combination) for word in (f"--{key}", *words)])
         flat = flatten(dataclasses.asdict(config))
-        values = {key: flat[key] for key in several}
-        name = ",".join(f"{key}={_text(value)}" for key, value in values.items()) or path.stem
+        values = {key: flat[key] for key in varied}
+        name = ",".join(f"{key}={several.text(value)}" for key, value in values.items()) or path.stem
         run_dir = str(out / name.replace("/", "_").replace(" ", "-"))
         if run_dir in planned:
             raise UserError(f"Two jobs of the sweep would be '{run_dir}'; wanted each value of a key once.")
@@ -63,56 +64,33 @@ def plan(path: Path, arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
 
 
 def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
-    """Trains the jobs one after the other, but for finished ones; prints a table and returns the exit code.
+    """Trains the jobs, but for finished ones; prints a table, and writes results.json and report.html.
 
-    After each job OUT/results.json holds a list of those so far: values, run directory, summary, error. A job
-    that fails, or that its data do not allow, does not keep the others from running.
+    Both are written anew after each job: results.json is a list of the jobs so far, with values, run directory,
+    summary and error of each. Returns the exit code, that of the worst.
 
     Raises:
       UserError: OUT cannot be created.
     """
-    import jax
+    from train import distributed, report, series
 
-    from train import distributed
+    several.create(out)
+    results: list[dict[str, Any]] = []
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be created: {error.strerror}; wanted a folder.") from error
-    say = print if distributed.is_first() else lambda *_, **__: None
-    results, codes = [], []
-    for job in planned:
-        say(f"[{len(results) + 1}/{len(planned)}] {job.config.run_dir}", flush=True)
-        code, reached = _train(job.config, stop)
-        jax.clear_caches()  # or the programs of all jobs would stay in memory
-        if reached["error"]:
-            say(f"{reached['status']}: {reached['error']}")
-        codes.append(code)
-        results.append({**job.values, "run_dir": job.config.run_dir, **reached})
-        if distributed.is_first():
-            write_json(out / "results.json", results)
-        if stop.received is not None and len(results) < len(planned):
-            codes.append(128 + stop.received)
-            break
-    say(f"\n{_table(list(planned[0].values), results)}\n\nResults: {out / 'results.json'}")
-    return max(codes)
+    def write(outcomes: list[several.Outcome]) -> None:
+        if not distributed.is_first():
+            return
+        done = list(zip(planned, outcomes))
+        results[:] = [{**job.values, "run_dir": job.config.run_dir, **each.summary} for job, each in done]
+        write_json(out / "results.json", results)
+        runs = [series.read(job.config, outcome) for job, outcome in done]
+        page = report.sweep(out.name, [job.values for job, _ in done], runs)
+        replace(out / "report.html", page.encode())
 
-
-def _train(config: Config, stop: StopRequests) -> tuple[int, dict[str, Any]]:
-    """Returns the exit code that the job would have by itself, and its summary with what went wrong."""
-    from train.loop import fit
-
-    nothing = dict.fromkeys(COLUMNS)
-    try:
-        with explained():
-            summary = fit(config, stop)
-    except UserError as error:
-        return 2, {**nothing, "status": "refused", "error": str(error)}
-    except RunFailed as error:
-        path = Path(config.run_dir) / "summary.json"
-        summary = read_json(path) if path.exists() else nothing
-        return 1, {**summary, "status": "failed", "error": str(error)}
-    return 0 if summary["status"] == "finished" else 128 + stop.received, {**summary, "error": None}
+    code = several.train_all([job.config for job in planned], stop, write)
+    if distributed.is_first():
+        print(f"\n{_table(list(planned[0].values), results)}\n\nResults: {out / 'results.json'}")
+    return code
 
 
 def _grid(arguments: Sequence[str]) -> Grid:
@@ -143,13 +121,6 @@ def _folder(values: list[list[str]]) -> Path:
 
 
 def _table(keys: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
-    rows = [[*keys, *COLUMNS]]
-    for result in results:
-        shown = ["-" if result[key] is None else format(result[key], how) for key, how in COLUMNS.items()]
-        rows.append([*(_text(result[key]) for key in keys), *shown])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    columns = dict.fromkeys(keys, "") | COLUMNS
+    rows = [[several.text(result[key], how) for key, how in columns.items()] for result in results]
+    return several.table(list(columns), rows)

@@ -1,0 +1,22 @@
+"""Measurements of a model of one's own: what batch normalization does to its distributions and its loss.
+
+from jbn import inspection
+"""
+
+from jbn.inspection.distributions import identity_params, mean_slope, movement, percentiles
+from jbn.inspection.landscape import Landscape, along_gradient
+from jbn.inspection.layers import Layers, split_layers
+from jbn.inspection.shift import GradientShift, gradient_shift
+
+__all__ = [
+    "GradientShift",
+    "Landscape",
+    "Layers",
+    "along_gradient",
+    "gradient_shift",
+    "identity_params",
+    "mean_slope",
+    "movement",
+    "percentiles",
+    "split_layers",
+]

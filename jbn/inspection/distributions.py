@@ -1,0 +1,204 @@
+"""How the inputs of a unit are distributed, and how far that moves while the layers before it learn."""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jbn.axes import Axes, feature_axes, feature_shape
+from jbn.checks import as_epsilon
+from jbn.dtypes import arithmetic_dtype
+from jbn.inspection.vectors import norm_over
+from jbn.normalization import Params
+from jbn.statistics import Moments, cast
+
+
+def percentiles(x: ArrayLike, percentages: ArrayLike = (15, 50, 85), *, axis: Axes = -1) -> jax.Array:
+    """Measures percentiles of each feature over all other axes.
+
+    The p-th percentile is the value below which p per cent of the samples lie, with linear interpolation
+    between the two nearest samples. Followed over the steps of a training run, they show whether the
+    distribution of a unit's inputs holds still.
+
+    Args:
+      x: samples, of any shape; floating point.
+      percentages: (k,), each from 0 to 100.
+      axis: the feature axis or axes, which are kept.
+
+    Returns:
+      (k, features...), in float32, or in the dtype of `x` where that is wider. NaN for a feature that has
+      a NaN, or no samples.
+
+    Raises:
+      TypeError: `x` is complex, or an integer array.
+      ValueError: `axis` is out of range or repeated, `percentages` has not one axis, or one of them is not
+        from 0 to 100 (seen only outside `jit`).
+
+    Reference: Ioffe & Szegedy 2015, section 4.1 and figure 1(b, c).
+
+    >>> import jax.numpy as jnp
+    >>> from jbn import inspection
+    >>> x = jnp.stack([jnp.arange(101.0), 10 * jnp.arange(101.0)], axis=-1)
+    >>> print(inspection.percentiles(x).round(2))
+    [[ 15. 150.]
+     [ 50. 500.]
+     [ 85. 850.]]
+    """
+    x = _samples("x", x)
+    rows = _rows(x, feature_axes(x.ndim, axis))
+    known = None if isinstance(percentages, jax.core.Tracer) else np.asarray(percentages)
+    percentages = jnp.asarray(percentages, rows.dtype)
+    if percentages.ndim != 1:
+        raise ValueError(f"percentages has shape {percentages.shape}; wanted one axis, as in (15, 50, 85).")
+    if known is not None and not np.all((known >= 0) & (known <= 100)):
+        raise ValueError(f"percentages={known.tolist()}; wanted each from 0 to 100.")
+    if not rows.shape[0]:
+        return jnp.full((*percentages.shape, *rows.shape[1:]), jnp.nan, rows.dtype)
+    return jnp.percentile(rows, percentages, axis=0)
+
+
+def movement(before: ArrayLike, after: ArrayLike, *, axis: Axes = -1) -> jax.Array:
+    """Measures how far the distribution of each feature has moved, in standard deviations of `before`.
+
+        movement = W2(before, after) / sd(before)
+        W2       = sqrt(mean((sort(before) - sort(after))^2))
+
+    W2 is the Wasserstein-2 distance of the two sets of samples: the least root mean square way by which the
+    samples of one can be carried to those of the other. A shift of all samples by d is |d| / sd; a change of
+    their spread about the mean from sd to s*sd is |s - 1|. The order of the samples does not matter, and
+    neither does the unit in which a feature is measured.
+
+    Args:
+      before: samples, of any shape; floating point.
+      after: as many samples of the same features, in the shape of `before`.
+      axis: the feature axis or axes, which are kept.
+
+    Returns:
+      (features...), >= 0, in float32, or in the dtype of the samples where that is wider. It is 0 where
+      nothing moved, for a constant feature and one without samples too; infinite where a feature moved that
+      was constant; NaN where a feature has a NaN, or was not finite in `before`.
+
+    Raises:
+      TypeError: an argument is complex, or an integer array.
+      ValueError: the shapes differ, or `axis` is out of range or repeated.
+
+    Reference: the distance is that of Peyre & Cuturi 2019, "Computational Optimal Transport", remark 2.28;
+    what it measures is in Ioffe & Szegedy 2015, section 4.1.
+
+    >>> import jax.numpy as jnp
+    >>> from jbn import inspection
+    >>> x = jnp.array([[1.0, 1.0], [3.0, 3.0]])  # standard deviation 1
+    >>> print(inspection.movement(x, x + jnp.array([[0.0, 0.5]])))
+    [0.  0.5]
+    """
+    before, after = _samples("before", before), _samples("after", after)
+    if after.shape != before.shape:
+        raise ValueError(
+            f"after has shape {after.shape}; wanted that of before, {before.shape}: "
+            "as many samples of the same features."
+        )
+    axes, wide = feature_axes(before.ndim, axis), arithmetic_dtype(before, after)
+    before, after = (_rows(x.astype(wide), axes) for x in (before, after))
+    distance = norm_over(jnp.sort(before, 0) - jnp.sort(after, 0), (0,))
+    # Measured from the first sample, a constant feature deviates by 0, and a large mean costs nothing.
+    deviations = before - before[:1]
+    deviations = deviations - jnp.mean(deviations, 0, keepdims=True)
+    # Both are norms and not root mean squares: the number of samples cancels.
+    return distance / jnp.where(distance == 0, 1, norm_over(deviations, (0,)))
+
+
+def mean_slope(activation: Callable[[jax.Array], jax.Array], x: ArrayLike, *, axis: Axes = -1) -> jax.Array:
+    """Measures how much of the gradient passes an activation, on average over the samples.
+
+        mean_slope = mean(activation'(x))
+
+    For a sigmoid it is 0.25 at most, and near 0 where its inputs are so large that it is saturated; for ReLU
+    it is the fraction of samples for which the unit is active.
+
+    Args:
+      activation: an elementwise function, such as `jax.nn.sigmoid`.
+      x: its inputs, of any shape; floating point.
+      axis: the feature axis or axes, which are kept.
+
+    Returns:
+      (features...), in float32, or in the dtype of `x` where that is wider. NaN for a feature without
+      samples.
+
+    Raises:
+      TypeError: `x` or what `activation` gives is complex, or an integer array.
+      ValueError: `activation` gives another shape, or `axis` is out of range or repeated.
+
+    Reference: Ioffe & Szegedy 2015, section 1, on saturation.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jbn import inspection
+    >>> x = jnp.array([[0.0, 20.0], [0.0, -20.0]])
+    >>> print(inspection.mean_slope(jax.nn.sigmoid, x).round(4))
+    [0.25 0.  ]
+    """
+    x = _samples("x", x)
+    axes = feature_axes(x.ndim, axis)
+    x = x.astype(arithmetic_dtype(x))
+    y, slopes = jax.jvp(activation, (x,), (jnp.ones_like(x),))
+    y = _samples("activation(x)", y)
+    if y.shape != x.shape:
+        raise ValueError(f"activation(x) has shape {y.shape}; wanted that of x, {x.shape}: elementwise.")
+    return jnp.mean(_rows(slopes.astype(x.dtype), axes), 0)
+
+
+def identity_params(moments: Moments, *, epsilon: float = 1e-5) -> Params:
+    """Makes the parameters with which normalization by given moments changes nothing.
+
+        scale = sqrt(var + epsilon);  bias = mean
+
+    `jbn.normalize(x, moments, identity_params(moments))` is `x`, up to rounding: a normalized layer can do
+    all that the layer can do without.
+
+    Args:
+      moments: as `jbn.moments` measures them; finite.
+      epsilon: that of the layer; > 0.
+
+    Returns:
+      `jbn.Params` in the features' shape and in float32 at least: a real scale, and a bias in the dtype of
+      the mean.
+
+    Raises:
+      TypeError: `moments` is something else, or `epsilon` is traced.
+      ValueError: `epsilon` <= 0.
+
+    Reference: Ioffe & Szegedy 2015, section 3.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> from jbn import inspection
+    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
+    >>> batch = jbn.moments(x)
+    >>> print(jbn.normalize(x, batch, inspection.identity_params(batch)).round(4))
+    [[ 1. 10.]
+     [ 3. 30.]]
+    """
+    if not isinstance(moments, Moments):
+        raise TypeError(f"moments is a {type(moments).__name__}; wanted jbn.Moments, as jbn.moments gives.")
+    epsilon = as_epsilon(epsilon)
+    moments = cast(moments, arithmetic_dtype(moments.mean, moments.var))
+    return Params(scale=jnp.sqrt(moments.var + epsilon), bias=moments.mean)
+
+
+def _samples(name: str, x: ArrayLike) -> jax.Array:
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} has dtype {x.dtype}; wanted a real floating point dtype. "
+            f"Convert it first, as in {name}.astype(jnp.float32)."
+        )
+    return x
+
+
+def _rows(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """Returns the samples as (n, features...), in float32 at least."""
+    shape = feature_shape(x, axes)
+    x = jnp.moveaxis(x, axes, range(x.ndim - len(axes), x.ndim))
+    n = math.prod(x.shape[: x.ndim - len(axes)])
+    return x.reshape(n, *shape).astype(arithmetic_dtype(x))

@@ -1,0 +1,5 @@
+"""What is said of batch normalization, and what the jobs at hand showed of it: a file a claim.
+
+Each has `section(compared)`: series of runs, the first of them the baseline, to a part of a report; None where
+the runs have nothing to say of it. Every sentence is computed from what was measured.
+"""

@@ -1,0 +1,156 @@
+"""It trains faster, and where nothing else does."""
+
+import math
+from collections.abc import Sequence
+
+from train import comparison, pictures
+from train.claims.wording import accuracy, listed, number, with_range
+from train.comparison import Spread, best, spread, spread_of_speedups, steps_to
+from train.page import Picture, Section, Table
+from train.series import Series
+
+
+def section(compared: Sequence[Series]) -> Section:
+    """Tells which jobs learnt, how well, and in how many steps to the best accuracy of the baseline."""
+    baseline, *others = compared
+    sentences = [*_failures(compared)]
+    idle = [job for job in compared if job.over(lambda run: run.curve)[0] and not has_learnt(job)]
+    if idle:
+        chance = idle[0].runs[0].classes
+        reached = listed(accuracy(best_accuracy(job).median) for job in idle)
+        sentences.append(
+            f"{listed(job.name for job in idle)} did not learn: the best test accuracy was {reached}, and "
+            f"guessing one of {chance} classes gives about {1 / chance:.2g}."
+        )
+    sentences += [text for job in others if (text := _beside(job, baseline))]
+    return Section(
+        "How fast it trains", tuple(sentences), tuple(_pictures(compared)), _table(compared, baseline)
+    )
+
+
+def best_accuracy(job: Series) -> Spread:
+    """Returns the best test accuracy over the seeds."""
+    return spread((reached and reached[1] for reached in map(best, _curves(job))), worst=-math.inf)
+
+
+def has_learnt(job: Series) -> bool:
+    """Tells whether a job does better than twice what guessing would."""
+    reached, classes = best_accuracy(job).median, job.runs[0].classes
+    return reached is not None and reached > 2 / classes
+
+
+def _curves(job: Series) -> list[comparison.Curve]:
+    return job.over(lambda run: run.curve)
+
+
+def _failures(compared: Sequence[Series]) -> list[str]:
+    return [
+        f"{job.name} {run.summary['status']}: {run.summary['error'].partition('. ')[0]}."
+        for job in compared
+        for run in job.runs
+        if run.summary["error"]
+    ]
+
+
+def _beside(job: Series, baseline: Series) -> str | None:
+    """Compares one job with the baseline."""
+    own, theirs = _curves(job), _curves(baseline)
+    if not has_learnt(job):
+        return None
+    if not has_learnt(baseline):
+        return (
+            f"{job.name} reached {with_range(best_accuracy(job), accuracy)}; {baseline.name} did not learn."
+        )
+    if not any(map(comparison.is_measurable, theirs)):
+        return f"{baseline.name} was at its best in its first evaluation, so how fast others came there is not known."
+    times = spread_of_speedups(own, theirs)
+    if times.median is None:
+        return (
+            f"{job.name} did not come to the best accuracy of {baseline.name}; it reached "
+            f"{with_range(best_accuracy(job), accuracy)}."
+        )
+    target = spread(map(comparison.target, theirs), worst=-math.inf)
+    taken, base = _steps(job, baseline), _steps(baseline, baseline)
+    at_first = any(
+        steps_to(curve, comparison.target(base)) == curve[0][0] for curve, base in zip(own, theirs) if base
+    )
+    word = "fewer" if times.median >= 1 else "more"
+    shown = times if times.median >= 1 else Spread(*(value and 1 / value for value in times))
+    return (
+        f"{job.name} took {with_range(taken)} steps to {with_range(target, accuracy)}, the best test accuracy of "
+        f"{baseline.name}, which took {with_range(base)}: {with_range(shown)} times {word}"
+        + (", or better, since it was there at its first evaluation." if at_first else ".")
+    )
+
+
+def _steps(job: Series, baseline: Series) -> Spread:
+    pairs = zip(_curves(job), _curves(baseline))
+    return spread(
+        (steps_to(curve, comparison.target(base)) if base else None for curve, base in pairs), worst=math.inf
+    )
+
+
+def _pictures(compared: Sequence[Series]) -> list[Picture]:
+    target = spread(map(comparison.target, _curves(compared[0])), worst=-math.inf).median
+
+    def describe(axes, lowest=None):
+        for index, job in enumerate(compared):
+            draw_accuracy(axes, job, index)
+        if target is not None and has_learnt(compared[0]):
+            pictures.level(axes, target, name=f"best of {compared[0].name}")
+        axes.set(xlabel="step", ylabel="test accuracy")
+        if lowest is not None:
+            axes.set_ylim(lowest, None)
+
+    seeds = max(len(job.runs) for job in compared)
+    over = f" Median of {seeds} seeds; the shade is their range." if seeds > 1 else ""
+    shown = [
+        Picture(pictures.draw(describe, label="Test accuracy over steps"), f"Test accuracy over steps.{over}")
+    ]
+    finals = [reached for job in compared if (reached := best_accuracy(job).median) is not None]
+    if target is not None and finals and has_learnt(compared[0]):
+        lowest = max(0.0, 1 - 2.5 * (1 - min(target, *finals))) if min(finals) > 0.5 else None
+        if lowest:
+            near = pictures.draw(lambda axes: describe(axes, lowest), label="Test accuracy near the best")
+            shown.append(Picture(near, f"The same, above {lowest:.2f}."))
+    return shown
+
+
+def draw_accuracy(axes, job: Series, index: int) -> None:
+    """Draws the test accuracy of a job over steps: the median over seeds, and their range."""
+    by_step: dict[int, list[float]] = {}
+    for curve in _curves(job):
+        for step, reached in curve:
+            by_step.setdefault(step, []).append(reached)
+    steps = [step for step, values in by_step.items() if len(values) == len(job.runs)]
+    spreads = [spread(by_step[step], worst=-math.inf) for step in steps]
+    if spreads:
+        median, low, high = zip(*spreads)
+        ranges = {"low": low, "high": high} if len(job.runs) > 1 else {}
+        pictures.line(axes, steps, median, name=job.name, index=index, **ranges)
+
+
+def _table(compared: Sequence[Series], baseline: Series) -> Table:
+    """A row a job; the speed-up over the baseline, and over every other job that has no normalization."""
+    references = [baseline] + [job for job in compared[1:] if job.config.model.norm == "none"]
+    header = ("job", "norm", "learning rate", "best test accuracy", "steps to the baseline's best")
+    rows = [
+        (
+            job.name,
+            job.config.model.norm,
+            f"{job.config.optimizer.learning_rate:g}",
+            with_range(best_accuracy(job), accuracy),
+            with_range(_steps(job, baseline)),
+            *(_speedup(job, reference) for reference in references),
+            with_range(spread(job.over(lambda run: run.summary["wall_seconds"]), worst=math.inf)),
+        )
+        for job in compared
+    ]
+    over = (f"speed-up over {reference.name}" for reference in references)
+    return Table((*header, *over, "seconds"), tuple(rows))
+
+
+def _speedup(job: Series, reference: Series) -> str:
+    if not has_learnt(reference) or not any(map(comparison.is_measurable, _curves(reference))):
+        return "-"
+    return with_range(spread_of_speedups(_curves(job), _curves(reference)), lambda times: number(times, 3))

@@ -1,0 +1,92 @@
+"""How the result depends on a number: the learning rate, the batch size."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from train import pictures
+from train.claims.wording import accuracy, listed, number
+from train.comparison import spread
+from train.page import Picture, Section
+from train.series import Run, group
+from train.several import text
+
+Point = dict[str, Any]  # the values of the keys of which a sweep has several
+
+
+def sections(values: Sequence[Point], runs: Sequence[Run]) -> list[Section]:
+    """Shows, for each key of a sweep that takes numbers, the final accuracy over its values.
+
+    There is a line for each combination of the other keys, and its range over seeds.
+    """
+    keys = [key for key in values[0] if key != "seed" and _is_number([point[key] for point in values])]
+    return [section for key in keys if (section := _section(key, values, runs))]
+
+
+def _is_number(found: Sequence[Any]) -> bool:
+    return len(set(found)) > 1 and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
+
+
+def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section | None:
+    lines = group([_others(key, point) for point in values], list(zip(values, runs)))
+    chance = next((1 / run.classes for run in runs if run.classes), None)
+    if chance is None:
+        return None
+    curves = {line.name: _curve(key, line.runs) for line in lines}
+    short = key.rpartition(".")[2].replace("_", " ")
+    log = _spans_decades([point[key] for point in values])
+
+    def describe(axes, error=False):
+        for index, (name, curve) in enumerate(curves.items()):
+            at, median, low, high = zip(*curve)
+            if error:
+                median, low, high = ([v and 1 - v for v in each] for each in (median, high, low))
+            pictures.line(axes, at, median, low=low, high=high, name=name or "test", index=index)
+        axes.set(xlabel=short, xscale="log" if log else "linear")
+        axes.set(
+            ylabel="final test error" if error else "final test accuracy", yscale="log" if error else "linear"
+        )
+
+    shown = (
+        Picture(
+            pictures.draw(describe, label=f"Final test accuracy over {short}"),
+            "Test accuracy after the last step. A gap in a line is a job that failed.",
+        ),
+        Picture(
+            pictures.draw(lambda axes: describe(axes, error=True), label=f"Final test error over {short}"),
+            "The same as an error, in which differences between good jobs can be seen.",
+        ),
+    )
+    sentences = [_sentence(name, short, curve, chance) for name, curve in curves.items()]
+    return Section(f"Over the {short}", tuple(sentences), shown)
+
+
+def _others(key: str, point: Point) -> str:
+    return ", ".join(f"{k} = {text(v)}" for k, v in point.items() if k not in (key, "seed"))
+
+
+def _curve(key: str, pairs: Sequence[tuple[Point, Run]]) -> list[tuple[float, Any, Any, Any]]:
+    """Returns value, median, lowest and highest final accuracy, in the order of the values."""
+    by_value: dict[float, list[float | None]] = {}
+    for point, run in pairs:
+        by_value.setdefault(point[key], []).append(run.final_accuracy)
+    return [(at, *spread(by_value[at], worst=-math.inf)) for at in sorted(by_value)]
+
+
+def _spans_decades(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) >= 10
+
+
+def _sentence(name: str, short: str, curve: list, chance: float) -> str:
+    """Says where a line is best, and where it does not learn."""
+    who = f"With {name}" if name else "Here"
+    found = [(median, at) for at, median, *_ in curve if median is not None]
+    if not found:
+        return f"{who} every job failed."
+    reached, at = max(found)
+    learnt = [at for at, median, *_ in curve if median is not None and median > 2 * chance]
+    lost = [f"{at:g}" for at, *_ in curve if at not in learnt]
+    said = f"{who} the best final test accuracy was {accuracy(reached)}, at a {short} of {number(at)}"
+    if lost:
+        return f"{said}; it did not learn, or failed, at {listed(lost)}."
+    return f"{said}; it learnt at every value, and ended at {accuracy(min(found)[0])} at the worst."

@@ -1,0 +1,84 @@
+"""Where on the curve of their activation inputs lie, and that scale and bias can put them anywhere."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from train import pictures
+from train.claims.wording import accuracy, number
+from train.inspection import EDGES
+from train.page import Picture, Section, Table
+from train.series import Series
+
+CURVES = {
+    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "tanh": np.tanh,
+    "relu": lambda x: np.maximum(x, 0),
+}
+STEEPEST = {"sigmoid": 0.25, "tanh": 1.0, "relu": 1.0}  # the largest derivative
+
+
+def section(compared: Sequence[Series]) -> Section | None:
+    """Shows what activations get, before training and after it, and what that leaves of a gradient."""
+    seen = [job for job in compared if job.runs[0].inspections]
+    if not seen:
+        return None
+    sentences = [
+        "The pictures show the inputs of the last hidden layer's activations over the activation itself, before "
+        "training, when batch norm's scale is 1 and its bias 0, and at the end, when both have learnt."
+    ]
+    for job in seen:
+        first, last = (job.runs[0].inspections[at] for at in (0, -1))
+        sentences.append(
+            f"In {job.name} {_share(first)} of them lay between -1 and 1 at first, {_share(last)} at the end; an "
+            f"activation let {_passes(job, first)} of the gradient pass that it lets pass at its steepest, then "
+            f"{_passes(job, last)}."
+        )
+    error = seen[0].runs[0].inspections[-1]["identity_error"]
+    if error is not None:
+        sentences.append(
+            f"Batch norm can give back what it is given: with scale = sqrt(variance + epsilon) and bias = mean, it "
+            f"changed these inputs of {seen[0].name} by {number(error, 2)} of the largest at most."
+        )
+    return Section("Where on the curve", tuple(sentences), tuple(map(_picture, seen)), _table(seen))
+
+
+def _share(line: dict) -> str:
+    inside = np.array(line["histograms"][-1], float)[(EDGES[:-1] >= -1) & (EDGES[1:] <= 1)]
+    return f"{inside.sum():.0%}"
+
+
+def _passes(job: Series, line: dict) -> str:
+    slope = line["slope"][-1]
+    return "-" if slope is None else f"{slope / STEEPEST[job.config.model.activation]:.0%}"
+
+
+def _picture(job: Series) -> Picture:
+    activation = job.config.model.activation
+
+    def describe(axes):
+        for index, (when, at) in enumerate((("before training", 0), ("at the end", -1))):
+            shares = np.array(job.runs[0].inspections[at]["histograms"][-1], float)
+            pictures.histogram(axes, EDGES, shares / max(shares.max(), 1e-12), name=when, index=index)
+        x = np.linspace(EDGES[0], EDGES[-1], 200)
+        axes.plot(x, CURVES[activation](x), color=pictures.INK, linewidth=1.2, label=activation)
+        axes.set(xlabel="input of the activation", ylim=(min(0, CURVES[activation](x).min()) - 0.02, 1.08))
+        axes.set_title(job.name)
+
+    caption = f"{job.name}: inputs of the last hidden layer, each histogram over its highest bin."
+    return Picture(pictures.draw(describe, label=f"Inputs of the activations of {job.name}"), caption)
+
+
+def _table(seen: Sequence[Series]) -> Table:
+    header = ("at the end", "scale and bias", "between -1 and 1", "gradient that passes", "test accuracy")
+    rows = [
+        (
+            job.name,
+            "learnt" if job.config.model.norm != "none" else "none",
+            _share(job.runs[0].inspections[-1]),
+            _passes(job, job.runs[0].inspections[-1]),
+            accuracy(job.runs[0].final_accuracy),
+        )
+        for job in seen
+    ]
+    return Table(header, tuple(rows))

@@ -1,0 +1,53 @@
+"""Numbers in sentences."""
+
+import math
+import statistics
+from collections.abc import Iterable
+
+from train.comparison import Spread
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Writes a number with so many digits that count: 0.0123, 49.5, 31,000."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if value == 0 or abs(value) < 1e-4:
+        return f"{value:.{digits - 1}g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def accuracy(value: float | None) -> str:
+    """Writes an accuracy."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def with_range(values: Spread, how=number) -> str:
+    """Writes a median, and the range where there is one."""
+    text = how(values.median) if values.median is not None else "not reached"
+    if values.low == values.high:
+        return text
+    low, high = ("not reached" if value is None else how(value) for value in (values.low, values.high))
+    return f"{text} ({low} to {high})"
+
+
+def ratio(value: float, base: float, *, more: str, less: str) -> str:
+    """Compares with a base: "3.1 times less", "2 times more", "as much"."""
+    if not (base > 0 and value > 0 and math.isfinite(base) and math.isfinite(value)):
+        return f"{number(value)} where it was {number(base)}"
+    times = value / base
+    if 1 / 1.05 < times < 1.05:
+        return "as much, within 5 %,"
+    return f"{number(times, 2)} times {more}" if times > 1 else f"{number(1 / times, 2)} times {less}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Writes "a", "a and b", "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """Returns the median of what was measured, if anything was."""
+    found = [value for value in values if value is not None]
+    return statistics.median(found) if found else None

@@ -1,0 +1,64 @@
+"""What several jobs have left in their run directories, seed beside seed, for those who compare them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train import run_directory
+from train.comparison import Curve
+from train.config import Config
+from train.logs import read_inspections, read_metrics
+from train.several import Outcome
+
+
+class Run(NamedTuple):
+    """One job with one seed."""
+
+    config: Config
+    summary: dict[str, Any]
+    classes: int | None  # None if it has not come as far as its data
+    metrics: list[dict[str, Any]]
+    inspections: list[dict[str, Any]]
+
+    @property
+    def curve(self) -> Curve:
+        """Test accuracy over steps."""
+        return [(line["step"], line["accuracy"]) for line in self.metrics if line["split"] == "test"]
+
+    @property
+    def final_accuracy(self) -> float | None:
+        """The test accuracy at the end; None for a job that failed, or was not run."""
+        return self.curve[-1][1] if self.curve and self.summary["status"] != "failed" else None
+
+
+class Series(NamedTuple):
+    """One job, once for each seed."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @property
+    def config(self) -> Config:
+        """The job with its first seed."""
+        return self.runs[0].config
+
+    def over(self, value: Callable[[Run], Any]) -> list[Any]:
+        """Returns a value of each run."""
+        return [value(run) for run in self.runs]
+
+
+def read(config: Config, outcome: Outcome) -> Run:
+    """Reads what a job has left; nothing if its run directory is another job's."""
+    path, summary = Path(config.run_dir), outcome.summary
+    if summary["status"] == "refused" or not (path / "data.json").exists():
+        return Run(config, summary, None, [], [])
+    classes = run_directory.read_data(path).classes
+    return Run(config, summary, classes, read_metrics(path), read_inspections(path))
+
+
+def group(names: Sequence[str], runs: Sequence[Run]) -> list[Series]:
+    """Puts the runs of one name together, in the order in which the names first come."""
+    by_name: dict[str, list[Run]] = {}
+    for name, run in zip(names, runs):
+        by_name.setdefault(name, []).append(run)
+    return [Series(name, tuple(members)) for name, members in by_name.items()]

@@ -1,0 +1,89 @@
+"""Several jobs, one after the other, of which none keeps the others from running."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from train.config import Config
+from train.errors import RunFailed, UserError, explained
+from train.files import read_json
+from train.stopping import StopRequests
+
+# What every job has in the end, whatever became of it.
+KEYS = ("status", "step", "best_step", "test_accuracy", "test_loss", "best_test_accuracy", "wall_seconds")
+
+
+class Outcome(NamedTuple):
+    code: int  # with which the job by itself would exit
+    summary: dict[str, Any]  # its summary.json, and the `error` that ended it, or None
+
+
+def create(out: Path) -> None:
+    """Creates the folder of the jobs.
+
+    Raises:
+      UserError: it cannot be created.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be created: {error.strerror}; wanted a folder.") from error
+
+
+def train_all(
+    configs: Sequence[Config], stop: StopRequests, after_each: Callable[[list[Outcome]], None]
+) -> int:
+    """Trains the jobs, but for finished ones, and returns the exit code: that of the worst.
+
+    A job that fails, or that its data do not allow, is told and passed over; a stop request ends all.
+
+    Args:
+      after_each: is called after each job with the outcomes so far.
+    """
+    import jax
+
+    from train import distributed
+
+    say = print if distributed.is_first() else lambda *_, **__: None
+    outcomes: list[Outcome] = []
+    for config in configs:
+        say(f"[{len(outcomes) + 1}/{len(configs)}] {config.run_dir}", flush=True)
+        outcome = _train(config, stop)
+        outcomes.append(outcome)
+        jax.clear_caches()  # or the programs of all jobs would stay in memory
+        if outcome.summary["error"]:
+            say(f"{outcome.summary['status']}: {outcome.summary['error']}")
+        after_each(outcomes)
+        if stop.received is not None and len(outcomes) < len(configs):
+            return max(128 + stop.received, *(outcome.code for outcome in outcomes))
+    return max(outcome.code for outcome in outcomes)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lays cells out in columns, for the console."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in (header, *rows))
+
+
+def text(value: Any, how: str = "") -> str:
+    """Returns what a table shows of a value; `how` formats numbers."""
+    if value is None:
+        return "-"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else format(value, how)
+
+
+def _train(config: Config, stop: StopRequests) -> Outcome:
+    from train.loop import fit
+
+    nothing = dict.fromkeys(KEYS)
+    try:
+        with explained():
+            summary = fit(config, stop)
+    except UserError as error:
+        return Outcome(2, {**nothing, "status": "refused", "error": str(error)})
+    except RunFailed as error:
+        path = Path(config.run_dir) / "summary.json"
+        summary = read_json(path) if path.exists() else nothing
+        return Outcome(1, {**summary, "status": "failed", "error": str(error)})
+    code = 0 if summary["status"] == "finished" else 128 + stop.received
+    return Outcome(code, {**summary, "error": None})
