@@ -47,7 +47,7 @@ TRANSFORMS = {
     "jit": jax.jit,
     "vmap": lambda f: (
         lambda w: jax.tree.map(
-            lambda leaf: leaf[0], jax.vmap(f)(jax.tree.map(lambda p: jnp.stack([p, 3 * p]), w))
+            lambda leaf: leaf[0], jax.jit(jax.vmap(f))(jax.tree.map(lambda p: np.stack([p, 3 * p]), w))
         )
     ),
 }
@@ -67,12 +67,17 @@ def test_walk_on_a_quadratic_loss_is_the_closed_form(transform, dtype):
             assert_allclose(actual, wanted, rtol=rtol, atol=rtol)
 
 
+@jax.jit
+def walk_on_quadratic(params, A):
+    return inspection.along_gradient(lambda p: loss(p, A), params, (0.05, 0.1))
+
+
 @settings(deadline=None, max_examples=10)
 @given(st.integers(0, 999))
 def test_smoothness_of_a_quadratic_loss_is_between_its_extreme_curvatures(seed):
     matrix, w = quadratic(seed)
     A, g = jnp.asarray(matrix, jnp.float32), matrix @ w
-    walk = inspection.along_gradient(lambda p: loss(p, A), as_tree(w), (0.05, 0.1))
+    walk = walk_on_quadratic(as_tree(w), A)
     assert_allclose(walk.smoothness, np.linalg.norm(matrix @ g) / np.linalg.norm(g), rtol=1e-3)
     low, *_, high = np.linalg.eigvalsh(matrix)
     assert low - 1e-3 * high <= walk.smoothness <= high * 1.001
@@ -87,8 +92,8 @@ def test_loss_range_covers_the_start_and_the_points():
 
 
 def test_properties_of_stacked_landscapes_are_those_of_each():
-    measure = lambda w: inspection.along_gradient(lambda w: jnp.sum(jnp.sin(w)), w, (0.1, 0.2))
-    ws = jnp.arange(6.0).reshape(2, 3)
+    measure = jax.jit(lambda w: inspection.along_gradient(lambda w: jnp.sum(jnp.sin(w)), w, (0.1, 0.2)))
+    ws = np.arange(6, dtype=np.float32).reshape(2, 3)
     stacked = jax.vmap(measure)(ws)
     for i in range(2):
         assert_allclose(stacked.loss_range[i], measure(ws[i]).loss_range, rtol=1e-6)

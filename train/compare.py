@@ -77,7 +77,7 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
             runs = [series.read(job.config, outcome) for job, outcome in zip(planned, outcomes)]
             compared[:] = series.group([job.name for job in planned], runs)
             write_json(out / "comparison.json", entries(compared))
-            replace(out / "report.html", report.comparison(out.name, compared).encode())
+            replace(out / "report.html", report.comparison(compared).encode())
 
     code = several.train_all([job.config for job in planned], stop, write)
     if distributed.is_first():
@@ -88,9 +88,10 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
 def entries(compared: Sequence["Series"]) -> list[dict[str, Any]]:
     """Returns what comparison.json has: a job each, in their order, the first of them the baseline.
 
-    `best_test_accuracy`, `steps_to_target`, `speedup` and `wall_seconds` are medians over seeds, of which each
-    is compared with the same seed of the baseline; `ranges` has their lowest and highest. The target is the
-    baseline's best test accuracy. What was not reached is null. `speedup_over` has each job as a baseline.
+    `best_test_accuracy`, `steps_to_target`, `speedup` and `wall_seconds` are medians over seeds, each
+    of which is compared with the same seed of the baseline; `ranges` has their lowest and highest. The target
+    is the baseline's best test accuracy. What was not reached is null. `speedup_over` takes each job as the
+    baseline.
     """
     baselines = compared[0].over(lambda run: run.curve)
     listed = []

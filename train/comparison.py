@@ -59,6 +59,6 @@ def spread(values: Iterable[float | None], *, worst: float) -> Spread:
 
 
 def spread_of_speedups(curves: Sequence[Curve], baselines: Sequence[Curve]) -> Spread:
-    """Returns the speed-ups over baselines, seed by seed, of which one that cannot be measured is left out."""
+    """Returns the speed-ups over baselines, seed by seed, without those that cannot be measured."""
     pairs = zip(curves, baselines)
     return spread((speedup(curve, baseline) for curve, baseline in pairs if is_measurable(baseline)), worst=0)

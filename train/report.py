@@ -14,34 +14,36 @@ from train.several import text
 CLAIMS = (accuracy, covariate_shift, linear_regime, smoothness, evaluation_gap)
 
 
-def comparison(title: str, compared: Sequence[Series]) -> str:
+def comparison(compared: Sequence[Series]) -> str:
     """Returns the page on a comparison, whose first series is the baseline."""
     baseline, others = compared[0], [job.name for job in compared[1:]]
     intro = f"The baseline is {baseline.name}" + (f"; beside it {listed(others)}." if others else ".")
     sections = [section for claim in CLAIMS if (section := claim.section(compared))]
     return page.render(
-        f"Comparison: {title}", intro, sections, _footer([run for job in compared for run in job.runs])
+        f"Comparison with {baseline.name}",
+        intro,
+        sections,
+        _footer([run for job in compared for run in job.runs]),
     )
 
 
 def sweep(title: str, values: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> str:
     """Returns the page on a sweep; `values` are those of the keys of which it has several, run by run."""
-    names = [
-        ", ".join(f"{k} = {text(v)}" for k, v in point.items() if k != "seed") or title for point in values
-    ]
-    compared = group(names, runs)
+    names = [", ".join(f"{k} = {text(v)}" for k, v in point.items() if k != "seed") for point in values]
+    compared = group([name or title for name in names], runs)
     sections = dependence.sections(values, runs)
-    sections += [section for claim in CLAIMS if (section := claim.section(compared))]
+    sections += [
+        section for section in (evaluation_gap.section(compared), dependence.results(compared)) if section
+    ]
     keys = listed(values[0]) if values[0] else "nothing"
     return page.render(f"Sweep: {title}", f"{len(runs)} jobs, over {keys}.", sections, _footer(runs))
 
 
 def _footer(runs: Sequence[Run]) -> str:
     seconds = sum(run.summary["wall_seconds"] or 0 for run in runs)
-    config = runs[0].config
     return (
-        f"Made from {len(runs)} runs on {config.data.name}, {seconds:,.0f} seconds of training in all. All sentences "
-        "are computed from the files of these runs."
+        f"Made from {len(runs)} runs on {runs[0].config.data.name}, which took {seconds:,.0f} seconds in "
+        "all. Every sentence is computed from what they measured."
     )
 
 

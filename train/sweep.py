@@ -66,7 +66,7 @@ def plan(path: Path, arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
 def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     """Trains the jobs, but for finished ones; prints a table, and writes results.json and report.html.
 
-    Both are written anew after each job: results.json is a list of the jobs so far, with values, run directory,
+    Both are written anew after each job: results.json lists the jobs so far, with values, run directory,
     summary and error of each. Returns the exit code, that of the worst.
 
     Raises:

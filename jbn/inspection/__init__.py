@@ -3,7 +3,8 @@
 from jbn import inspection
 """
 
-from jbn.inspection.distributions import identity_params, mean_slope, movement, percentiles
+from jbn.inspection.distributions import mean_slope, movement, percentiles
+from jbn.inspection.identity import identity_params
 from jbn.inspection.landscape import Landscape, along_gradient
 from jbn.inspection.layers import Layers, split_layers
 from jbn.inspection.shift import GradientShift, gradient_shift

@@ -9,11 +9,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbn.axes import Axes, feature_axes, feature_shape
-from jbn.checks import as_epsilon
 from jbn.dtypes import arithmetic_dtype
 from jbn.inspection.vectors import norm_over
-from jbn.normalization import Params
-from jbn.statistics import Moments, cast
 
 
 def percentiles(x: ArrayLike, percentages: ArrayLike = (15, 50, 85), *, axis: Axes = -1) -> jax.Array:
@@ -147,43 +144,6 @@ def mean_slope(activation: Callable[[jax.Array], jax.Array], x: ArrayLike, *, ax
     if y.shape != x.shape:
         raise ValueError(f"activation(x) has shape {y.shape}; wanted that of x, {x.shape}: elementwise.")
     return jnp.mean(_rows(slopes.astype(x.dtype), axes), 0)
-
-
-def identity_params(moments: Moments, *, epsilon: float = 1e-5) -> Params:
-    """Makes the parameters with which normalization by given moments changes nothing.
-
-        scale = sqrt(var + epsilon);  bias = mean
-
-    `jbn.normalize(x, moments, identity_params(moments))` is `x`, up to rounding: a normalized layer can do
-    all that the layer can do without.
-
-    Args:
-      moments: as `jbn.moments` measures them; finite.
-      epsilon: that of the layer; > 0.
-
-    Returns:
-      `jbn.Params` in the features' shape and in float32 at least: a real scale, and a bias in the dtype of
-      the mean.
-
-    Raises:
-      TypeError: `moments` is something else, or `epsilon` is traced.
-      ValueError: `epsilon` <= 0.
-
-    Reference: Ioffe & Szegedy 2015, section 3.
-
-    >>> import jax.numpy as jnp, jbn
-    >>> from jbn import inspection
-    >>> x = jnp.array([[1.0, 10.0], [3.0, 30.0]])
-    >>> batch = jbn.moments(x)
-    >>> print(jbn.normalize(x, batch, inspection.identity_params(batch)).round(4))
-    [[ 1. 10.]
-     [ 3. 30.]]
-    """
-    if not isinstance(moments, Moments):
-        raise TypeError(f"moments is a {type(moments).__name__}; wanted jbn.Moments, as jbn.moments gives.")
-    epsilon = as_epsilon(epsilon)
-    moments = cast(moments, arithmetic_dtype(moments.mean, moments.var))
-    return Params(scale=jnp.sqrt(moments.var + epsilon), bias=moments.mean)
 
 
 def _samples(name: str, x: ArrayLike) -> jax.Array:

@@ -72,5 +72,6 @@ def _called(equation: JaxprEqn) -> Iterator[tuple[Jaxpr, list]]:
         for inner in value if isinstance(value, tuple | list) else (value,):
             inner = getattr(inner, "jaxpr", inner)
             fits = isinstance(inner, Jaxpr) and len(inner.invars) == len(atoms)
+            # What a while loop asks takes inputs of its own; what it does decides.
             if fits and len(inner.outvars) == len(equation.outvars) and key != "cond_jaxpr":
                 yield inner, atoms

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from train import comparison, pictures
-from train.claims.wording import accuracy, listed, number, with_range
+from train.claims.wording import accuracy, count, listed, number, with_range
 from train.comparison import Spread, best, spread, spread_of_speedups, steps_to
 from train.page import Picture, Section, Table
 from train.series import Series
@@ -14,15 +14,17 @@ def section(compared: Sequence[Series]) -> Section:
     """Tells which jobs learnt, how well, and in how many steps to the best accuracy of the baseline."""
     baseline, *others = compared
     sentences = [*_failures(compared)]
-    idle = [job for job in compared if job.over(lambda run: run.curve)[0] and not has_learnt(job)]
+    idle = [job for job in compared if best_accuracy(job).median is not None and not has_learnt(job)]
     if idle:
-        chance = idle[0].runs[0].classes
-        reached = listed(accuracy(best_accuracy(job).median) for job in idle)
+        classes = idle[0].runs[0].classes
         sentences.append(
-            f"{listed(job.name for job in idle)} did not learn: the best test accuracy was {reached}, and "
-            f"guessing one of {chance} classes gives about {1 / chance:.2g}."
+            f"{_reached(idle)}: that is not learning, for guessing one of {classes} classes gives about "
+            f"{1 / classes:.2g}."
         )
-    sentences += [text for job in others if (text := _beside(job, baseline))]
+    if has_learnt(baseline):
+        sentences += [_beside(job, baseline) for job in others if has_learnt(job)]
+    elif learnt := [job for job in others if has_learnt(job)]:
+        sentences.append(f"{_reached(learnt)}, where {baseline.name} did not learn.")
     return Section(
         "How fast it trains", tuple(sentences), tuple(_pictures(compared)), _table(compared, baseline)
     )
@@ -52,17 +54,18 @@ def _failures(compared: Sequence[Series]) -> list[str]:
     ]
 
 
-def _beside(job: Series, baseline: Series) -> str | None:
-    """Compares one job with the baseline."""
+def _reached(jobs: Sequence[Series]) -> str:
+    return listed(f"{job.name} reached {with_range(best_accuracy(job), accuracy)}" for job in jobs)
+
+
+def _beside(job: Series, baseline: Series) -> str:
+    """Compares how fast one job was with the baseline, of which both have learnt."""
     own, theirs = _curves(job), _curves(baseline)
-    if not has_learnt(job):
-        return None
-    if not has_learnt(baseline):
-        return (
-            f"{job.name} reached {with_range(best_accuracy(job), accuracy)}; {baseline.name} did not learn."
-        )
     if not any(map(comparison.is_measurable, theirs)):
-        return f"{baseline.name} was at its best in its first evaluation, so how fast others came there is not known."
+        return (
+            f"{baseline.name} was at its best in its first evaluation, so that how many times faster "
+            f"{job.name} came there is not known."
+        )
     times = spread_of_speedups(own, theirs)
     if times.median is None:
         return (
@@ -74,11 +77,15 @@ def _beside(job: Series, baseline: Series) -> str | None:
     at_first = any(
         steps_to(curve, comparison.target(base)) == curve[0][0] for curve, base in zip(own, theirs) if base
     )
-    word = "fewer" if times.median >= 1 else "more"
-    shown = times if times.median >= 1 else Spread(*(value and 1 / value for value in times))
+    word = "fewer"
+    if times.median < 1:
+        word, times = (
+            "more",
+            Spread(*(value and 1 / value for value in (times.median, times.high, times.low))),
+        )
     return (
-        f"{job.name} took {with_range(taken)} steps to {with_range(target, accuracy)}, the best test accuracy of "
-        f"{baseline.name}, which took {with_range(base)}: {with_range(shown)} times {word}"
+        f"{job.name} took {with_range(taken, count)} steps to {with_range(target, accuracy)}, the best of "
+        f"{baseline.name}, which took {with_range(base, count)}: {with_range(times)} times {word}"
         + (", or better, since it was there at its first evaluation." if at_first else ".")
     )
 
@@ -140,7 +147,7 @@ def _table(compared: Sequence[Series], baseline: Series) -> Table:
             job.config.model.norm,
             f"{job.config.optimizer.learning_rate:g}",
             with_range(best_accuracy(job), accuracy),
-            with_range(_steps(job, baseline)),
+            with_range(_steps(job, baseline), count),
             *(_speedup(job, reference) for reference in references),
             with_range(spread(job.over(lambda run: run.summary["wall_seconds"]), worst=math.inf)),
         )

@@ -15,9 +15,9 @@ def section(compared: Sequence[Series]) -> Section | None:
         return None
     baseline, *others = seen
     sentences = [
-        "Shown are the 15th, 50th and 85th percentiles of what the first units of the last hidden layer get, on "
-        "the same examples all along. A line that bends, or a band that widens, is an input whose distribution "
-        "changes while the layers after it learn."
+        "Shown are the 15th, 50th and 85th percentiles of what the first units of the last hidden layer get, "
+        "on the same examples all along. A line that bends, or a band that widens, is an input whose "
+        "distribution changes while the layers after it learn."
     ]
     base_movement, base_wander = _movement(baseline)[-1], _wander(baseline)
     for job in others:
@@ -27,10 +27,10 @@ def section(compared: Sequence[Series]) -> Section | None:
         step = ratio(movement, base_movement, more="more", less="less")
         whole = ratio(wander, base_wander, more="more", less="less")
         sentences.append(
-            f"In {job.name} the inputs of a typical unit of the last hidden layer moved by {number(movement)} of "
-            f"their standard deviation in a step, {step} than in {baseline.name} ({number(base_movement)}); over "
-            f"the whole run their median wandered by {number(wander)} of their width, {whole} than in "
-            f"{baseline.name} ({number(base_wander)})."
+            f"In {job.name} the inputs of a typical unit of the last hidden layer moved "
+            f"{number(movement)} of their sd in a step ({baseline.name}: {number(base_movement)}; {step}). "
+            f"Over the whole run their median wandered by {number(wander)} times their width "
+            f"({baseline.name}: {number(base_wander)}; {whole})."
         )
     return Section(
         "Internal covariate shift", tuple(sentences), (*map(_percentiles, seen), _picture(seen)), _table(seen)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from train import pictures
-from train.claims.wording import accuracy, listed, number
+from train.claims.wording import accuracy, listed, with_range
 from train.comparison import spread
-from train.page import Picture, Section
-from train.series import Run, group
+from train.page import Picture, Section, Table
+from train.series import Run, Series, group
 from train.several import text
 
 Point = dict[str, Any]  # the values of the keys of which a sweep has several
@@ -21,6 +21,22 @@ def sections(values: Sequence[Point], runs: Sequence[Run]) -> list[Section]:
     """
     keys = [key for key in values[0] if key != "seed" and _is_number([point[key] for point in values])]
     return [section for key in keys if (section := _section(key, values, runs))]
+
+
+def results(compared: Sequence[Series]) -> Section:
+    """Lists how each job ended."""
+    rows = [
+        (
+            job.name,
+            listed(dict.fromkeys(job.over(lambda run: run.summary["status"]))),
+            with_range(spread(job.over(lambda run: run.final_accuracy), worst=-math.inf), accuracy),
+            with_range(
+                spread(job.over(lambda run: run.summary["best_test_accuracy"]), worst=-math.inf), accuracy
+            ),
+        )
+        for job in compared
+    ]
+    return Section("All jobs", table=Table(("job", "status", "final test accuracy", "best"), tuple(rows)))
 
 
 def _is_number(found: Sequence[Any]) -> bool:
@@ -86,7 +102,7 @@ def _sentence(name: str, short: str, curve: list, chance: float) -> str:
     reached, at = max(found)
     learnt = [at for at, median, *_ in curve if median is not None and median > 2 * chance]
     lost = [f"{at:g}" for at, *_ in curve if at not in learnt]
-    said = f"{who} the best final test accuracy was {accuracy(reached)}, at a {short} of {number(at)}"
+    said = f"{who} the best final test accuracy was {accuracy(reached)}, at a {short} of {at:g}"
     if lost:
         return f"{said}; it did not learn, or failed, at {listed(lost)}."
     return f"{said}; it learnt at every value, and ended at {accuracy(min(found)[0])} at the worst."

@@ -14,7 +14,8 @@ def section(compared: Sequence[Series]) -> Section | None:
     if not seen:
         return None
     sentences = [
-        "Both are measured on the same training examples, so that all of the difference comes from the statistics."
+        "Both are measured on the same training examples, so that all of the difference comes from the "
+        "statistics."
     ]
     worst = max(seen, key=lambda job: _largest(job))
     at, gap = max(_gaps(worst), key=lambda pair: abs(pair[1]))
@@ -23,7 +24,7 @@ def section(compared: Sequence[Series]) -> Section | None:
     )
     closed = [job for job in seen if abs(_gaps(job)[-1][1]) < 0.01]
     sentences.append(
-        f"At the end it was below one point in {len(closed)} of {len(seen)} jobs"
+        f"At the end it was below one point in {len(closed)} of {len(seen)}"
         + (
             f", and {number(100 * _gaps(worst)[-1][1], 2)} points in {worst.name}."
             if worst not in closed

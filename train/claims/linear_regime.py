@@ -24,21 +24,21 @@ def section(compared: Sequence[Series]) -> Section | None:
     if not seen:
         return None
     sentences = [
-        "The pictures show the inputs of the last hidden layer's activations over the activation itself, before "
-        "training, when batch norm's scale is 1 and its bias 0, and at the end, when both have learnt."
+        "The pictures show the inputs of the last hidden layer's activations over the activation itself: "
+        "before training, when batch norm's scale is 1 and its bias 0, and at the end, when both have learnt."
     ]
     for job in seen:
         first, last = (job.runs[0].inspections[at] for at in (0, -1))
         sentences.append(
-            f"In {job.name} {_share(first)} of them lay between -1 and 1 at first, {_share(last)} at the end; an "
-            f"activation let {_passes(job, first)} of the gradient pass that it lets pass at its steepest, then "
-            f"{_passes(job, last)}."
+            f"In {job.name} {_share(first)} lay between -1 and 1 at first, {_share(last)} at the end. "
+            f"Of the gradient that an activation lets pass at its steepest, {_passes(job, first)} passed at "
+            f"first, {_passes(job, last)} at the end."
         )
-    error = seen[0].runs[0].inspections[-1]["identity_error"]
-    if error is not None:
+    errors = [line["identity_error"] for job in seen for line in job.runs[0].inspections]
+    if None not in errors:
         sentences.append(
-            f"Batch norm can give back what it is given: with scale = sqrt(variance + epsilon) and bias = mean, it "
-            f"changed these inputs of {seen[0].name} by {number(error, 2)} of the largest at most."
+            "Batch norm can give back what it is given: with scale = sqrt(variance + epsilon) and bias = "
+            f"mean it changed none of these inputs by more than {number(max(errors), 2)} of the largest."
         )
     return Section("Where on the curve", tuple(sentences), tuple(map(_picture, seen)), _table(seen))
 

@@ -13,16 +13,16 @@ Line = dict
 MEASURES: dict[str, Callable[[Line], float | None]] = {
     "range of the loss": lambda line: _range(line["losses"]),
     "change of the gradient": lambda line: _largest(line["gradient_changes"]),
-    "effective smoothness": lambda line: line["smoothness"],
+    "smoothness constant": lambda line: line["smoothness"],
     "shift of the gradient": lambda line: _mean(line["gradient_shift"][1:]),
     "cosine of the shift": lambda line: _mean(line["gradient_cosine"][1:]),
 }
 CAPTIONS = {
-    "range of the loss": "Largest less smallest loss of a batch, from half a step to four steps along its gradient.",
+    "range of the loss": "Largest less smallest loss of a batch from half a step to four along its gradient.",
     "change of the gradient": "Largest distance between the gradient there and here.",
-    "effective smoothness": "Largest change of the gradient over the distance moved: the lower, the smoother.",
-    "shift of the gradient": "Distance between a layer's gradient before and after the layers below it take their "
-    "step, mean over layers: internal covariate shift as Santurkar et al. measure it.",
+    "smoothness constant": "Largest change of the gradient over the distance moved: the lower, the smoother.",
+    "shift of the gradient": "Distance between a layer's gradient before and after the layers below it take "
+    "their step, mean over layers: internal covariate shift as Santurkar et al. measure it.",
     "cosine of the shift": "Cosine of the angle between these two gradients: 1 is no shift.",
 }
 
@@ -34,12 +34,12 @@ def section(compared: Sequence[Series]) -> Section | None:
         return None
     baseline, *others = seen
     sentences = [
-        "Each job is measured along its own steps, of its own learning rate; numbers are medians over the steps "
-        "measured."
+        "Each job is measured along its own steps, of its own learning rate; numbers are medians over the "
+        "steps measured."
     ]
     for job in others:
         parts = []
-        for name in ("range of the loss", "effective smoothness", "shift of the gradient"):
+        for name in ("range of the loss", "smoothness constant", "shift of the gradient"):
             value, base = _typical(job, name), _typical(baseline, name)
             if value is not None and base is not None:
                 parts.append(f"the {name} was {ratio(value, base, more='larger', less='smaller')}")
@@ -57,7 +57,7 @@ def _verdict(baseline: Series, others: Sequence[Series]) -> str | None:
     alike = [job for job in others if job.config.optimizer.learning_rate == rate]
     alike = [job for job in alike if job.config.model.norm != "none"]
     pairs = [
-        (job, _typical(job, "effective smoothness"), _typical(baseline, "effective smoothness"))
+        (job, _typical(job, "smoothness constant"), _typical(baseline, "smoothness constant"))
         for job in alike
     ]
     pairs = [(job, value, base) for job, value, base in pairs if value is not None and base is not None]

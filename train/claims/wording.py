@@ -17,6 +17,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def count(value: float) -> str:
+    """Writes a number of steps."""
+    return f"{value:,.0f}"
+
+
 def accuracy(value: float | None) -> str:
     """Writes an accuracy."""
     return "-" if value is None else f"{value:.4f}"
