@@ -11,14 +11,14 @@ Line = dict
 
 # What is measured, as pictures and tables name it; the value of one line of inspection.jsonl.
 MEASURES: dict[str, Callable[[Line], float | None]] = {
-    "range of the loss": lambda line: _range(line["losses"]),
+    "range of the loss": lambda line: _range([line["loss"], *line["losses"]]),
     "change of the gradient": lambda line: _largest(line["gradient_changes"]),
     "smoothness constant": lambda line: line["smoothness"],
     "shift of the gradient": lambda line: _mean(line["gradient_shift"][1:]),
     "cosine of the shift": lambda line: _mean(line["gradient_cosine"][1:]),
 }
 CAPTIONS = {
-    "range of the loss": "Largest less smallest loss of a batch from half a step to four along its gradient.",
+    "range of the loss": "Largest less smallest loss of a batch, from here to four steps along its gradient.",
     "change of the gradient": "Largest distance between the gradient there and here.",
     "smoothness constant": "Largest change of the gradient over the distance moved: the lower, the smoother.",
     "shift of the gradient": "Distance between a layer's gradient before and after the layers below it take "
