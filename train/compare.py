@@ -152,6 +152,8 @@ def _own(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
             )
         if word.startswith("--") and key in ("out", "seeds"):
             own[key] = value if equals else next(words, "")
+            if not own[key]:
+                raise UserError(f"{word} has no value; wanted one: --{name} VALUE.")
         else:
             others.append(word)
     return own, others

@@ -9,8 +9,16 @@ from train.errors import RunFailed, UserError, explained
 from train.files import read_json
 from train.stopping import StopRequests
 
-# What every job has in the end, whatever became of it.
-KEYS = ("status", "step", "best_step", "test_accuracy", "test_loss", "best_test_accuracy", "wall_seconds")
+# What every job's summary has, whatever became of it, and how it is shown.
+COLUMNS = {
+    "status": "",
+    "step": "",
+    "best_step": "",
+    "test_accuracy": ".4f",
+    "test_loss": ".4f",
+    "best_test_accuracy": ".4f",
+    "wall_seconds": ".1f",
+}
 
 
 class Outcome(NamedTuple):
@@ -75,7 +83,7 @@ def text(value: Any, how: str = "") -> str:
 def _train(config: Config, stop: StopRequests) -> Outcome:
     from train.loop import fit
 
-    nothing = dict.fromkeys(KEYS)
+    nothing = dict.fromkeys(COLUMNS)
     try:
         with explained():
             summary = fit(config, stop)

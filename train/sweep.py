@@ -15,17 +15,6 @@ from train.stopping import StopRequests
 
 Grid = dict[str, list[list[str]]]  # key -> its values, each one or more words of the command line
 
-# What the table shows of each job's summary, and how.
-COLUMNS = {
-    "status": "",
-    "step": "",
-    "best_step": "",
-    "test_accuracy": ".4f",
-    "test_loss": ".4f",
-    "best_test_accuracy": ".4f",
-    "wall_seconds": ".1f",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -121,6 +110,6 @@ def _folder(values: list[list[str]]) -> Path:
 
 
 def _table(keys: Sequence[str], results: Sequence[dict[str, Any]]) -> str:
-    columns = dict.fromkeys(keys, "") | COLUMNS
+    columns = dict.fromkeys(keys, "") | several.COLUMNS
     rows = [[several.text(result[key], how) for key, how in columns.items()] for result in results]
     return several.table(list(columns), rows)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from command import ROOT, finish, start
 
-from train import loop, sweep
+from train import loop, several, sweep
 from train.__main__ import main
 from train.errors import UserError
 from train.files import read_json
@@ -124,7 +124,7 @@ def test_jobs_are_a_table_and_those_that_fail_are_in_it(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert f"failed: {failed['error']}" in shown and f"refused: {too_large['error']}" in shown
     *_, header, first, second, _, _, _, end = shown.splitlines()
-    assert header.split() == ["optimizer.learning_rate", "batch_size", *sweep.COLUMNS]
+    assert header.split() == ["optimizer.learning_rate", "batch_size", *several.COLUMNS]
     assert first.split()[:4] == ["0.1", "128", "finished", "4"]
     assert first.split()[5] == f"{fine['test_accuracy']:.4f}"
     assert second.split() == ["0.1", "2000", "refused", *"------"]
@@ -158,7 +158,7 @@ def test_memory_that_runs_out_ends_one_job_and_not_the_sweep(tmp_path, monkeypat
     def fit(config, stop):
         if config.batch_size > 1:
             raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.\nand so on")
-        return dict.fromkeys(sweep.COLUMNS) | {"status": "finished"}
+        return dict.fromkeys(several.COLUMNS) | {"status": "finished"}
 
     monkeypatch.setattr(loop, "fit", fit)
     planned = sweep.plan(CONFIG, ["--batch-size", "2,1", "--out", str(tmp_path)])

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from train import comparison, pictures
-from train.claims.wording import accuracy, count, listed, number, with_range
+from train.claims.wording import accuracy, count, listed, with_range
 from train.comparison import Spread, best, spread, spread_of_speedups, steps_to
 from train.page import Picture, Section, Table
 from train.series import Series
+
+_or_never = partial(with_range, missing="not reached")
 
 
 def section(compared: Sequence[Series]) -> Section:
@@ -47,7 +50,8 @@ def _curves(job: Series) -> list[comparison.Curve]:
 
 def _failures(compared: Sequence[Series]) -> list[str]:
     return [
-        f"{job.name} {run.summary['status']}: {run.summary['error'].partition('. ')[0]}."
+        f"{job.name} with seed {run.config.seed} {run.summary['status']}: "
+        f"{run.summary['error'].partition('. ')[0]}."
         for job in compared
         for run in job.runs
         if run.summary["error"]
@@ -84,8 +88,8 @@ def _beside(job: Series, baseline: Series) -> str:
             Spread(*(value and 1 / value for value in (times.median, times.high, times.low))),
         )
     return (
-        f"{job.name} took {with_range(taken, count)} steps to {with_range(target, accuracy)}, the best of "
-        f"{baseline.name}, which took {with_range(base, count)}: {with_range(times)} times {word}"
+        f"{job.name} took {_or_never(taken, count)} steps to {with_range(target, accuracy)}, the best of "
+        f"{baseline.name}, which took {with_range(base, count)}: {_or_never(times)} times {word}"
         + (", or better, since it was there at its first evaluation." if at_first else ".")
     )
 
@@ -147,7 +151,7 @@ def _table(compared: Sequence[Series], baseline: Series) -> Table:
             job.config.model.norm,
             f"{job.config.optimizer.learning_rate:g}",
             with_range(best_accuracy(job), accuracy),
-            with_range(_steps(job, baseline), count),
+            _or_never(_steps(job, baseline), count),
             *(_speedup(job, reference) for reference in references),
             with_range(spread(job.over(lambda run: run.summary["wall_seconds"]), worst=math.inf)),
         )
@@ -160,4 +164,4 @@ def _table(compared: Sequence[Series], baseline: Series) -> Table:
 def _speedup(job: Series, reference: Series) -> str:
     if not has_learnt(reference) or not any(map(comparison.is_measurable, _curves(reference))):
         return "-"
-    return with_range(spread_of_speedups(_curves(job), _curves(reference)), lambda times: number(times, 3))
+    return _or_never(spread_of_speedups(_curves(job), _curves(reference)))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from train import pictures
-from train.claims.wording import accuracy, number
+from train.claims.wording import number
 from train.inspection import EDGES
 from train.page import Picture, Section, Table
 from train.series import Series
@@ -27,12 +27,11 @@ def section(compared: Sequence[Series]) -> Section | None:
         "The pictures show the inputs of the last hidden layer's activations over the activation itself: "
         "before training, when batch norm's scale is 1 and its bias 0, and at the end, when both have learnt."
     ]
-    for job in seen:
+    for job in (job for job in seen if job.config.model.norm != "none"):
         first, last = (job.runs[0].inspections[at] for at in (0, -1))
         sentences.append(
-            f"In {job.name} {_share(first)} lay between -1 and 1 at first, {_share(last)} at the end. "
-            f"Of the gradient that an activation lets pass at its steepest, {_passes(job, first)} passed at "
-            f"first, {_passes(job, last)} at the end."
+            f"In {job.name} {_share(first)} of them lay between -1 and 1 while scale was 1 and bias 0, and "
+            f"{_share(last)} once both had learnt."
         )
     errors = [line["identity_error"] for job in seen for line in job.runs[0].inspections]
     if None not in errors:
@@ -45,7 +44,7 @@ def section(compared: Sequence[Series]) -> Section | None:
 
 def _share(line: dict) -> str:
     inside = np.array(line["histograms"][-1], float)[(EDGES[:-1] >= -1) & (EDGES[1:] <= 1)]
-    return f"{inside.sum():.0%}"
+    return f"{inside.sum():.0%}" if np.isfinite(inside).all() else "-"
 
 
 def _passes(job: Series, line: dict) -> str:
@@ -70,15 +69,9 @@ def _picture(job: Series) -> Picture:
 
 
 def _table(seen: Sequence[Series]) -> Table:
-    header = ("at the end", "scale and bias", "between -1 and 1", "gradient that passes", "test accuracy")
-    rows = [
-        (
-            job.name,
-            "learnt" if job.config.model.norm != "none" else "none",
-            _share(job.runs[0].inspections[-1]),
-            _passes(job, job.runs[0].inspections[-1]),
-            accuracy(job.runs[0].final_accuracy),
-        )
-        for job in seen
-    ]
-    return Table(header, tuple(rows))
+    header = ("inputs of the last hidden layer", "between -1 and 1 at first", "at the end")
+    rows = []
+    for job in seen:
+        lines = [job.runs[0].inspections[at] for at in (0, -1)]
+        rows.append((job.name, *map(_share, lines), *(_passes(job, line) for line in lines)))
+    return Table((*header, "gradient that passes at first", "at the end"), tuple(rows))

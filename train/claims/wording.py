@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from train.comparison import Spread
 
@@ -22,18 +22,15 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def accuracy(value: float | None) -> str:
+def accuracy(value: float) -> str:
     """Writes an accuracy."""
-    return "-" if value is None else f"{value:.4f}"
+    return f"{value:.4f}"
 
 
-def with_range(values: Spread, how=number) -> str:
+def with_range(values: Spread, how: Callable[[float], str] = number, *, missing: str = "-") -> str:
     """Writes a median, and the range where there is one."""
-    text = how(values.median) if values.median is not None else "not reached"
-    if values.low == values.high:
-        return text
-    low, high = ("not reached" if value is None else how(value) for value in (values.low, values.high))
-    return f"{text} ({low} to {high})"
+    text, low, high = (missing if value is None else how(value) for value in values)
+    return text if values.low == values.high else f"{text} ({low} to {high})"
 
 
 def ratio(value: float, base: float, *, more: str, less: str) -> str:
