@@ -15,6 +15,10 @@ class Spread(NamedTuple):
     low: float | None
     high: float | None
 
+    def inverted(self) -> "Spread":
+        """Returns the spread of 1 / value, of numbers that are not 0."""
+        return Spread(*(value and 1 / value for value in (self.median, self.high, self.low)))
+
 
 def best(curve: Curve) -> tuple[int, float] | None:
     """Returns the best accuracy and the first step that has it, if there is an evaluation."""

@@ -79,17 +79,13 @@ def _beside(job: Series, baseline: Series) -> str:
     target = spread(map(comparison.target, theirs), worst=-math.inf)
     taken, base = _steps(job, baseline), _steps(baseline, baseline)
     at_first = any(
-        steps_to(curve, comparison.target(base)) == curve[0][0] for curve, base in zip(own, theirs) if base
+        steps_to(curve, comparison.target(other)) == curve[0][0] for curve, other in zip(own, theirs) if other
     )
-    word = "fewer"
-    if times.median < 1:
-        word, times = (
-            "more",
-            Spread(*(value and 1 / value for value in (times.median, times.high, times.low))),
-        )
+    fewer = times.median >= 1
+    by = f"{_or_never(times if fewer else times.inverted())} times {'fewer' if fewer else 'more'}"
     return (
         f"{job.name} took {_or_never(taken, count)} steps to {with_range(target, accuracy)}, the best of "
-        f"{baseline.name}, which took {with_range(base, count)}: {_or_never(times)} times {word}"
+        f"{baseline.name}, which took {with_range(base, count)}: {by}"
         + (", or better, since it was there at its first evaluation." if at_first else ".")
     )
 
