@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from train import comparison, pictures
-from train.claims.wording import accuracy, count, listed, with_range
+from train.claims.wording import accuracy, count, listed, median, number, with_range
 from train.comparison import Spread, best, spread, spread_of_speedups, steps_to
 from train.page import Picture, Section, Table
 from train.series import Series
@@ -149,7 +149,7 @@ def _table(compared: Sequence[Series], baseline: Series) -> Table:
             with_range(best_accuracy(job), accuracy),
             _or_never(_steps(job, baseline), count),
             *(_speedup(job, reference) for reference in references),
-            with_range(spread(job.over(lambda run: run.summary["wall_seconds"]), worst=math.inf)),
+            number(median(job.over(lambda run: run.summary["wall_seconds"]))),
         )
         for job in compared
     ]

@@ -69,10 +69,12 @@ def _percentiles(job: Series) -> Picture:
     def describe(axes):
         for index, unit in enumerate(zip(*(line["units"] for line in run.inspections))):
             low, middle, high = zip(*unit)
-            pictures.line(axes, steps, middle, low=low, high=high, name=f"unit {index + 1}", index=index)
+            pictures.line(axes, steps, middle, name=f"unit {index + 1}", index=index)
+            for edge in (low, high):
+                axes.plot(steps, edge, color=pictures.color(index), linewidth=0.8)
         axes.set(xlabel="step", ylabel="input of the activation", title=job.name)
 
-    caption = f"{job.name}: median, and the range from the 15th to the 85th percentile."
+    caption = f"{job.name}: median (thick), 15th and 85th percentile of the inputs."
     return Picture(
         pictures.draw(describe, label=f"Percentiles of the inputs of units in {job.name}"), caption
     )

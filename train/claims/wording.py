@@ -30,7 +30,10 @@ def accuracy(value: float) -> str:
 def with_range(values: Spread, how: Callable[[float], str] = number, *, missing: str = "-") -> str:
     """Writes a median, and the range where there is one."""
     text, low, high = (missing if value is None else how(value) for value in values)
-    return text if values.low == values.high else f"{text} ({low} to {high})"
+    # A line may end before the range, not in it.
+    return (
+        text if values.low == values.high else f"{text} ({low}\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}{high})"
+    )
 
 
 def ratio(value: float, base: float, *, more: str, less: str) -> str:
