@@ -9,7 +9,6 @@ from train.claims import accuracy, covariate_shift, dependence, evaluation_gap, 
 from train.claims.wording import listed
 from train.logs import read_metrics
 from train.series import Run, Series, group
-from train.several import text
 
 CLAIMS = (accuracy, covariate_shift, linear_regime, smoothness, evaluation_gap)
 
@@ -29,13 +28,12 @@ def comparison(compared: Sequence[Series]) -> str:
 
 def sweep(title: str, values: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> str:
     """Returns the page on a sweep; `values` are those of the keys of which it has several, run by run."""
-    names = [", ".join(f"{k} = {text(v)}" for k, v in point.items() if k != "seed") for point in values]
-    compared = group([name or title for name in names], runs)
+    compared = group([dependence.name(point) or title for point in values], runs)
     sections = dependence.sections(values, runs)
     sections += [
         section for section in (evaluation_gap.section(compared), dependence.results(compared)) if section
     ]
-    keys = listed(values[0]) if values[0] else "nothing"
+    keys = listed(map(dependence.short, values[0])) if values[0] else "nothing"
     return page.render(f"Sweep: {title}", f"{len(runs)} jobs, over {keys}.", sections, _footer(runs))
 
 

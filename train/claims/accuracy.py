@@ -132,9 +132,9 @@ def draw_accuracy(axes, job: Series, index: int) -> None:
     steps = [step for step, values in by_step.items() if len(values) == len(job.runs)]
     spreads = [spread(by_step[step], worst=-math.inf) for step in steps]
     if spreads:
-        median, low, high = zip(*spreads)
+        middle, low, high = zip(*spreads)
         ranges = {"low": low, "high": high} if len(job.runs) > 1 else {}
-        pictures.line(axes, steps, median, name=job.name, index=index, **ranges)
+        pictures.line(axes, steps, middle, name=job.name, index=index, **ranges)
 
 
 def _table(compared: Sequence[Series], baseline: Series) -> Table:

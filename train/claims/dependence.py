@@ -8,7 +8,7 @@ from train import pictures
 from train.claims.wording import accuracy, listed, with_range
 from train.comparison import spread
 from train.page import Picture, Section, Table
-from train.series import Run, Series, group
+from train.series import Run, Series
 from train.several import text
 
 Point = dict[str, Any]  # the values of the keys of which a sweep has several
@@ -44,65 +44,78 @@ def _is_number(found: Sequence[Any]) -> bool:
 
 
 def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section | None:
-    lines = group([_others(key, point) for point in values], list(zip(values, runs)))
     chance = next((1 / run.classes for run in runs if run.classes), None)
     if chance is None:
         return None
-    curves = {line.name: _curve(key, line.runs) for line in lines}
-    short = key.rpartition(".")[2].replace("_", " ")
+    curves = _curves(key, values, runs)
     log = _spans_decades([point[key] for point in values])
 
     def describe(axes, error=False):
-        for index, (name, curve) in enumerate(curves.items()):
-            at, median, low, high = zip(*curve)
+        for index, (line, curve) in enumerate(curves.items()):
+            at, middle, low, high = zip(*curve)
             if error:
-                median, low, high = ([v and 1 - v for v in each] for each in (median, high, low))
-            pictures.line(axes, at, median, low=low, high=high, name=name or "test", index=index)
-        axes.set(xlabel=short, xscale="log" if log else "linear")
-        axes.set(
-            ylabel="final test error" if error else "final test accuracy", yscale="log" if error else "linear"
-        )
+                middle, low, high = map(_errors, (middle, high, low))
+            pictures.line(axes, at, middle, low=low, high=high, name=line or "test", index=index)
+        what = "error" if error else "accuracy"
+        axes.set(xlabel=short(key), xscale="log" if log else "linear")
+        axes.set(ylabel=f"final test {what}", yscale="log" if error else "linear")
 
     shown = (
         Picture(
-            pictures.draw(describe, label=f"Final test accuracy over {short}"),
+            pictures.draw(describe, label=f"Final test accuracy over {short(key)}"),
             "Test accuracy after the last step. A gap in a line is a job that failed.",
         ),
         Picture(
-            pictures.draw(lambda axes: describe(axes, error=True), label=f"Final test error over {short}"),
+            pictures.draw(
+                lambda axes: describe(axes, error=True), label=f"Final test error over {short(key)}"
+            ),
             "The same as an error, in which differences between good jobs can be seen.",
         ),
     )
-    sentences = [_sentence(name, short, curve, chance) for name, curve in curves.items()]
-    return Section(f"Over the {short}", tuple(sentences), shown)
+    sentences = [_sentence(line, short(key), curve, chance) for line, curve in curves.items()]
+    return Section(f"Over the {short(key)}", tuple(sentences), shown)
 
 
-def _others(key: str, point: Point) -> str:
-    return ", ".join(f"{k} = {text(v)}" for k, v in point.items() if k not in (key, "seed"))
+def _curves(key: str, values: Sequence[Point], runs: Sequence[Run]) -> dict[str, list[tuple]]:
+    """Returns value, median, lowest and highest accuracy over seeds, for each combination of other keys."""
+    found: dict[str, dict[float, list[float | None]]] = {}
+    for point, run in zip(values, runs):
+        others = {other: value for other, value in point.items() if other != key}
+        found.setdefault(name(others), {}).setdefault(point[key], []).append(run.final_accuracy)
+    return {
+        others: [(at, *spread(of_value[at], worst=-math.inf)) for at in sorted(of_value)]
+        for others, of_value in found.items()
+    }
 
 
-def _curve(key: str, pairs: Sequence[tuple[Point, Run]]) -> list[tuple[float, Any, Any, Any]]:
-    """Returns value, median, lowest and highest final accuracy, in the order of the values."""
-    by_value: dict[float, list[float | None]] = {}
-    for point, run in pairs:
-        by_value.setdefault(point[key], []).append(run.final_accuracy)
-    return [(at, *spread(by_value[at], worst=-math.inf)) for at in sorted(by_value)]
+def name(point: Point) -> str:
+    """Names a job of a sweep by its values, whatever its seed: "norm = batch, learning rate = 0.1"."""
+    return ", ".join(f"{short(key)} = {text(value)}" for key, value in point.items() if key != "seed")
+
+
+def short(key: str) -> str:
+    """Returns a key as one would say it."""
+    return key.rpartition(".")[2].replace("_", " ")
+
+
+def _errors(accuracies: Sequence[float | None]) -> list[float | None]:
+    return [None if accuracy is None else 1 - accuracy for accuracy in accuracies]
 
 
 def _spans_decades(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= 10
 
 
-def _sentence(name: str, short: str, curve: list, chance: float) -> str:
+def _sentence(line: str, what: str, curve: list[tuple], chance: float) -> str:
     """Says where a line is best, and where it does not learn."""
-    who = f"With {name}" if name else "Here"
+    who = f"With {line}" if line else "Here"
     found = [(median, at) for at, median, *_ in curve if median is not None]
     if not found:
         return f"{who} every job failed."
     reached, at = max(found)
     learnt = [at for at, median, *_ in curve if median is not None and median > 2 * chance]
     lost = [f"{at:g}" for at, *_ in curve if at not in learnt]
-    said = f"{who} the best final test accuracy was {accuracy(reached)}, at a {short} of {at:g}"
+    said = f"{who} the best final test accuracy was {accuracy(reached)}, at a {what} of {at:g}"
     if lost:
         return f"{said}; it did not learn, or failed, at {listed(lost)}."
     return f"{said}; it learnt at every value, and ended at {accuracy(min(found)[0])} at the worst."
