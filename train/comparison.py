@@ -53,12 +53,19 @@ def is_measurable(baseline: Curve) -> bool:
     return bool(baseline) and best(baseline)[0] > baseline[0][0]
 
 
+def has_learnt(accuracy: float, classes: int) -> bool:
+    """Tells whether an accuracy is twice that of guessing or, of few classes, halfway from there to 1."""
+    guessing = 1 / classes
+    return accuracy > min(2 * guessing, (1 + guessing) / 2)
+
+
 def spread(values: Iterable[float | None], *, worst: float) -> Spread:
     """Returns median and range; None, what was not reached, counts as `worst`, and comes out as None."""
     values = [worst if value is None else value for value in values]
     if not values:
         return Spread(None, None, None)
-    found = statistics.median(values), min(values), max(values)
+    middle = (statistics.median_low(values), statistics.median_high(values))
+    found = (worst if worst in middle else statistics.median(values), min(values), max(values))
     return Spread(*(None if value == worst or math.isinf(value) else value for value in found))
 
 

@@ -33,16 +33,20 @@ def sweep(title: str, values: Sequence[Mapping[str, Any]], runs: Sequence[Run]) 
     sections += [
         section for section in (evaluation_gap.section(compared), dependence.results(compared)) if section
     ]
-    keys = listed(map(dependence.short, values[0])) if values[0] else "nothing"
-    return page.render(f"Sweep: {title}", f"{len(runs)} jobs, over {keys}.", sections, _footer(runs))
+    keys = f", over {listed(map(dependence.short, values[0]))}" if values[0] else ""
+    return page.render(f"Sweep: {title}", f"{_counted(len(runs), 'job')}{keys}.", sections, _footer(runs))
 
 
 def _footer(runs: Sequence[Run]) -> str:
     seconds = sum(run.summary["wall_seconds"] or 0 for run in runs)
     return (
-        f"Made from {len(runs)} runs on {runs[0].config.data.name}, which took {seconds:,.0f} seconds in "
-        "all. Every sentence is computed from what they measured."
+        f"Made from {_counted(len(runs), 'run')} on {runs[0].config.data.name}, which took {seconds:,.0f} "
+        "seconds in all. Every sentence is computed from what was measured."
     )
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}" + "s" * (count != 1)
 
 
 def draw_curves(run_dir: Path) -> None:

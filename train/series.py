@@ -27,8 +27,8 @@ class Run(NamedTuple):
 
     @property
     def final_accuracy(self) -> float | None:
-        """The test accuracy at the end; None for a job that failed, or was not run."""
-        return self.curve[-1][1] if self.curve and self.summary["status"] != "failed" else None
+        """The test accuracy at the end; None for a job that did not come there."""
+        return self.curve[-1][1] if self.curve and self.summary["status"] == "finished" else None
 
 
 class Series(NamedTuple):

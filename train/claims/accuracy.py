@@ -10,6 +10,8 @@ from train.comparison import Spread, best, spread, spread_of_speedups, steps_to
 from train.page import Picture, Section, Table
 from train.series import Series
 
+FAILED = {"failed": "failed", "refused": "was refused"}  # how a job ended that has an error
+
 _or_never = partial(with_range, missing="not reached")
 
 
@@ -17,16 +19,22 @@ def section(compared: Sequence[Series]) -> Section:
     """Tells which jobs learnt, how well, and in how many steps to the best accuracy of the baseline."""
     baseline, *others = compared
     sentences = [*_failures(compared)]
-    idle = [job for job in compared if best_accuracy(job).median is not None and not has_learnt(job)]
+    idle = [job for job in compared if any(job.over(lambda run: run.curve)) and not _learnt(job)]
     if idle:
-        classes = idle[0].runs[0].classes
+        classes = _classes(idle[0])
         sentences.append(
             f"{_reached(idle)}: that is not learning, for guessing one of {classes} classes gives about "
             f"{1 / classes:.2g}."
         )
+    sentences += [
+        f"{job.name} {_learnt_with(job)}; it reached {_best(job)}."
+        for job in compared
+        if _learnt(job) and not has_learnt(job)
+    ]
+    learnt = [job for job in others if has_learnt(job)]
     if has_learnt(baseline):
-        sentences += [_beside(job, baseline) for job in others if has_learnt(job)]
-    elif learnt := [job for job in others if has_learnt(job)]:
+        sentences += _times(learnt, baseline)
+    elif learnt:
         sentences.append(f"{_reached(learnt)}, where {baseline.name} did not learn.")
     return Section(
         "How fast it trains", tuple(sentences), tuple(_pictures(compared)), _table(compared, baseline)
@@ -39,9 +47,26 @@ def best_accuracy(job: Series) -> Spread:
 
 
 def has_learnt(job: Series) -> bool:
-    """Tells whether a job does better than twice what guessing would."""
-    reached, classes = best_accuracy(job).median, job.runs[0].classes
-    return reached is not None and reached > 2 / classes
+    """Tells whether the median over the seeds is clearly better than guessing."""
+    reached = best_accuracy(job).median
+    return reached is not None and comparison.has_learnt(reached, _classes(job))
+
+
+def _learnt(job: Series) -> int:
+    """Returns with how many of its seeds a job has learnt."""
+    bests = map(best, _curves(job))
+    return sum(reached is not None and comparison.has_learnt(reached[1], _classes(job)) for reached in bests)
+
+
+def _learnt_with(job: Series) -> str:
+    if not any(_curves(job)):
+        return "has no result"
+    return f"learnt with {_learnt(job)} of {len(job.runs)} seeds" if _learnt(job) else "did not learn"
+
+
+def _classes(job: Series) -> int | None:
+    """Returns the number of classes, if any seed has come as far as its data."""
+    return next((run.classes for run in job.runs if run.classes), None)
 
 
 def _curves(job: Series) -> list[comparison.Curve]:
@@ -50,8 +75,8 @@ def _curves(job: Series) -> list[comparison.Curve]:
 
 def _failures(compared: Sequence[Series]) -> list[str]:
     return [
-        f"{job.name} with seed {run.config.seed} {run.summary['status']}: "
-        f"{run.summary['error'].partition('. ')[0]}."
+        f"{job.name} with seed {run.config.seed} {FAILED[run.summary['status']]}: "
+        f"{run.summary['error'].partition('. ')[0].rstrip('.')}."
         for job in compared
         for run in job.runs
         if run.summary["error"]
@@ -59,42 +84,47 @@ def _failures(compared: Sequence[Series]) -> list[str]:
 
 
 def _reached(jobs: Sequence[Series]) -> str:
-    return listed(f"{job.name} reached {with_range(best_accuracy(job), accuracy)}" for job in jobs)
+    return listed(f"{job.name} reached {_best(job)}" for job in jobs)
+
+
+def _best(job: Series) -> str:
+    """Writes the best test accuracy over the seeds that have one."""
+    return with_range(spread((best(curve)[1] for curve in _curves(job) if curve), worst=-math.inf), accuracy)
+
+
+def _times(jobs: Sequence[Series], baseline: Series) -> list[str]:
+    """Says how many steps the baseline took to its best accuracy, and how many others took to the same."""
+    reached = with_range(best_accuracy(baseline), accuracy)
+    if not any(map(comparison.is_measurable, _curves(baseline))):
+        return [
+            f"{baseline.name} was at its best, {reached}, in its first evaluation, so that how many times faster "
+            "others came there is not known."
+        ]
+    taken = with_range(_steps(baseline, baseline), count)
+    return [f"{baseline.name} took {taken} steps to its best accuracy, {reached}."] + [
+        _beside(job, baseline) for job in jobs
+    ]
 
 
 def _beside(job: Series, baseline: Series) -> str:
     """Compares how fast one job was with the baseline, of which both have learnt."""
     own, theirs = _curves(job), _curves(baseline)
-    if not any(map(comparison.is_measurable, theirs)):
-        return (
-            f"{baseline.name} was at its best in its first evaluation, so that how many times faster "
-            f"{job.name} came there is not known."
-        )
     times = spread_of_speedups(own, theirs)
     if times.median is None:
-        return (
-            f"{job.name} did not come to the best accuracy of {baseline.name}; it reached "
-            f"{with_range(best_accuracy(job), accuracy)}."
-        )
-    target = spread(map(comparison.target, theirs), worst=-math.inf)
-    taken, base = _steps(job, baseline), _steps(baseline, baseline)
+        return f"{job.name} did not come there; it reached {with_range(best_accuracy(job), accuracy)}."
     at_first = any(
         steps_to(curve, comparison.target(other)) == curve[0][0] for curve, other in zip(own, theirs) if other
     )
     fewer = times.median >= 1
     by = f"{_or_never(times if fewer else times.inverted())} times {'fewer' if fewer else 'more'}"
-    return (
-        f"{job.name} took {_or_never(taken, count)} steps to {with_range(target, accuracy)}, the best of "
-        f"{baseline.name}, which took {with_range(base, count)}: {by}"
-        + (", or better, since it was there at its first evaluation." if at_first else ".")
+    return f"{job.name} took {_or_never(_steps(job, baseline), count)} steps to the same, {by}" + (
+        ", or better, since it was there at its first evaluation." if at_first else "."
     )
 
 
-def _steps(job: Series, baseline: Series) -> Spread:
-    pairs = zip(_curves(job), _curves(baseline))
-    return spread(
-        (steps_to(curve, comparison.target(base)) if base else None for curve, base in pairs), worst=math.inf
-    )
+def _steps(curves: Sequence[comparison.Curve], baselines: Sequence[comparison.Curve]) -> Spread:
+    pairs = zip(curves, baselines)
+    return spread((steps_to(curve, comparison.target(base)) for curve, base in pairs if base), worst=math.inf)
 
 
 def _pictures(compared: Sequence[Series]) -> list[Picture]:
@@ -116,8 +146,8 @@ def _pictures(compared: Sequence[Series]) -> list[Picture]:
     ]
     finals = [reached for job in compared if (reached := best_accuracy(job).median) is not None]
     if target is not None and finals and has_learnt(compared[0]):
-        lowest = max(0.0, 1 - 2.5 * (1 - min(target, *finals))) if min(finals) > 0.5 else None
-        if lowest:
+        lowest = min(0.99, math.floor(100 * (1 - 2.5 * (1 - min(target, *finals)))) / 100)
+        if lowest > 0 and min(finals) > 0.5:
             near = pictures.draw(lambda axes: describe(axes, lowest), label="Test accuracy near the best")
             shown.append(Picture(near, f"The same, above {lowest:.2f}."))
     return shown
@@ -147,7 +177,7 @@ def _table(compared: Sequence[Series], baseline: Series) -> Table:
             job.config.model.norm,
             f"{job.config.optimizer.learning_rate:g}",
             with_range(best_accuracy(job), accuracy),
-            _or_never(_steps(job, baseline), count),
+            _or_never(_steps(_curves(job), _curves(baseline)), count) if has_learnt(baseline) else "-",
             *(_speedup(job, reference) for reference in references),
             number(median(job.over(lambda run: run.summary["wall_seconds"]))),
         )

@@ -6,7 +6,7 @@ from typing import Any
 
 from train import pictures
 from train.claims.wording import accuracy, listed, with_range
-from train.comparison import spread
+from train.comparison import has_learnt, spread
 from train.page import Picture, Section, Table
 from train.series import Run, Series
 from train.several import text
@@ -44,8 +44,8 @@ def _is_number(found: Sequence[Any]) -> bool:
 
 
 def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section | None:
-    chance = next((1 / run.classes for run in runs if run.classes), None)
-    if chance is None:
+    classes = next((run.classes for run in runs if run.classes), None)
+    if classes is None:
         return None
     curves = _curves(key, values, runs)
     log = _spans_decades([point[key] for point in values])
@@ -63,7 +63,7 @@ def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section 
     shown = (
         Picture(
             pictures.draw(describe, label=f"Final test accuracy over {short(key)}"),
-            "Test accuracy after the last step. A gap in a line is a job that failed.",
+            "Test accuracy after the last step. A gap in a line is a job that did not come to its end.",
         ),
         Picture(
             pictures.draw(
@@ -72,7 +72,7 @@ def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section 
             "The same as an error, in which differences between good jobs can be seen.",
         ),
     )
-    sentences = [_sentence(line, short(key), curve, chance) for line, curve in curves.items()]
+    sentences = [_sentence(line, short(key), curve, classes) for line, curve in curves.items()]
     return Section(f"Over the {short(key)}", tuple(sentences), shown)
 
 
@@ -106,16 +106,16 @@ def _spans_decades(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) / min(values) >= 10
 
 
-def _sentence(line: str, what: str, curve: list[tuple], chance: float) -> str:
+def _sentence(line: str, what: str, curve: list[tuple], classes: int) -> str:
     """Says where a line is best, and where it does not learn."""
     who = f"With {line}" if line else "Here"
     found = [(median, at) for at, median, *_ in curve if median is not None]
     if not found:
-        return f"{who} every job failed."
+        return f"{who} no job came to its end."
     reached, at = max(found)
-    learnt = [at for at, median, *_ in curve if median is not None and median > 2 * chance]
+    learnt = [at for at, median, *_ in curve if median is not None and has_learnt(median, classes)]
     lost = [f"{at:g}" for at, *_ in curve if at not in learnt]
     said = f"{who} the best final test accuracy was {accuracy(reached)}, at a {what} of {at:g}"
     if lost:
-        return f"{said}; it did not learn, or failed, at {listed(lost)}."
+        return f"{said}; it did not learn, or not come to its end, at {listed(lost)}."
     return f"{said}; it learnt at every value, and ended at {accuracy(min(found)[0])} at the worst."

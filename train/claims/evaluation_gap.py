@@ -24,7 +24,7 @@ def section(compared: Sequence[Series]) -> Section | None:
     )
     closed = [job for job in seen if abs(_gaps(job)[-1][1]) < 0.01]
     sentences.append(
-        f"At the end it was below one point in {len(closed)} of {len(seen)}"
+        f"At the end it was below one point in {len(closed)} of {len(seen)} jobs"
         + (
             f", and {number(100 * _gaps(worst)[-1][1], 2)} points in {worst.name}."
             if worst not in closed

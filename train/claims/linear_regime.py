@@ -28,11 +28,13 @@ def section(compared: Sequence[Series]) -> Section | None:
         "before training, when batch norm's scale is 1 and its bias 0, and at the end, when both have learnt."
     ]
     for job in (job for job in seen if job.config.model.norm != "none"):
-        first, last = (job.runs[0].inspections[at] for at in (0, -1))
-        sentences.append(
-            f"In {job.name} {_share(first)} of them lay between -1 and 1 while scale was 1 and bias 0, and "
-            f"{_share(last)} once both had learnt."
-        )
+        lines = job.runs[0].inspections
+        first, last = _share(lines[0]), _share(lines[-1])
+        if len(lines) > 1 and "-" not in (first, last):
+            sentences.append(
+                f"In {job.name} {first} of them lay between -1 and 1 while scale was 1 and bias 0, and "
+                f"{last} once both had learnt."
+            )
     errors = [line["identity_error"] for job in seen for line in job.runs[0].inspections]
     if None not in errors:
         sentences.append(

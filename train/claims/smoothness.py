@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from train import pictures
-from train.claims.wording import median, number, ratio
+from train.claims.wording import SAME, listed, median, number, ratio
 from train.page import Picture, Section, Table
 from train.series import Series
 
@@ -52,10 +52,15 @@ def section(compared: Sequence[Series]) -> Section | None:
 
 
 def _verdict(baseline: Series, others: Sequence[Series]) -> str | None:
-    """Says for which jobs at the baseline's learning rate the measured smoothness agrees with the paper's."""
+    """Says for which jobs at the baseline's learning rate the measured smoothness agrees with the paper's.
+
+    That is of batch norm beside none; what `ratio` calls the same is not smoother.
+    """
+    if baseline.config.model.norm != "none":
+        return None
     rate = baseline.config.optimizer.learning_rate
     alike = [job for job in others if job.config.optimizer.learning_rate == rate]
-    alike = [job for job in alike if job.config.model.norm != "none"]
+    alike = [job for job in alike if job.config.model.norm in ("batch", "ghost", "flax")]
     pairs = [
         (job, _typical(job, "smoothness constant"), _typical(baseline, "smoothness constant"))
         for job in alike
@@ -63,11 +68,11 @@ def _verdict(baseline: Series, others: Sequence[Series]) -> str | None:
     pairs = [(job, value, base) for job, value, base in pairs if value is not None and base is not None]
     if not pairs:
         return None
-    smoother = [job.name for job, value, base in pairs if value < base]
-    rougher = [job.name for job, value, base in pairs if value >= base]
-    found = [f"{' and '.join(smoother)} had the smoother loss, as Santurkar et al. found"] if smoother else []
+    smoother = [job.name for job, value, base in pairs if value * SAME <= base]
+    rougher = [job.name for job, value, base in pairs if value * SAME > base]
+    found = [f"{listed(smoother)} had the smoother loss, as Santurkar et al. found"] if smoother else []
     if rougher:
-        found.append(f"{' and '.join(rougher)} did not have the smoother loss that Santurkar et al. found")
+        found.append(f"{listed(rougher)} did not have the smoother loss that Santurkar et al. found")
     return f"At the learning rate of {baseline.name}, {'; '.join(found)}."
 
 

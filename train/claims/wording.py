@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterable
 
 from train.comparison import Spread
 
+SAME = 1.05  # times more or less at which two numbers are not the same any more
+
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Writes a number with so many digits that count: 0.0123, 49.5, 31,000."""
+    """Writes a number with so many digits that count: 0.0123, 49.5, 31,000, 1.25e+09."""
     if value is None or not math.isfinite(value):
         return "-"
-    if value == 0 or abs(value) < 1e-4:
-        return f"{value:.{digits - 1}g}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{decimals}f}"
+    magnitude = int(f"{value:.{digits - 1}e}".partition("e")[2])  # once rounded: that of 9.996 is 1
+    if value == 0 or not -4 <= magnitude < 7:
+        return f"{value:.{digits}g}"
+    return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
 
 
 def count(value: float) -> str:
@@ -37,12 +39,12 @@ def with_range(values: Spread, how: Callable[[float], str] = number, *, missing:
 
 
 def ratio(value: float, base: float, *, more: str, less: str) -> str:
-    """Compares with a base: "3.1 times less", "2 times more", "as much"."""
+    """Compares with a base: "3.1 times less", "2.0 times more", "the same within 5 %"."""
     if not (base > 0 and value > 0 and math.isfinite(base) and math.isfinite(value)):
         return f"{number(value)} where it was {number(base)}"
     times = value / base
-    if 1 / 1.05 < times < 1.05:
-        return "as much, within 5 %,"
+    if 1 / SAME < times < SAME:
+        return "the same within 5 %"
     return f"{number(times, 2)} times {more}" if times > 1 else f"{number(1 / times, 2)} times {less}"
 
 
