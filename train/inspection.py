@@ -20,13 +20,16 @@ EXAMPLES = 512  # of the training data, the same ones at every step
 UNITS = 3  # whose percentiles are kept: the first ones of the last hidden layer
 EDGES = np.linspace(-8, 8, 65)  # of the histograms; what lies beyond counts in the outermost bins
 STEP_SIZES = (0.5, 1.0, 2.0, 4.0)  # along the gradient, in learning rates (Santurkar et al. 2018, figure 4)
+OF_THE_STEP = ("movement", "losses", "gradient_changes", "smoothness", "gradient_shift", "gradient_cosine")
 
 
 def inspect(job: Job, state: TrainState) -> dict[str, Any]:
     """Measures a job at a step that it has reached, and at the step that it is about to take.
 
     Layers are seen through the inputs of their activations, on fixed examples, with those examples' own
-    statistics. All of it follows from the state: nothing of the training changes.
+    statistics. Losses are those of the next batch as it is in the data, without augmentation or smoothing.
+    All of it follows from the state, and nothing of the training changes. Where the learning rate is 0, as
+    that of a cosine is at its end, there is no step, and what belongs to one is NaN.
 
     Returns:
       units: percentiles 15, 50 and 85 of what the first units of the last hidden layer get (Ioffe & Szegedy
@@ -63,9 +66,10 @@ def _rounded(values: np.ndarray) -> Any:
 def _measure(recipe: Recipe, state: TrainState, source: Source, examples: Examples, rate: jax.Array):
     following = states.train_step(recipe, state, source, None)
     seen = _of_layers(recipe, state, following, source.preprocessing(examples.inputs))
-    return (
-        seen | _of_gradients(recipe, state, following, source, rate) | _gap(recipe, state, source, examples)
-    )
+    measured = seen | _of_gradients(recipe, state, following, source, rate)
+    for name in OF_THE_STEP:
+        measured[name] = jax.tree.map(lambda value: jnp.where(rate > 0, value, jnp.nan), measured[name])
+    return measured | _gap(recipe, state, source, examples)
 
 
 def _of_layers(recipe, state, following, inputs):

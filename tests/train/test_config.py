@@ -121,6 +121,26 @@ def test_mistake_in_a_flag_exits_2_and_names_the_key(job, capsys, flags, named):
         (["--optimizer.label-smoothing", "-0.1"], "optimizer.label_smoothing = -0.1"),
         (["--optimizer.clip-norm", "-1"], "optimizer.clip_norm = -1"),
         (["--data.shift", "-1"], "data.shift = -1; wanted 0 or more"),
+        *(
+            (
+                ["--data.feature-scales", *numbers],
+                "data.feature_scales = .*; wanted two numbers > 0, the lower one first, or none",
+            )
+            for numbers in (["2"], ["1", "2", "3"], ["0", "1"], ["-1", "1"], ["2", "1"], ["1", "inf"])
+            + (["1", "nan"], ["nan", "1"])
+        ),
+        (["--model.kernel-std", "-0.1"], "model.kernel_std = -0.1; wanted 0 or more"),
+        (["--model.kernel-std", "inf"], "model.kernel_std = inf; wanted 0 or more"),
+        (["--model.kernel-std", "nan"], "model.kernel_std = nan; wanted 0 or more"),
+        (["--optimizer.base-batch-size", "-1"], "optimizer.base_batch_size = -1; wanted 0 or more"),
+        *(
+            (
+                ["--model.norm", norm, "--model.norm-inputs", "True"],
+                f"model.norm_inputs = true and model.norm = '{norm}'; wanted one that normalizes each "
+                "feature by itself: 'batch', 'ghost' or 'flax'",
+            )
+            for norm in ("none", "layer", "group")
+        ),
         (["--optimizer.accumulate", "5"], "batch_size = 128 and optimizer.accumulate = 5; .* 125, say"),
         (
             ["--optimizer.accumulate", "2", "--model.norm", "flax"],
@@ -148,6 +168,21 @@ def test_values_that_make_no_sense_are_named(job, flags, message):
 
 
 @pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--model.norm-inputs", "True", "--model.norm", norm] for norm in ("batch", "ghost", "flax")),
+        *(["--model.norm", norm] for norm in ("none", "layer", "group")),
+        ["--data.feature-scales", "0.5", "0.5"],
+        ["--model.kernel-std", "0"],
+        ["--optimizer.base-batch-size", "0"],
+    ],
+    ids=" ".join,
+)
+def test_values_at_the_edge_of_what_makes_sense_are_taken(job, flags):
+    parsing.load(job, flags)
+
+
+@pytest.mark.parametrize(
     "base, message", [("job.toml", "inherits from itself"), ("no.toml", "does not exist")]
 )
 def test_base_that_leads_nowhere_is_named(tmp_path, base, message):
@@ -165,9 +200,38 @@ def test_files_that_cannot_be_read_are_named(tmp_path, text, message):
         parsing.load(path, [])
 
 
-def test_config_survives_json(job):
+def test_new_keys_are_read_from_files_and_flags(job):
+    text = JOB.replace("[data]", "inspect = true\n[data]\nfeature_scales = [0.01, 100]")
+    text = text.replace("[model]", "[model]\nkernel_std = 0.01\nnorm_debias = false\nnorm_inputs = true")
+    write(job, text + "base_batch_size = 64\n")
     loaded = parsing.load(job, [])
+    assert loaded.inspect is True and loaded.data.feature_scales == (0.01, 100.0)
+    assert (loaded.model.kernel_std, loaded.model.norm_debias, loaded.model.norm_inputs) == (
+        0.01,
+        False,
+        True,
+    )
+    assert loaded.optimizer.base_batch_size == 64
+    flags = ["--inspect", "False", "--data.feature-scales", "1", "2", "--model.norm-debias", "True"]
+    again = parsing.load(job, flags)
+    assert again.inspect is False and again.data.feature_scales == (1.0, 2.0) and again.model.norm_debias
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--data.feature-scales", "0.01", "100", "--optimizer.milestones", "--inspect", "True"]]
+)
+def test_config_survives_json(job, flags):
+    loaded = parsing.load(job, flags)
     assert parsing.from_dict(json.loads(json.dumps(dataclasses.asdict(loaded)))) == loaded
+
+
+def test_config_of_a_run_that_knew_fewer_keys_has_the_usual_values(job):
+    loaded = parsing.load(job, [])
+    values = json.loads(json.dumps(dataclasses.asdict(loaded)))
+    del values["inspect"], values["data"]["feature_scales"], values["optimizer"]["base_batch_size"]
+    for key in ("kernel_std", "norm_inputs", "norm_debias"):
+        del values["model"][key]
+    assert parsing.from_dict(values) == loaded
 
 
 def test_differences_name_the_keys_and_both_values(job):

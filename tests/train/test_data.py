@@ -107,6 +107,47 @@ def test_preprocessing_is_the_same_inside_jit(tmp_path, normalize):
     assert inside.dtype == np.float32
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 3), (7,)], ids=str)
+def test_each_feature_is_multiplied_with_a_number_of_its_own(tmp_path, shape, dtype, normalize):
+    given = arrays(n_train=50, shape=shape, dtype=dtype)
+    plain = load_npz(tmp_path, given, normalize=normalize)
+    scaled = load_npz(tmp_path, given, normalize=normalize, feature_scales=(0.01, 100.0))
+    inputs = plain.train.take(slice(None)).inputs
+    scales = 0.01 * 10_000 ** np.random.RandomState(0).uniform(size=inputs.shape[1:])
+    # NumPy's generator gives these wherever it runs.
+    assert_allclose(
+        scales.ravel()[:3], 0.01 * 10_000 ** np.array([0.5488135, 0.71518937, 0.60276338]), rtol=1e-6
+    )
+    assert_allclose(scaled.preprocessing(inputs), plain.preprocessing(inputs) * scales, rtol=1e-5)
+    assert scaled.preprocessing(inputs).dtype == np.float32
+    assert {leaf.dtype.name for leaf in scaled.preprocessing} == {"float32"}
+    inside = jax.jit(lambda preprocessing, inputs: preprocessing(inputs))(scaled.preprocessing, inputs)
+    assert_allclose(inside, scaled.preprocessing(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_feature_scales_are_log_uniform_in_their_limits(tmp_path):
+    loaded = load_npz(
+        tmp_path, arrays(shape=(4096,), dtype=np.float32), feature_scales=(0.5, 8.0), validation=0
+    )
+    shares = np.sort(np.log2(1 / loaded.preprocessing.std) + 1) / 4
+    assert -1e-6 <= shares[0] < 0.002 and 0.998 < shares[-1] <= 1 + 1e-6
+    assert_allclose(shares, np.linspace(0, 1, 4096), atol=0.03)
+
+
+def test_feature_scales_are_the_same_for_every_job_and_only_its_limits_matter(tmp_path):
+    given, limits = arrays(n_train=50, shape=(7,), dtype=np.float32), (0.1, 10.0)
+    scales = lambda **options: 1 / load_npz(tmp_path, given, **options).preprocessing.std
+    usual = scales(feature_scales=limits)
+    assert_array_equal(scales(feature_scales=limits, validation=0.5), usual)
+    normalized = load_npz(tmp_path, given, normalize=True, feature_scales=limits).preprocessing.std
+    std = load_npz(tmp_path, given, normalize=True).preprocessing.std
+    assert_allclose(std / normalized, usual, rtol=1e-6)
+    assert_allclose(scales(feature_scales=(10.0, 1000.0)), 100 * usual, rtol=1e-5)
+    assert_allclose(scales(feature_scales=(2.0, 2.0)), np.full(7, 2), rtol=1e-6)
+
+
 def test_data_larger_than_memory_may_hold_are_never_there_at_once(tmp_path):
     given = arrays(shape=(2**10,), dtype=np.float32) | {"y_train": np.zeros(2**16, np.uint8)}
     del given["x_train"]
@@ -160,7 +201,9 @@ def test_fingerprint_tells_shapes_and_dtypes_of_the_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["<f4", ">f4", "f8"])
 @pytest.mark.parametrize(
-    "options", [{}, {"save": np.savez_compressed}, {"validation": 0.5}, {"normalize": True}]
+    "options",
+    [{}, {"save": np.savez_compressed}, {"validation": 0.5}, {"normalize": True}]
+    + [{"feature_scales": (0.1, 10.0)}],
 )
 def test_fingerprint_is_of_the_data_and_not_of_how_they_are_kept_or_used(tmp_path, dtype, options):
     plain = load_npz(tmp_path, arrays(dtype=np.float32)).fingerprint

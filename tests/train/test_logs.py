@@ -3,7 +3,7 @@ import json
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from train.logs import Logs, read_metrics
+from train.logs import Logs, read_inspections, read_metrics
 
 RESULTS = {
     "train": {"loss": 1.5, "accuracy": 0.5},
@@ -57,6 +57,43 @@ def test_line_that_a_kill_cut_is_dropped(tmp_path):
     assert len(read_metrics(tmp_path)) == 3
     write(tmp_path, [20], first_step=10)
     assert [line["step"] for line in read_metrics(tmp_path)][::3] == [10, 20]
+
+
+def inspect(run_dir, steps, first_step=0, writes=True):
+    with Logs(run_dir, first_step=first_step, total_steps=100, writes=writes) as logs:
+        for step in steps:
+            logs.inspection(step, {"slope": [0.5, float("nan")], "losses": {"deep": [float("inf"), step]}})
+
+
+def test_inspections_are_one_valid_json_object_a_step_beside_the_metrics(tmp_path):
+    inspect(tmp_path, [0, 10])
+    text = (tmp_path / "inspection.jsonl").read_text()
+    assert [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()] == [
+        {"step": step, "slope": [0.5, None], "losses": {"deep": [None, step]}} for step in (0, 10)
+    ]
+    assert read_inspections(tmp_path) == [json.loads(line) for line in text.splitlines()]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("first_step, steps", [(0, [5]), (10, [0, 10, 5]), (15, [0, 10, 5])])
+def test_going_on_drops_what_was_inspected_after_the_checkpoint(tmp_path, first_step, steps):
+    inspect(tmp_path, [0, 10, 20])
+    with (tmp_path / "inspection.jsonl").open("a") as file:
+        file.write('{"step": 30, "slo')
+    inspect(tmp_path, [5], first_step=first_step)
+    assert [line["step"] for line in read_inspections(tmp_path)] == steps
+
+
+def test_a_run_that_begins_drops_what_an_earlier_start_has_left(tmp_path):
+    write(tmp_path, [10, 20])
+    write(tmp_path, [30])
+    assert [line["step"] for line in read_metrics(tmp_path)][::3] == [30]
+
+
+def test_logs_of_a_process_that_does_not_write_leave_no_file(tmp_path, capsys):
+    inspect(tmp_path, [0, 10], writes=False)
+    assert read_inspections(tmp_path) == [] == list(tmp_path.iterdir())
+    assert capsys.readouterr().out == ""
 
 
 def test_seconds_go_on_counting_where_the_earlier_session_ended(tmp_path):

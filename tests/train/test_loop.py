@@ -107,6 +107,50 @@ def test_train_lines_are_means_since_the_line_before(make_config):
     assert int(final_state(longer).sums.examples) == 128 * (int(final_state(longer).step) - 30) > 0
 
 
+def test_features_are_scaled_alike_whatever_the_seed_and_the_job_and_steps_see_it(make_config):
+    scales = {"feature_scales": (0.01, 100.0)}
+    jobs = [
+        Job(make_config(data=scales, seed=0)),
+        Job(make_config(data=scales | {"validation": 0.3}, seed=1, model={"widths": (8,)}, batch_size=8)),
+    ]
+    for ours, theirs in zip(*(built.source.preprocessing for built in jobs)):
+        assert_array_equal(ours, theirs)
+    first, _ = jobs
+    batch = first.source._replace(examples=first.data.train.take(slice(128)))
+    state = loop.states.train_step(first.recipe, first.initial, batch, None)
+    x = first.data.train.take(slice(128)).inputs.reshape(128, -1).astype(np.float64)
+    # As digits are NumPy's floating point, all that is done to a pixel is its scale.
+    scale = 0.01 * 10_000 ** np.random.RandomState(0).uniform(size=64)
+    kernel = np.float64(first.initial.variables.params["Dense_0"]["kernel"])
+    mean = state.variables.batch_stats["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, (x * scale @ kernel).mean(0), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_running_statistics_of_a_step_keep_their_initial_values_where_they_are_not_debiased(
+    make_config, accumulate
+):
+    options = {"model": {"widths": (16,), "norm_debias": False}, "optimizer": {"accumulate": accumulate}}
+    built = Job(make_config(**options))
+    batch = built.source._replace(examples=built.data.train.take(slice(128)))
+    state = loop.states.train_step(built.recipe, built.initial, batch, None)
+    x = built.data.train.take(slice(128)).inputs.reshape(128, -1).astype(np.float64)
+    x = x @ built.initial.variables.params["Dense_0"]["kernel"]
+    found = state.variables.batch_stats["BatchNorm_0"]
+    np.testing.assert_allclose(found["mean"], 0.1 * x.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["var"], 0.9 + 0.1 * x.var(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("base, factor", [(0, 1), (32, 4), (256, 0.5)])
+def test_steps_are_as_large_as_the_batch_size_asks_for(make_config, base, factor):
+    config = make_config(optimizer={"base_batch_size": base, "momentum": 0.0}, batch_size=128)
+    built = Job(config)
+    params, ones = built.initial.variables.params, jax.tree.map(np.ones_like, built.initial.variables.params)
+    updates, _ = built.recipe.optimizer.update(ones, built.initial.opt_state, params)
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, np.full(update.shape, -0.1 * factor), rtol=1e-5)
+
+
 def test_steps_of_one_dispatch_stay_inside_their_epoch_and_evaluation(make_config, monkeypatch):
     spans, train_steps = [], loop.states.train_steps
 
@@ -219,8 +263,11 @@ def test_stop_writes_no_metrics_line_and_a_summary_that_says_so(make_config):
     assert 0 < summary["step"] < 12
 
 
-def test_evaluation_of_the_restored_best_is_that_of_the_live_one(make_config):
-    config = make_config()
+@pytest.mark.parametrize(
+    "options", [{}, {"normalize": True, "feature_scales": (0.01, 100.0)}], ids=["raw", "scaled"]
+)
+def test_evaluation_of_the_restored_best_is_that_of_the_live_one(make_config, options):
+    config = make_config(data=options)
     summary = fit(config)
     result = serving.evaluate(Path(config.run_dir))
     assert result == {

@@ -158,47 +158,152 @@ def test_pooled_statistics_are_those_of_both_halves_each_normalized_by_itself(na
             assert_allclose(stats[layer][leaf], value, rtol=2e-4, atol=1e-5, err_msg=layer)
 
 
-@pytest.mark.parametrize("activation", ["relu", "sigmoid", "tanh"])
-def test_mlp_is_linear_maps_normalization_and_the_activation_named(activation):
-    network = build("mlp", activation=activation)
-    params, _ = variables = initial(network)
-    logits, stats = quick_jit(partial(network.apply, train=True))(variables, IMAGES)
-    f = {"relu": lambda x: np.maximum(x, 0), "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "tanh": np.tanh}
-    x = np.float64(IMAGES).reshape(4, -1)
-    for i in range(2):
-        norm = params[f"BatchNorm_{i}"]
-        x = x @ params[f"Dense_{i}"]["kernel"]
-        x = f[activation](reference.batch_norm(x, norm["scale"], norm["bias"]))
-    assert_allclose(logits, x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"], rtol=2e-4)
+FUNCTIONS = {"relu": lambda x: np.maximum(x, 0), "sigmoid": lambda x: 1 / (1 + np.exp(-x)), "tanh": np.tanh}
 
 
-def test_running_statistics_are_debiased():
-    network = build("mlp", norm_momentum=0.75)
-    params, stats = initial(network)
-    variables = models.Variables(params, empty(stats))
-    _, stats = quick_jit(partial(network.apply, train=True))(variables, IMAGES)
+def mlp(variables, inputs, *, train, activation="relu"):
+    """Computes the Linen MLP: its logits, and what each activation gets."""
+    params, stats = variables
+    x, seen = np.float64(inputs).reshape(len(inputs), -1), []
+
+    def normalized(x, layer):
+        moments = reference.moments(x)[:2] if train else (stats[layer]["mean"], stats[layer]["var"])
+        return reference.normalize(x, *moments, params[layer]["scale"], params[layer]["bias"])
+
+    norms = sorted(name for name in params if name.startswith("BatchNorm"))
+    if len(norms) == 3:
+        x = normalized(x, norms.pop(0))  # of the inputs
+    for i, norm in enumerate(norms):
+        seen.append(normalized(x @ params[f"Dense_{i}"]["kernel"], norm))
+        x = FUNCTIONS[activation](seen[-1])
+    return x @ params["Dense_2"]["kernel"] + params["Dense_2"]["bias"], seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"activation": "relu"}, {"activation": "sigmoid"}, {"activation": "tanh"}, {"norm_inputs": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["mlp", "nnx_mlp"])
+def test_mlp_and_its_activation_inputs_are_linear_maps_normalization_and_the_activation(name, options):
+    linen, network = build("mlp", **options), build(name, **options)
+    variables = initial(linen)
+    given = models.Variables(*map(as_nnx, variables)) if name == "nnx_mlp" else variables
+
+    @quick_jit
+    def run(variables):
+        first = [network.apply(variables, IMAGES, train=train) for train in (True, False)]
+        seen = [network.activation_inputs(variables, IMAGES, train=train) for train in (True, False)]
+        again = [network.apply(variables, IMAGES, train=train) for train in (True, False)]
+        return first, seen, again
+
+    kept = jax.tree.map(np.array, given)
+    first, seen, again = run(given)
+    jax.tree.map(assert_array_equal, first, again)
+    jax.tree.map(assert_array_equal, given, kept)
+    assert network == build(name, **options)
+    for train, (logits, _), inputs in zip((True, False), first, seen):
+        wanted, wanted_inputs = mlp(
+            variables, IMAGES, train=train, activation=options.get("activation", "relu")
+        )
+        assert_allclose(logits, wanted, rtol=2e-4)
+        for ours, theirs in zip(inputs, wanted_inputs, strict=True):
+            assert_allclose(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["mlp", "nnx_mlp"])
+def test_activation_inputs_are_arrays_outside_jit_too_and_the_variables_are_untouched(name):
+    network = build(name, norm="none")
+    variables = initial(network)
+    kept = jax.tree.map(np.array, variables)
+    seen = network.activation_inputs(variables, IMAGES, train=True)
+    jax.tree.map(assert_array_equal, variables, kept)
+    inside = quick_jit(partial(network.activation_inputs, train=True))(variables, IMAGES)
+    assert [x.shape for x in seen] == [(4, 6), (4, 4)]
+    close(seen, inside)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_networks_tell_their_activation(name):
+    for activation in FUNCTIONS:
+        assert build(name, activation=activation).activation is getattr(nn, activation)
+
+
+# A residual network has one activation a layer but for its shortcuts, whose sum with the block it is.
+@pytest.mark.parametrize("name, count", [("cnn", 4), ("resnet20", 19), ("resnet18", 17), ("resnet50", 49)])
+@pytest.mark.parametrize("train", [True, False])
+def test_each_activation_of_a_network_is_seen_once_in_its_dtype(name, count, train):
+    network = build(name, dtype="bfloat16")
+    seen = jax.eval_shape(partial(network.activation_inputs, train=train), shapes(network), IMAGES)
+    assert [x.dtype for x in seen] == count * [jnp.bfloat16]
+    assert {x.shape[0] for x in seen} == {4}
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet20"])
+def test_activation_inputs_of_an_example_depend_on_the_others_in_training_alone(name):
+    network = build(name)
+    variables = initial(network)
+
+    @quick_jit
+    def run(inputs):
+        return [network.activation_inputs(variables, inputs, train=train) for train in (True, False)]
+
+    (training, inference), (other_training, other_inference) = run(IMAGES), run(IMAGES.at[1:].multiply(0.5))
+    for ours, theirs in zip(inference, other_inference, strict=True):
+        assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-6 * np.abs(ours).max())
+        assert (ours[1:] != theirs[1:]).any()
+    for ours, theirs in zip(training, other_training, strict=True):
+        assert np.abs(ours[0] - theirs[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_normalized_inputs_are_one_layer_more_of_which_each_feature_has_a_mean(name):
+    network = build(name, norm_inputs=True)
+    params, stats = shapes(network)
+    assert len(parents(stats, "mean")) == LAYERS[name] + 1
+    assert len(parents(params, "kernel")) == LAYERS[name] + 1
+    first = "norm_of_inputs" if name == "nnx_mlp" else "BatchNorm_0"
+    features = 64 if "mlp" in name else 1
+    assert params[first]["scale"].shape == stats[first]["mean"].shape == (features,)
+
+
+@pytest.mark.parametrize("debias, weight, count", [(True, 1, 0.25), (False, 0.25, 1)])
+@pytest.mark.parametrize("norm", ["batch", "ghost"])
+def test_running_statistics_after_a_step_are_the_batchs_or_a_quarter_of_them(norm, debias, weight, count):
+    network = build("mlp", norm=norm, norm_momentum=0.75, norm_debias=debias)
+    params, _ = initial(network)
+    _, stats = network.init(jax.random.key(0), IMAGES)
+    _, stats = quick_jit(partial(network.apply, train=True))(models.Variables(params, stats), IMAGES)
     first = stats["BatchNorm_0"]
     x = np.float64(IMAGES).reshape(4, -1) @ params["Dense_0"]["kernel"]
-    assert_allclose(first["mean"], x.mean(0), rtol=1e-4, atol=1e-6)
-    assert_allclose(first["var"], x.var(0), rtol=1e-4)
-    assert_allclose(first["count"], 0.25, rtol=1e-5)
+    assert_allclose(first["mean"], weight * x.mean(0), rtol=1e-4, atol=1e-6)
+    assert_allclose(first["var"], 1 - weight + weight * x.var(0), rtol=1e-4)
+    assert_allclose(first["count"], count, rtol=1e-5)
 
 
 def as_nnx(tree):
     """Moves the variables of the Linen MLP to where the NNX one has them."""
     moved = {"hidden": {0: {}, 1: {}}}
+    before = 1 if "BatchNorm_2" in tree else 0  # norms, of the inputs
     for layer, leaves in tree.items():
         kind, _, i = layer.partition("_")
         if (kind, i) == ("Dense", "2"):
             moved["head"] = leaves
+        elif kind == "Dense":
+            moved["hidden"][int(i)]["linear"] = leaves
+        elif int(i) < before:
+            moved["norm_of_inputs"] = leaves
         else:
-            moved["hidden"][int(i)]["linear" if kind == "Dense" else "norm"] = leaves
+            moved["hidden"][int(i) - before]["norm"] = leaves
     return moved if tree else {}
 
 
 # Not Flax's own layers in bfloat16, which round at other places in NNX than in Linen.
 @pytest.mark.parametrize(
-    "options", [*({"norm": norm} for norm in NORMS), {"dtype": "bfloat16"}, {"rule": jbn.pooled()}], ids=str
+    "options",
+    [*({"norm": norm} for norm in NORMS), {"dtype": "bfloat16"}, {"rule": jbn.pooled()}]
+    + [{"norm": norm, "norm_inputs": True, "norm_debias": False} for norm in ("batch", "ghost", "flax")],
+    ids=str,
 )
 def test_mlp_in_nnx_is_that_in_linen(options):
     linen, nnx = build("mlp", **options), build("nnx_mlp", **options)
@@ -250,9 +355,16 @@ def test_networks_of_equal_configs_are_compiled_once(name):
         compiled.append(network)
         return jnp.zeros(())
 
-    for options in ({}, {}, {"norm_momentum": 0.5}, {"rule": jbn.pooled()}, {"activation": "tanh"}):
+    for options in (
+        {},
+        {},
+        {"norm_debias": False},
+        {"rule": jbn.pooled()},
+        {"activation": "tanh"},
+        {"kernel_std": 0.1},
+    ):
         trace(build(name, **options))
-    assert len(compiled) == 4
+    assert len(compiled) == 5
     assert build(name) == build(name) != build(name, norm="none")
 
 

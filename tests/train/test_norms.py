@@ -2,17 +2,18 @@
 
 from functools import partial
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import quick_jit
 from flax import nnx
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
 from train.config import Model
-from train.norms import Norm
+from train.norms import Norm, running_rule
 
 IMAGES = np.random.RandomState(0).normal(1, 2, (8, 3, 2, 6)).astype(np.float32)
 VECTORS = np.random.RandomState(1).normal(1, 2, (8, 6)).astype(np.float32)
@@ -94,6 +95,36 @@ def test_running_statistics_are_those_of_the_whole_batch_by_the_rule_or_by_the_m
     assert_allclose(stats.get("count", 0.25), 0.25)
 
 
+@pytest.mark.parametrize("kind", ["batch", "ghost", "flax"])
+def test_inputs_go_through_a_layer_of_their_own_where_a_config_asks_for_it(kind):
+    def in_both(norm, x):
+        layer = norm.linen_input_layer(train=True)
+        if isinstance(layer, nn.Module):
+            layer = layer.bind(layer.init(jax.random.key(0), x), mutable=["batch_stats"])
+        return layer(x), norm.nnx_input_layer(6, rngs=nnx.Rngs(0))(x)
+
+    for y in quick_jit(partial(in_both, make(kind, norm_inputs=True)))(IMAGES):
+        assert_allclose(y, EXPECTED[kind](np.float64(IMAGES)), atol=1e-4)
+    for y in in_both(make(kind), IMAGES):
+        assert_array_equal(y, IMAGES)
+
+
+@pytest.mark.parametrize("debias", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.75])
+def test_running_rule_is_a_moving_average_with_the_configs_momentum_debiased_or_not(momentum, debias):
+    moments = lambda mean, var, count: jbn.Moments(*(jnp.full(2, value) for value in (mean, var, count)))
+    running, rule = moments(0.0, 1.0, 0.0), running_rule(Model(norm_momentum=momentum, norm_debias=debias))
+    mean, var, weight = 0.0, 1.0, 0.0
+    for batch_mean, batch_var in ((2.0, 5.0), (-3.0, 7.0)):
+        running = rule(running, moments(batch_mean, batch_var, 64.0))
+        mean = momentum * mean + (1 - momentum) * batch_mean
+        var = momentum * var + (1 - momentum) * batch_var
+        weight = momentum * weight + 1 - momentum
+        # What is left of the initial mean 0 and variance 1 has the weight 1 - weight.
+        assert_allclose(running.mean, mean / weight if debias else mean, rtol=1e-5)
+        assert_allclose(running.var, (var - (1 - weight)) / weight if debias else var, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_for_outputs_alone(kind):
     norm, x = make(kind, dtype="bfloat16"), jnp.asarray(VECTORS, jnp.bfloat16)
@@ -105,4 +136,5 @@ def test_bfloat16_is_for_outputs_alone(kind):
 
 def test_norms_of_the_same_options_are_equal_and_hash_alike():
     assert make("batch") == make("batch") and hash(make("batch")) == hash(make("batch"))
-    assert len({make(kind) for kind in KINDS} | {make("batch", norm_momentum=0.5)}) == len(KINDS) + 1
+    others = {make("batch", norm_momentum=0.5), make("batch", norm_inputs=True)}
+    assert len({make(kind) for kind in KINDS} | others) == len(KINDS) + 2

@@ -53,6 +53,15 @@ def test_each_milestone_reduces_the_learning_rate_once_after_warm_up(steps, mile
     assert_allclose(rates(steps, schedule="step", **options), wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear", "step"])
+@pytest.mark.parametrize("base, factor", [(0, 1), (128, 1), (32, 4), (512, 0.25), (96, 4 / 3)])
+def test_learning_rate_is_in_proportion_to_the_batch_size_warm_up_included(schedule, base, factor):
+    options = {"schedule": schedule, "warmup_steps": 3}
+    usual = np.array(rates(12, **options))
+    assert usual.max() == 0.5
+    assert_allclose(rates(12, **options, base_batch_size=base), factor * usual, rtol=1e-5, atol=1e-7)
+
+
 RNG = np.random.RandomState(0)
 PARAMS = {
     "Dense_0": {"kernel": RNG.randn(3, 2), "bias": RNG.randn(2)},
@@ -74,6 +83,12 @@ def first_update(gradients, **options):
     )
     params = float32(PARAMS)
     return optimizer.update(float32(gradients), optimizer.init(params), params)[0]
+
+
+@pytest.mark.parametrize("base, factor", [(0, 1), (32, 4), (256, 0.5)])
+def test_first_step_of_sgd_is_as_large_as_the_batch_asks_for(base, factor):
+    updates = first_update(GRADIENTS[0], momentum=0.0, base_batch_size=base)  # of batches of 128
+    jax.tree.map(lambda a, b: assert_allclose(a, -0.1 * factor * b, rtol=1e-5), updates, GRADIENTS[0])
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])

@@ -1,7 +1,6 @@
 """Convolutional and residual networks: their size as published, and their values beside NumPy."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,12 +53,43 @@ def normalized(x, params, strides=1):
     )
 
 
+def normalized_inputs(x, norm):
+    return reference.batch_norm(x, norm["scale"], norm["bias"])
+
+
+def watched(activation):
+    """Returns an activation, and a list of what it will have been called with."""
+    seen = []
+
+    def watch(x):
+        seen.append(x)
+        return ACTIVATIONS[activation](x)
+
+    return watch, seen
+
+
+def run(network, variables):
+    """Returns logits and the inputs of the activations, both in training."""
+    both = lambda variables: (
+        network.apply(variables, IMAGES, train=True)[0],
+        network.activation_inputs(variables, IMAGES, train=True),
+    )
+    return quick_jit(both)(variables)
+
+
+def assert_all_close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert_allclose(a, b, rtol=2e-4, atol=2e-4)
+
+
 def logits_of(x, head):
     return x.mean((1, 2)) @ np.float64(head["kernel"]) + head["bias"]
 
 
 def resnet(x, params, *, large, blocks, activation):
     """Computes a residual network as the paper writes it down."""
+    if "BatchNorm_0" in params:
+        x = normalized_inputs(x, params["BatchNorm_0"])
     x = activation(normalized(x, params["stem"], 2 if large else 1))
     if large:
         x = windows(x, 3, 2, (1, 1), -np.inf).max((-2, -1))
@@ -99,51 +129,58 @@ def test_residual_networks_have_the_parameters_that_were_published(name, image, 
 
 
 @pytest.mark.parametrize(
-    "large, bottleneck, activation, widths",
+    "large, bottleneck, activation, widths, norm_inputs",
     [
-        (False, False, "relu", (3, 5)),
-        (False, False, "tanh", (5, 3)),  # fewer channels, of which the shortcut drops some
-        (True, False, "relu", (3, 5)),
-        (True, True, "relu", (3, 5)),
+        (False, False, "relu", (3, 5), False),
+        (False, False, "tanh", (5, 3), True),  # fewer channels, of which the shortcut drops some
+        (True, False, "relu", (3, 5), True),
+        (True, True, "relu", (3, 5), False),
     ],
 )
-def test_residual_network_is_what_the_paper_writes_down(large, bottleneck, activation, widths):
+def test_residual_network_and_what_its_activations_get_are_what_the_paper_writes_down(
+    large, bottleneck, activation, widths, norm_inputs
+):
     module = ResNet(
         stages=(1, 2),
         bottleneck=bottleneck,
         large=large,
         widths=widths,
         classes=3,
-        norm=Norm(Model(), jbn.ema(0.9)),
+        norm=Norm(Model(norm_inputs=norm_inputs), jbn.ema(0.9)),
         activation=getattr(jax.nn, activation),
+        kernel_std=0.0,
         dtype="float32",
     )
     network = models.LinenNetwork(module)
     variables = initial(network)
     assert ("shortcut" in variables.params["stage1_block0"]) == large
-    logits, _ = quick_jit(partial(network.apply, train=True))(variables, IMAGES)
-    blocks, function = [(0, 0), (1, 0), (1, 1)], ACTIVATIONS[activation]
+    assert ("BatchNorm_0" in variables.params) == norm_inputs
+    logits, inputs = run(network, variables)
+    blocks, (function, seen) = [(0, 0), (1, 0), (1, 1)], watched(activation)
     expected = resnet(IMAGES, variables.params, large=large, blocks=blocks, activation=function)
-    assert_allclose(logits, expected, rtol=2e-4, atol=2e-4)
+    assert_all_close([logits, *inputs], [expected, *seen])
 
 
 def test_kernels_of_residual_networks_start_with_the_variance_of_he():
-    layer = Convolution(64, 3, 1, norm=Norm(Model(), jbn.ema(0.9)), train=False, dtype="float32")
+    options = {"norm": Norm(Model(), jbn.ema(0.9)), "train": False, "kernel_std": 0.0, "dtype": "float32"}
+    layer = Convolution(64, 3, 1, **options)
     variables = quick_jit(layer.init)(jax.random.key(0), np.zeros((1, 4, 4, 32), np.float32))
     assert_allclose(np.var(variables["params"]["Conv_0"]["kernel"]), 2 / (9 * 64), rtol=0.05)
 
 
-@pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_cnn_is_convolutions_normalization_activation_and_pools(activation):
-    network = models.build(Model(name="cnn", widths=(3, 4), activation=activation), IMAGES.shape[1:], 3)
+@pytest.mark.parametrize("activation, norm_inputs", [("relu", False), ("tanh", True)])
+def test_cnn_and_what_its_activations_get_are_convolutions_normalization_and_pools(activation, norm_inputs):
+    config = Model(name="cnn", widths=(3, 4), activation=activation, norm_inputs=norm_inputs)
+    network = models.build(config, IMAGES.shape[1:], 3)
     variables = initial(network)
-    logits, _ = quick_jit(partial(network.apply, train=True))(variables, IMAGES)
-    params, x = variables.params, IMAGES
+    logits, inputs = run(network, variables)
+    params, (function, seen) = variables.params, watched(activation)
+    x = normalized_inputs(IMAGES, params["BatchNorm_0"]) if norm_inputs else IMAGES
     for i in range(4):
-        layers = {"Conv_0": params[f"Conv_{i}"], "BatchNorm_0": params[f"BatchNorm_{i}"]}
-        x = ACTIVATIONS[activation](normalized(x, layers))
+        norm = params[f"BatchNorm_{i + norm_inputs}"]
+        x = function(normalized(x, {"Conv_0": params[f"Conv_{i}"], "BatchNorm_0": norm}))
         if i % 2:
             odd = [(0, size % 2) for size in x.shape[1:3]]
             x = np.pad(x, ((0, 0), *odd, (0, 0)), constant_values=-np.inf)
             x = windows(x, 2, 2, (0, 0), 0).max((-2, -1))
-    assert_allclose(logits, logits_of(x, params["Dense_0"]), rtol=2e-4, atol=2e-4)
+    assert_all_close([logits, *inputs], [logits_of(x, params["Dense_0"]), *seen])

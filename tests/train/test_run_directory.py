@@ -3,7 +3,6 @@ import functools
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
@@ -14,8 +13,8 @@ from train.files import write_json
 
 
 @functools.cache
-def digits(validation=0.1):
-    return data.load(Data(validation=validation))
+def digits(**options):
+    return data.load(Data(**options))
 
 
 def begin(config, dataset=None):
@@ -137,15 +136,15 @@ def change(config, key, value):
     return dataclasses.replace(config, **{section: changed})
 
 
-def test_what_the_data_are_like_is_noted_for_those_who_come_after(make_config):
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"feature_scales": (0.01, 100.0)}], ids=str)
+def test_what_the_data_are_like_is_noted_for_those_who_come_after(make_config, options):
     config = make_config()
-    begin(config)
+    begin(config, digits(**options))
     described = run_directory.read_data(Path(config.run_dir))
     assert (described.shape, described.dtype, described.classes) == ((8, 8, 1), "float32", 10)
     assert described.fingerprint == digits().fingerprint
-    for value, wanted in zip(described.preprocessing, digits().preprocessing):
-        assert value.dtype == np.float32
-        assert_array_equal(value, wanted)
+    for value, wanted in zip(described.preprocessing, digits(**options).preprocessing):
+        assert_array_equal(value, wanted, strict=True)
 
 
 def test_other_data_than_those_a_run_was_trained_on_are_refused(make_config):
