@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -77,6 +78,7 @@ def draw(describe: Callable[["Axes"], None], *, label: str) -> str:
         figure = Figure(figsize=SIZE, dpi=72, layout="constrained")
         FigureCanvasSVG(figure)
         describe(figure.subplots())
+        _no_logarithm_of_nothing(figure)
         for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
             _ticks(axis)
         for text in figure.findobj(Text):
@@ -120,6 +122,14 @@ def histogram(
 def level(axes: "Axes", y: float, *, name: str) -> None:
     """Draws a thin line across, at a value to compare with."""
     axes.axhline(y, color=INK, alpha=0.7, linestyle=(0, (4, 3)), linewidth=1, label=SHOWN + name)
+
+
+def _no_logarithm_of_nothing(figure: "Figure") -> None:
+    """Makes logarithmic axes linear on which there is nothing positive, for matplotlib cannot draw them."""
+    for axes in figure.axes:
+        for name, axis in (("xscale", axes.xaxis), ("yscale", axes.yaxis)):
+            if axis.get_scale() == "log" and not math.isfinite(axis.get_minpos()):
+                axes.set(**{name: "linear"})
 
 
 def _ticks(axis: "Axis") -> None:

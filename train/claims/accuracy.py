@@ -35,7 +35,7 @@ def section(compared: Sequence[Series]) -> Section:
     if has_learnt(baseline):
         sentences += _times(learnt, baseline)
     elif learnt:
-        sentences.append(f"{_reached(learnt)}, where {baseline.name} did not learn.")
+        sentences.append(f"{_reached(learnt)}, where {baseline.name} {_learnt_with(baseline)}.")
     return Section(
         "How fast it trains", tuple(sentences), tuple(_pictures(compared)), _table(compared, baseline)
     )
@@ -94,30 +94,38 @@ def _best(job: Series) -> str:
 
 def _times(jobs: Sequence[Series], baseline: Series) -> list[str]:
     """Says how many steps the baseline took to its best accuracy, and how many others took to the same."""
-    reached = with_range(best_accuracy(baseline), accuracy)
-    if not any(map(comparison.is_measurable, _curves(baseline))):
-        return [
-            f"{baseline.name} was at its best, {reached}, in its first evaluation, so that how many times faster "
-            "others came there is not known."
-        ]
-    taken = with_range(_steps(baseline, baseline), count)
-    return [f"{baseline.name} took {taken} steps to its best accuracy, {reached}."] + [
-        _beside(job, baseline) for job in jobs
-    ]
+    measurable = list(filter(comparison.is_measurable, _curves(baseline)))
+    said = f"{baseline.name} was at its best, {_best(baseline)}, in its first evaluation" + (
+        ", so that how many times faster or slower others came there is not known." if jobs else "."
+    )
+    if measurable:
+        taken = with_range(_steps(measurable, measurable), count)
+        reached = with_range(spread(map(comparison.target, measurable), worst=-math.inf), accuracy)
+        said = f"{baseline.name} took {taken} steps to its best accuracy, {reached}."
+    return [said, *(beside for job in jobs if (beside := _beside(job, baseline)))]
 
 
-def _beside(job: Series, baseline: Series) -> str:
-    """Compares how fast one job was with the baseline, of which both have learnt."""
-    own, theirs = _curves(job), _curves(baseline)
+def _beside(job: Series, baseline: Series) -> str | None:
+    """Compares how fast one job was with the baseline, which both learnt; None if that is not known."""
+    pairs = [(own, theirs) for own, theirs in zip(_curves(job), _curves(baseline)) if theirs]
+    reached = sum(steps_to(own, comparison.target(theirs)) is not None for own, theirs in pairs)
+    if not reached:
+        return f"{job.name} did not come there; it reached {_best(job)}."
+    measurable = [(own, theirs) for own, theirs in pairs if comparison.is_measurable(theirs)]
+    if not measurable:
+        return None
+    own, theirs = zip(*measurable)
     times = spread_of_speedups(own, theirs)
     if times.median is None:
-        return f"{job.name} did not come there; it reached {with_range(best_accuracy(job), accuracy)}."
+        return f"{job.name} came there with {reached} of {len(pairs)} seeds; it reached {_best(job)}."
     at_first = any(
-        steps_to(curve, comparison.target(other)) == curve[0][0] for curve, other in zip(own, theirs) if other
+        curve and steps_to(curve, comparison.target(base)) == curve[0][0] for curve, base in measurable
     )
     fewer = times.median >= 1
     by = f"{_or_never(times if fewer else times.inverted())} times {'fewer' if fewer else 'more'}"
-    return f"{job.name} took {_or_never(_steps(job, baseline), count)} steps to the same, {by}" + (
+    if times.low == times.high == 1:
+        by = "as many"
+    return f"{job.name} took {_or_never(_steps(own, theirs), count)} steps to the same, {by}" + (
         ", or better, since it was there at its first evaluation." if at_first else "."
     )
 
@@ -147,7 +155,7 @@ def _pictures(compared: Sequence[Series]) -> list[Picture]:
     finals = [reached for job in compared if (reached := best_accuracy(job).median) is not None]
     if target is not None and finals and has_learnt(compared[0]):
         lowest = min(0.99, math.floor(100 * (1 - 2.5 * (1 - min(target, *finals)))) / 100)
-        if lowest > 0 and min(finals) > 0.5:
+        if lowest > 0:
             near = pictures.draw(lambda axes: describe(axes, lowest), label="Test accuracy near the best")
             shown.append(Picture(near, f"The same, above {lowest:.2f}."))
     return shown

@@ -99,7 +99,8 @@ def short(key: str) -> str:
 
 
 def _errors(accuracies: Sequence[float | None]) -> list[float | None]:
-    return [None if accuracy is None else 1 - accuracy for accuracy in accuracies]
+    # Rounded, as matplotlib warns of a logarithmic axis on which there is nothing but 1 - 0.9.
+    return [None if accuracy is None else round(1 - accuracy, 9) for accuracy in accuracies]
 
 
 def _spans_decades(values: Sequence[float]) -> bool:
