@@ -39,10 +39,13 @@ def sweep(title: str, values: Sequence[Mapping[str, Any]], runs: Sequence[Run]) 
 
 def _footer(runs: Sequence[Run]) -> str:
     seconds = sum(run.summary["wall_seconds"] or 0 for run in runs)
-    return (
+    said = (
         f"Made from {_counted(len(runs), 'run')} on {runs[0].config.data.name}, which took {seconds:,.0f} "
         "seconds in all. Every sentence is computed from what was measured."
     )
+    if len({run.config.seed for run in runs}) > 1 and any(run.inspections for run in runs):
+        said += " What was measured inside the networks is that of the first seed."
+    return said
 
 
 def _counted(count: int, what: str) -> str:

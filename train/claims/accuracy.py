@@ -125,9 +125,9 @@ def _beside(job: Series, baseline: Series) -> str | None:
     by = f"{_or_never(times if fewer else times.inverted())} times {'fewer' if fewer else 'more'}"
     if times.low == times.high == 1:
         by = "as many"
-    return f"{job.name} took {_or_never(_steps(own, theirs), count)} steps to the same, {by}" + (
-        ", or better, since it was there at its first evaluation." if at_first else "."
-    )
+    if at_first:
+        by += " or better, for it was there at its first evaluation"
+    return f"{job.name} took {_or_never(_steps(own, theirs), count)} steps to the same, {by}."
 
 
 def _steps(curves: Sequence[comparison.Curve], baselines: Sequence[comparison.Curve]) -> Spread:

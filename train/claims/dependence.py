@@ -48,7 +48,8 @@ def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section 
     if classes is None:
         return None
     curves = _curves(key, values, runs)
-    log = _spans_decades([point[key] for point in values])
+    ticks = sorted({point[key] for point in values})
+    log = _spans_decades(ticks)
 
     def describe(axes, error=False):
         for index, (line, curve) in enumerate(curves.items()):
@@ -58,6 +59,8 @@ def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section 
             pictures.line(axes, at, middle, low=low, high=high, name=line or "test", index=index)
         what = "error" if error else "accuracy"
         axes.set(xlabel=short(key), xscale="log" if log else "linear")
+        if log and len(ticks) <= 8:
+            axes.set_xticks(ticks, labels=[f"{at:g}" for at in ticks])
         axes.set(ylabel=f"final test {what}", yscale="log" if error else "linear")
 
     shown = (
@@ -114,9 +117,11 @@ def _sentence(line: str, what: str, curve: list[tuple], classes: int) -> str:
     if not found:
         return f"{who} no job came to its end."
     reached, at = max(found)
-    learnt = [at for at, median, *_ in curve if median is not None and has_learnt(median, classes)]
-    lost = [f"{at:g}" for at, *_ in curve if at not in learnt]
-    said = f"{who} the best final test accuracy was {accuracy(reached)}, at a {what} of {at:g}"
-    if lost:
-        return f"{said}; it did not learn, or not come to its end, at {listed(lost)}."
-    return f"{said}; it learnt at every value, and ended at {accuracy(min(found)[0])} at the worst."
+    idle = [f"{at:g}" for median, at in found if not has_learnt(median, classes)]
+    failed = [f"{at:g}" for at, median, *_ in curve if median is None]
+    said = [f"{who} the best final test accuracy was {accuracy(reached)}, at a {what} of {at:g}"]
+    said += [f"at {listed(idle)} it did not learn"] if idle else []
+    said += [f"at {listed(failed)} it did not come to its end"] if failed else []
+    if not idle and not failed:
+        said.append(f"it learnt at every value, and ended at {accuracy(min(found)[0])} at the worst")
+    return f"{'; '.join(said)}."

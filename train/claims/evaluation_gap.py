@@ -14,8 +14,8 @@ def section(compared: Sequence[Series]) -> Section | None:
     if not seen:
         return None
     sentences = [
-        "Both are measured on the same training examples, so that all of the difference comes from the "
-        "statistics."
+        "Accuracy with the examples' own statistics and with the running ones is measured on the same "
+        "training examples, so that all of the gap comes from the statistics."
     ]
     worst = max(seen, key=lambda job: _largest(job))
     at, gap = max(_gaps(worst), key=lambda pair: abs(pair[1]))
@@ -40,7 +40,7 @@ def section(compared: Sequence[Series]) -> Section | None:
 
     picture = Picture(
         pictures.draw(describe, label="Accuracy with batch statistics less with running statistics"),
-        "Accuracy with the examples' own statistics less that with the running ones.",
+        "Accuracy with the examples' own statistics less that with the running ones; below 0 these win.",
     )
     header = ("gap, points of accuracy", "first", "largest", "last", "loss, running", "loss, own")
     return Section(

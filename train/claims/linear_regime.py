@@ -32,8 +32,8 @@ def section(compared: Sequence[Series]) -> Section | None:
         first, last = _share(lines[0]), _share(lines[-1])
         if len(lines) > 1 and "-" not in (first, last):
             sentences.append(
-                f"In {job.name} {first} of them lay between -1 and 1 while scale was 1 and bias 0, and "
-                f"{last} once both had learnt."
+                f"In {job.name} {first} of these inputs lay between -1 and 1 while scale was 1 and bias 0, "
+                f"and {last} once both had learnt."
             )
     errors = [line["identity_error"] for job in seen for line in job.runs[0].inspections]
     if None not in errors:

@@ -41,7 +41,7 @@ def with_range(values: Spread, how: Callable[[float], str] = number, *, missing:
 def ratio(value: float, base: float, *, more: str, less: str) -> str:
     """Compares with a base: "3.1 times less", "2.0 times more", "the same within 5 %"."""
     if not (base > 0 and value > 0 and math.isfinite(base) and math.isfinite(value)):
-        return f"{number(value)} where it was {number(base)}"
+        return f"{number(value)} beside {number(base)}"
     times = value / base
     if 1 / SAME < times < SAME:
         return "the same within 5 %"

@@ -37,7 +37,7 @@ def without_ranges(text):
         ({10: 0.3, 30: 0.9}, "bn took 30 steps to the same, as many."),
         (
             AT_ONCE,
-            "bn took 10 steps to the same, 3.00 times fewer, or better, since it "
+            "bn took 10 steps to the same, 3.00 times fewer or better, for it "
             "was there at its first evaluation.",
         ),
         (NEVER, "bn did not come there; it reached 0.8900."),
@@ -62,7 +62,7 @@ def test_several_seeds_are_medians_with_their_range():
     bn = series("bn", FAST, {20: 0.8, 30: 0.9}, {18: 0.6, 45: 0.95})
     assert list(map(without_ranges, said(plain, bn))) == [
         "plain took 60 (30 to 90) steps to its best accuracy, 0.9000 (0.8000 to 0.9500).",
-        "bn took 20 (15 to 45) steps to the same, 2.00 (2.00 to 3.00) times fewer, or better, since it was "
+        "bn took 20 (15 to 45) steps to the same, 2.00 (2.00 to 3.00) times fewer or better, for it was "
         "there at its first evaluation.",
     ]
 

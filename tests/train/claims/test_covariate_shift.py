@@ -48,8 +48,8 @@ PLAIN = job("plain", 9.0, 0.2, 0.4, middles=(0, 1, 3))
         ),
         (
             job("bn", 0.0, 0.0, 0.0),
-            "moved 0 of their sd in a step (plain: 0.300; 0 where it was 0.300). Over the whole run their "
-            "median wandered by 0 times their width (plain: 1.50; 0 where it was 1.50).",
+            "moved 0 of their sd in a step (plain: 0.300; 0 beside 0.300). Over the whole run their "
+            "median wandered by 0 times their width (plain: 1.50; 0 beside 1.50).",
         ),
     ],
 )

@@ -35,7 +35,8 @@ def test_without_inspections_there_is_nothing_to_say():
 def test_sentence_tells_what_share_lay_where_the_activation_is_steep_with_normalization():
     explained, share, error = linear_regime.section([PLAIN, BN]).sentences
     assert share == (
-        "In bn 68% of them lay between -1 and 1 while scale was 1 and bias 0, and 31% once both had learnt."
+        "In bn 68% of these inputs lay between -1 and 1 while scale was 1 and bias 0, and 31% once "
+        "both had learnt."
     )
     assert error == ERROR.format("1e-07") and "bn" not in explained
 

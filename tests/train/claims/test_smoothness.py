@@ -44,8 +44,8 @@ def test_without_inspections_there_is_nothing_to_say():
         ),
         (
             dict(losses=[2.0] * 4, smoothness=0.0, gradient_shift=[0.0, 0.0, 0.0]),
-            "the range of the loss was 0 where it was 0.400, the smoothness constant was 0 where it was "
-            "3.00, the shift of the gradient was 0 where it was 0.500",
+            "the range of the loss was 0 beside 0.400, the smoothness constant was 0 beside "
+            "3.00, the shift of the gradient was 0 beside 0.500",
         ),
         (dict(loss=None, smoothness=None), "the shift of the gradient was the same within 5 %"),
         # A network without hidden layers has no layers below that could shift its gradient.

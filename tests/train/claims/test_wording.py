@@ -75,9 +75,9 @@ def test_steps_are_whole_and_accuracies_have_four_decimals():
         (0.5, "2.0 times less"),
         (1 / 9.96, "10 times less"),
         (3000, "3,000 times more"),
-        (0, "0 where it was 1.00"),
-        (-1, "-1.00 where it was 1.00"),
-        (math.inf, "- where it was 1.00"),
+        (0, "0 beside 1.00"),
+        (-1, "-1.00 beside 1.00"),
+        (math.inf, "- beside 1.00"),
     ],
 )
 def test_ratio_says_how_many_times_more_or_less(value, text):
@@ -91,7 +91,7 @@ def test_ratio_the_other_way_round_says_the_opposite(value, base):
 
 
 def test_ratio_to_nothing_is_no_ratio():
-    assert ratio(2, 0, more="more", less="less") == "2.00 where it was 0"
+    assert ratio(2, 0, more="more", less="less") == "2.00 beside 0"
 
 
 def test_range_is_told_where_there_is_one_and_is_not_broken_over_lines():
