@@ -40,7 +40,7 @@ def section(compared: Sequence[Series]) -> Section | None:
 
     picture = Picture(
         pictures.draw(describe, label="Accuracy with batch statistics less with running statistics"),
-        "Accuracy with the examples' own statistics less that with the running ones; below 0 these win.",
+        "Accuracy with the examples' own statistics less that with the running ones.",
     )
     header = ("gap, points of accuracy", "first", "largest", "last", "loss, running", "loss, own")
     return Section(
