@@ -62,7 +62,7 @@ def plan(arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
 def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     """Trains the jobs, but for finished ones; prints a table, and writes comparison.json and report.html.
 
-    Both files are written anew after each job, of the jobs so far. Returns the exit code, that of the worst.
+    The former is written anew after each job. Returns the exit code, that of the worst of the jobs.
 
     Raises:
       UserError: OUT cannot be created.
@@ -77,10 +77,10 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
             runs = [series.read(job.config, outcome) for job, outcome in zip(planned, outcomes)]
             compared[:] = series.group([job.name for job in planned], runs)
             write_json(out / "comparison.json", entries(compared))
-            replace(out / "report.html", report.comparison(compared).encode())
 
     code = several.train_all([job.config for job in planned], stop, write)
     if distributed.is_first():
+        replace(out / "report.html", report.comparison(compared).encode())
         print(f"\n{_table(entries(compared))}\n\nReport: {out / 'report.html'}")
     return code
 

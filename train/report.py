@@ -5,12 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from train import page
-from train.claims import accuracy, covariate_shift, dependence, evaluation_gap, linear_regime, smoothness
+from train.claims import (
+    covariate_shift,
+    dependence,
+    evaluation_gap,
+    linear_regime,
+    smoothness,
+    training_speed,
+)
 from train.claims.wording import listed
 from train.logs import read_metrics
 from train.series import Run, Series, group
 
-CLAIMS = (accuracy, covariate_shift, linear_regime, smoothness, evaluation_gap)
+CLAIMS = (training_speed, covariate_shift, linear_regime, smoothness, evaluation_gap)
 
 
 def comparison(compared: Sequence[Series]) -> str:

@@ -42,6 +42,21 @@ class Series(NamedTuple):
         """The job with its first seed."""
         return self.runs[0].config
 
+    @property
+    def curves(self) -> list[Curve]:
+        """Test accuracy over steps, of each seed."""
+        return [run.curve for run in self.runs]
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes, if any seed has come as far as its data."""
+        return next((run.classes for run in self.runs if run.classes), None)
+
+    @property
+    def inspections(self) -> list[dict[str, Any]]:
+        """What was measured inside the network, step by step: of the first seed."""
+        return self.runs[0].inspections
+
     def over(self, value: Callable[[Run], Any]) -> list[Any]:
         """Returns a value of each run."""
         return [value(run) for run in self.runs]
@@ -54,6 +69,11 @@ def read(config: Config, outcome: Outcome) -> Run:
         return Run(config, summary, None, [], [])
     classes = run_directory.read_data(path).classes
     return Run(config, summary, classes, read_metrics(path), read_inspections(path))
+
+
+def inspected(compared: Sequence[Series]) -> list[Series]:
+    """Returns those inside which something was measured."""
+    return [job for job in compared if job.inspections]
 
 
 def group(names: Sequence[str], runs: Sequence[Run]) -> list[Series]:

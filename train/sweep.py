@@ -55,8 +55,8 @@ def plan(path: Path, arguments: Sequence[str]) -> tuple[Path, list[Planned]]:
 def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     """Trains the jobs, but for finished ones; prints a table, and writes results.json and report.html.
 
-    Both are written anew after each job: results.json lists the jobs so far, with values, run directory,
-    summary and error of each. Returns the exit code, that of the worst.
+    The former is written anew after each job: a list of those so far, with values, run directory, summary and
+    error of each. Returns the exit code, that of the worst of the jobs.
 
     Raises:
       UserError: OUT cannot be created.
@@ -64,20 +64,20 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     from train import distributed, report, series
 
     several.create(out)
+    done: list[tuple[Planned, several.Outcome]] = []
     results: list[dict[str, Any]] = []
 
     def write(outcomes: list[several.Outcome]) -> None:
-        if not distributed.is_first():
-            return
-        done = list(zip(planned, outcomes))
-        results[:] = [{**job.values, "run_dir": job.config.run_dir, **each.summary} for job, each in done]
-        write_json(out / "results.json", results)
-        runs = [series.read(job.config, outcome) for job, outcome in done]
-        page = report.sweep(out.name, [job.values for job, _ in done], runs)
-        replace(out / "report.html", page.encode())
+        if distributed.is_first():
+            done[:] = zip(planned, outcomes)
+            results[:] = [{**job.values, "run_dir": job.config.run_dir, **each.summary} for job, each in done]
+            write_json(out / "results.json", results)
 
     code = several.train_all([job.config for job in planned], stop, write)
     if distributed.is_first():
+        runs = [series.read(job.config, outcome) for job, outcome in done]
+        page = report.sweep(out.name, [job.values for job, _ in done], runs)
+        replace(out / "report.html", page.encode())
         print(f"\n{_table(list(planned[0].values), results)}\n\nResults: {out / 'results.json'}")
     return code
 

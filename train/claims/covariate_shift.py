@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from train import pictures
 from train.claims.wording import median, number, ratio
 from train.page import Picture, Section, Table
-from train.series import Run, Series
+from train.series import Series, inspected
 
 
 def section(compared: Sequence[Series]) -> Section | None:
     """Shows percentiles of what units get over training, and tells how far layers' inputs move in a step."""
-    seen = [job for job in compared if job.runs[0].inspections]
+    seen = inspected(compared)
     if not seen:
         return None
     baseline, *others = seen
@@ -39,14 +39,14 @@ def section(compared: Sequence[Series]) -> Section | None:
 
 def _movement(job: Series) -> list[float | None]:
     """Returns, for each layer, the median movement in a step, over the steps of the first seed's run."""
-    lines = job.runs[0].inspections[1:] or job.runs[0].inspections
+    lines = job.inspections[1:] or job.inspections
     return [median(values) for values in zip(*(line["movement"] for line in lines))]
 
 
 def _wander(job: Series) -> float | None:
     """Returns how far the medians of the units went, over the typical distance of their percentiles."""
     shares = []
-    for unit in _units(job.runs[0]):
+    for unit in _units(job):
         widths = [high - low for low, _, high in unit]
         middles = [middle for _, middle, _ in unit]
         if width := median(widths):
@@ -54,20 +54,19 @@ def _wander(job: Series) -> float | None:
     return median(shares)
 
 
-def _units(run: Run) -> list[list[list[float]]]:
+def _units(job: Series) -> list[list[list[float]]]:
     """Returns the percentiles of each unit, step by step, without steps at which they are no numbers."""
-    lines = [line["units"] for line in run.inspections]
+    lines = [line["units"] for line in job.inspections]
     return list(
         zip(*(units for units in lines if all(value is not None for unit in units for value in unit)))
     )
 
 
 def _percentiles(job: Series) -> Picture:
-    run = job.runs[0]
-    steps = [line["step"] for line in run.inspections]
+    steps = [line["step"] for line in job.inspections]
 
     def describe(axes):
-        for index, unit in enumerate(zip(*(line["units"] for line in run.inspections))):
+        for index, unit in enumerate(zip(*(line["units"] for line in job.inspections))):
             low, middle, high = zip(*unit)
             pictures.line(axes, steps, middle, name=f"unit {index + 1}", index=index)
             for edge in (low, high):
@@ -83,7 +82,7 @@ def _percentiles(job: Series) -> Picture:
 def _picture(seen: Sequence[Series]) -> Picture:
     def describe(axes):
         for index, job in enumerate(seen):
-            lines = job.runs[0].inspections
+            lines = job.inspections
             moved = [line["movement"][-1] for line in lines]
             pictures.line(axes, [line["step"] for line in lines], moved, name=job.name, index=index)
         axes.set(xlabel="step", ylabel="movement in a step, sd", yscale="log")

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from train import pictures
 from train.claims.wording import number
 from train.page import Picture, Section, Table
-from train.series import Series
+from train.series import Series, inspected
 
 
 def section(compared: Sequence[Series]) -> Section | None:
     """Shows accuracy with the examples' own statistics less that with the running ones, over training."""
-    seen = [job for job in compared if job.runs[0].inspections and _has_statistics(job)]
+    seen = list(filter(_has_statistics, inspected(compared)))
     if not seen:
         return None
     sentences = [
@@ -56,7 +56,7 @@ def _gaps(job: Series) -> list[tuple[int, float]]:
     """Returns step and gap, without step 0, at which nothing has been trained."""
     return [
         (line["step"], line["batch_statistics"]["accuracy"] - line["running_statistics"]["accuracy"])
-        for line in job.runs[0].inspections[1:] or job.runs[0].inspections
+        for line in job.inspections[1:] or job.inspections
     ]
 
 
@@ -65,7 +65,7 @@ def _largest(job: Series) -> float:
 
 
 def _row(job: Series) -> tuple[str, ...]:
-    gaps, last = [gap for _, gap in _gaps(job)], job.runs[0].inspections[-1]
+    gaps, last = [gap for _, gap in _gaps(job)], job.inspections[-1]
     points = (gaps[0], max(gaps, key=abs), gaps[-1])
     losses = (last[f"{kind}_statistics"]["loss"] for kind in ("running", "batch"))
     return (job.name, *(number(100 * gap, 2) for gap in points), *map(number, losses))

@@ -8,7 +8,7 @@ from train import pictures
 from train.claims.wording import number
 from train.inspection import EDGES
 from train.page import Picture, Section, Table
-from train.series import Series
+from train.series import Series, inspected
 
 CURVES = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
@@ -20,7 +20,7 @@ STEEPEST = {"sigmoid": 0.25, "tanh": 1.0, "relu": 1.0}  # the largest derivative
 
 def section(compared: Sequence[Series]) -> Section | None:
     """Shows what activations get, before training and after it, and what that leaves of a gradient."""
-    seen = [job for job in compared if job.runs[0].inspections]
+    seen = inspected(compared)
     if not seen:
         return None
     sentences = [
@@ -28,14 +28,14 @@ def section(compared: Sequence[Series]) -> Section | None:
         "before training, when batch norm's scale is 1 and its bias 0, and at the end, when both have learnt."
     ]
     for job in (job for job in seen if job.config.model.norm != "none"):
-        lines = job.runs[0].inspections
+        lines = job.inspections
         first, last = _share(lines[0]), _share(lines[-1])
         if len(lines) > 1 and "-" not in (first, last):
             sentences.append(
                 f"In {job.name} {first} of these inputs lay between -1 and 1 while scale was 1 and bias 0, "
                 f"and {last} once both had learnt."
             )
-    errors = [line["identity_error"] for job in seen for line in job.runs[0].inspections]
+    errors = [line["identity_error"] for job in seen for line in job.inspections]
     if None not in errors:
         sentences.append(
             "Batch norm can give back what it is given: with scale = sqrt(variance + epsilon) and bias = "
@@ -59,7 +59,7 @@ def _picture(job: Series) -> Picture:
 
     def describe(axes):
         for index, (when, at) in enumerate((("before training", 0), ("at the end", -1))):
-            shares = np.array(job.runs[0].inspections[at]["histograms"][-1], float)
+            shares = np.array(job.inspections[at]["histograms"][-1], float)
             pictures.histogram(axes, EDGES, shares / max(shares.max(), 1e-12), name=when, index=index)
         x = np.linspace(EDGES[0], EDGES[-1], 200)
         axes.plot(x, CURVES[activation](x), color=pictures.INK, linewidth=1.2, label=activation)
@@ -74,6 +74,6 @@ def _table(seen: Sequence[Series]) -> Table:
     header = ("inputs of the last hidden layer", "between -1 and 1 at first", "at the end")
     rows = []
     for job in seen:
-        lines = [job.runs[0].inspections[at] for at in (0, -1)]
+        lines = [job.inspections[at] for at in (0, -1)]
         rows.append((job.name, *map(_share, lines), *(_passes(job, line) for line in lines)))
     return Table((*header, "gradient that passes at first", "at the end"), tuple(rows))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from train import pictures
 from train.claims.wording import SAME, listed, median, number, ratio
 from train.page import Picture, Section, Table
-from train.series import Series
+from train.series import Series, inspected
 
 Line = dict
 
@@ -29,7 +29,7 @@ CAPTIONS = {
 
 def section(compared: Sequence[Series]) -> Section | None:
     """Shows how loss and gradient change along a step, over training."""
-    seen = [job for job in compared if job.runs[0].inspections]
+    seen = inspected(compared)
     if not seen:
         return None
     baseline, *others = seen
@@ -77,13 +77,13 @@ def _verdict(baseline: Series, others: Sequence[Series]) -> str | None:
 
 
 def _typical(job: Series, name: str) -> float | None:
-    return median(MEASURES[name](line) for line in job.runs[0].inspections)
+    return median(MEASURES[name](line) for line in job.inspections)
 
 
 def _picture(seen: Sequence[Series], name: str) -> Picture:
     def describe(axes):
         for index, job in enumerate(seen):
-            lines = job.runs[0].inspections
+            lines = job.inspections
             values = [MEASURES[name](line) for line in lines]
             pictures.line(axes, [line["step"] for line in lines], values, name=job.name, index=index)
         axes.set(xlabel="step", ylabel=name, yscale="linear" if name.startswith("cosine") else "log")

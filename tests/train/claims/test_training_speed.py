@@ -1,7 +1,7 @@
 import pytest
 from series_of import FAILED, REFUSED, points, series, sketch
 
-from train.claims import accuracy
+from train.claims import learning, training_speed
 
 PLAIN = {10: 0.2, 20: 0.7, 30: 0.9, 40: 0.9, 50: 0.8}
 FAST = {10: 0.8, 15: 0.9, 20: 0.95}
@@ -17,7 +17,7 @@ def drawn(monkeypatch):
 
 
 def said(*compared):
-    return list(accuracy.section(compared).sentences)
+    return list(training_speed.section(compared).sentences)
 
 
 def column(section, title):
@@ -108,7 +108,7 @@ def test_slower_job_of_which_a_seed_did_not_get_there_took_up_to_never():
 
 
 def test_baseline_that_was_best_at_its_first_evaluation_has_no_speedup_over_it():
-    section = accuracy.section(
+    section = training_speed.section(
         [series("plain", {10: 0.9, 20: 0.8}), series("bn", FAST), series("low", NEVER)]
     )
     assert section.sentences == (
@@ -121,7 +121,7 @@ def test_baseline_that_was_best_at_its_first_evaluation_has_no_speedup_over_it()
 
 def test_seeds_whose_baseline_cannot_be_measured_are_left_out():
     plain = series("plain", PLAIN, {10: 0.99, 20: 0.8}, REFUSED)
-    section = accuracy.section([plain, series("bn", FAST, AT_ONCE, FAST)])
+    section = training_speed.section([plain, series("bn", FAST, AT_ONCE, FAST)])
     assert section.sentences[1:] == (BASE, "bn took 15 steps to the same, 2.00 times fewer.")
     assert column(section, "speed-up over plain") == ["1.00", "2.00"]
 
@@ -130,7 +130,7 @@ def test_seeds_whose_baseline_cannot_be_measured_are_left_out():
 
 
 def test_baseline_that_did_not_learn_is_no_measure_of_speed():
-    section = accuracy.section([series("plain", IDLE), series("bn", FAST), series("bn x5", {5: 0.97})])
+    section = training_speed.section([series("plain", IDLE), series("bn", FAST), series("bn x5", {5: 0.97})])
     assert section.sentences == (
         "plain reached 0.1200: that is not learning, for guessing one of 10 classes gives about 0.1.",
         "bn reached 0.9500 and bn x5 reached 0.9700, where plain did not learn.",
@@ -141,7 +141,9 @@ def test_baseline_that_did_not_learn_is_no_measure_of_speed():
 
 
 def test_job_that_did_not_learn_is_told_so_and_not_compared():
-    section = accuracy.section([series("plain", PLAIN), series("a", IDLE), series("b", {10: 0.15, 20: 0.1})])
+    section = training_speed.section(
+        [series("plain", PLAIN), series("a", IDLE), series("b", {10: 0.15, 20: 0.1})]
+    )
     assert section.sentences == (
         "a reached 0.1200 and b reached 0.1500: that is not learning, for guessing one of 10 classes gives "
         "about 0.1.",
@@ -169,7 +171,7 @@ def test_nobody_that_learns_is_said_once():
     ],
 )
 def test_learning_is_to_be_clearly_better_than_guessing(classes, at, learns):
-    assert accuracy.has_learnt(series("bn", {10: at}, classes=classes)) == learns
+    assert learning.has_learnt(series("bn", {10: at}, classes=classes)) == learns
 
 
 def test_job_that_learnt_with_few_of_its_seeds_is_told_so():
@@ -212,14 +214,14 @@ WHY_REFUSED = "with seed 0 was refused: batch_size = 2000, but there are 1293."
     ],
 )
 def test_job_that_failed_is_told_with_what_it_reached(options, best, sentences):
-    section = accuracy.section([series("plain", PLAIN), series("bn", options)])
+    section = training_speed.section([series("plain", PLAIN), series("bn", options)])
     assert list(section.sentences) == sentences
     assert column(section, "best test accuracy") == ["0.9000", best]
 
 
 @pytest.mark.parametrize("options, why", [(REFUSED, WHY_REFUSED), (FAILED, WHY_FAILED)])
 def test_baseline_without_result_is_not_said_to_have_been_slow_or_not_to_learn(options, why):
-    section = accuracy.section([series("plain", options), series("bn", FAST)])
+    section = training_speed.section([series("plain", options), series("bn", FAST)])
     assert section.sentences == (f"plain {why}", "bn reached 0.9500, where plain has no result.")
     assert (
         column(section, "speed-up over plain")
@@ -235,7 +237,7 @@ def test_error_of_one_sentence_ends_with_one_period():
 
 @pytest.mark.parametrize("options", [REFUSED, FAILED])
 def test_if_nothing_ran_there_is_a_section_still(options, drawn):
-    section = accuracy.section([series("plain", options), series("bn", options, options)])
+    section = training_speed.section([series("plain", options), series("bn", options, options)])
     assert len(section.sentences) == 3 and len(section.pictures) == 1
     assert [set(row[3:-1]) for row in section.table.rows] == [{"-"}] * 2
     assert points(drawn["Test accuracy over steps"]) == {}
@@ -269,7 +271,7 @@ def test_table_has_a_speedup_over_the_baseline_and_over_each_job_without_norm():
         series("layer", {10: 0.5, 60: 0.97}, norm="layer"),
         series("lecun", {12: 0.4, 24: 0.6}),
     ]
-    section = accuracy.section(compared)
+    section = training_speed.section(compared)
     assert section.table.header == (
         *("job", "norm", "learning rate", "best test accuracy", "steps to the baseline's best"),
         *("speed-up over bn", "speed-up over plain", "speed-up over lecun", "seconds"),
@@ -284,12 +286,12 @@ def test_table_has_a_speedup_over_the_baseline_and_over_each_job_without_norm():
 
 def test_table_of_seeds_has_medians_and_ranges():
     plain, bn = series("plain", PLAIN, PLAIN), series("bn", FAST, {15: 0.5, 30: 0.91}, norm="batch")
-    row = [without_ranges(cell) for cell in accuracy.section([plain, bn]).table.rows[1]]
+    row = [without_ranges(cell) for cell in training_speed.section([plain, bn]).table.rows[1]]
     assert row[3:] == ["0.9300 (0.9100 to 0.9500)", "22 (15 to 30)", "1.50 (1.00 to 2.00)", "1.50"]
 
 
 def test_picture_has_the_curves_and_the_level_of_the_baseline(drawn):
-    section = accuracy.section([series("plain", PLAIN), series("bn", FAST)])
+    section = training_speed.section([series("plain", PLAIN), series("bn", FAST)])
     assert len(section.pictures) == 2 and section.pictures[1].caption == "The same, above 0.75."
     axes = drawn["Test accuracy over steps"]
     assert points(axes) == {
@@ -302,7 +304,7 @@ def test_picture_has_the_curves_and_the_level_of_the_baseline(drawn):
 
 
 def test_picture_of_seeds_has_their_median_and_range_where_all_of_them_are(drawn):
-    section = accuracy.section(
+    section = training_speed.section(
         [series("plain", PLAIN), series("bn", {10: 0.2, 20: 0.9, 30: 0.9}, {10: 0.4, 20: 0.8})]
     )
     axes = drawn["Test accuracy over steps"]
@@ -325,7 +327,7 @@ def test_picture_of_seeds_has_their_median_and_range_where_all_of_them_are(drawn
     ],
 )
 def test_picture_near_the_best_is_there_where_it_shows_more(plain, bn, caption, drawn):
-    _, *near = accuracy.section([series("plain", plain), series("bn", bn)]).pictures
+    _, *near = training_speed.section([series("plain", plain), series("bn", bn)]).pictures
     assert [picture.caption for picture in near] == [caption] * bool(caption)
     if caption:
         low, high = drawn["Test accuracy near the best"].get_ylim()
