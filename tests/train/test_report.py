@@ -7,7 +7,7 @@ from matplotlib.image import imread
 from series_of import FAILED, REFUSED, inspected, line, run, series
 
 from train import report
-from train.claims import accuracy
+from train.claims import training_speed
 from train.logs import Logs
 from train.report import draw_curves
 
@@ -126,7 +126,7 @@ def test_runs_of_which_nobody_took_the_time_took_none():
 
 
 def test_twelve_jobs_are_told_apart(monkeypatch):
-    monkeypatch.setattr(report, "CLAIMS", (accuracy,))
+    monkeypatch.setattr(report, "CLAIMS", (training_speed,))
     html = report.comparison([series(f"job {n}", {10: 0.5, 20: 0.8 + n / 100}) for n in range(12)])
     page = Page(html)
     assert len(page.said["tr"]) == 13 and page.pictures == 2
