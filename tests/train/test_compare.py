@@ -1,13 +1,12 @@
 """Jobs beside a baseline: what is planned, what comparison.json says of it, and that it is true."""
 
-import math
 import re
 import signal
 import statistics
 from pathlib import Path
 
 import pytest
-from command import ROOT, finish, start
+from command import ROOT
 
 from train import compare, loop
 from train.__main__ import main
@@ -192,15 +191,3 @@ def test_stop_request_ends_it_and_starting_again_goes_on(tmp_path):
     assert stopped["seeds"][0]["status"] == "stopped" and stopped["best_test_accuracy"] is None
     assert compare.run(tmp_path, planned, StopRequests()) == 0
     assert [job["seeds"][0]["status"] for job in read_json(tmp_path / "comparison.json")] == ["finished"] * 2
-
-
-def test_interrupted_command_exits_130_with_what_it_has(tmp_path):
-    process = start("compare", BASELINE, OTHER, *DIGITS, "--eval-every", "50", "--out", tmp_path / "out")
-    while not process.stdout.readline().lstrip().startswith("50 "):  # the first evaluation
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    done = finish(process)
-    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
-    (job,) = read_json(tmp_path / "out" / "comparison.json")
-    assert job["seeds"][0]["status"] == "stopped" and not math.isnan(job["best_test_accuracy"])
-    assert (tmp_path / "out" / "report.html").is_file()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import quick_jit
+from jobs import final_state, fit
 from numpy.testing import assert_allclose, assert_array_equal
 
 from train import data, distributed, inspection, loop
@@ -322,29 +323,6 @@ def test_what_is_no_number_becomes_null_and_does_not_keep_the_rest_from_being_wr
     # What the broken layer does not reach is measured still.
     assert first["slope"] == second["slope"] and None not in first["histograms"][0]
     assert isinstance(second["loss"], float)
-
-
-class StopAfter:
-    """Stands in for a signal: asks to stop once it was asked `n` times."""
-
-    def __init__(self, n=None):
-        self.left = n
-
-    @property
-    def received(self):
-        if self.left is None:
-            return None
-        self.left -= 1
-        return 15 if self.left <= 0 else None
-
-
-def fit(config, stop_after=None):
-    return loop.fit(config, StopAfter(stop_after))
-
-
-def final_state(config):
-    with Checkpoints(Path(config.run_dir)) as checkpoints:
-        return checkpoints.restore(checkpoints.latest_step, Job(config).initial)
 
 
 # Two steps an epoch; stops fall on steps with and without an evaluation.

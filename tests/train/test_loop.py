@@ -6,27 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jobs import final_state, fit
 from numpy.testing import assert_array_equal
 
 from train import job, loop, serving
-from train.checkpoint import Checkpoints
 from train.errors import RunFailed, UserError
 from train.job import Job
 from train.logs import read_metrics
-
-
-class StopAfter:
-    """Stands in for a signal: asks to stop once it was asked `n` times."""
-
-    def __init__(self, n=None):
-        self.left = n
-
-    @property
-    def received(self):
-        if self.left is None:
-            return None
-        self.left -= 1
-        return 15 if self.left <= 0 else None
 
 
 @pytest.fixture(autouse=True)
@@ -34,15 +20,6 @@ def _no_pictures(request, monkeypatch):
     """Drawing takes longer than the jobs; the one test that looks for the picture has it drawn."""
     if "leaves_its_files" not in request.node.name:
         monkeypatch.setattr(loop.report, "draw_curves", lambda run_dir: None)
-
-
-def fit(config, stop_after=None):
-    return loop.fit(config, StopAfter(stop_after))
-
-
-def final_state(config):
-    with Checkpoints(Path(config.run_dir)) as checkpoints:
-        return checkpoints.restore(checkpoints.latest_step, Job(config).initial)
 
 
 def metrics(config):
