@@ -117,7 +117,7 @@ class Config:
     """Steps between evaluations; each is followed by a checkpoint. The last step is always evaluated."""
     inspect: bool = False
     """Whether to measure at step 0 and at each evaluation what the layers see, and how loss and gradients
-    change along a step: into inspection.jsonl."""
+    change along a step: into inspection.jsonl. It takes as long as ten steps, and one more for each layer."""
     early_stopping: int = 0
     """Evaluations without a better one, by validation, after which the job is finished; 0 goes to its end."""
     init_from: str | None = None
