@@ -50,7 +50,7 @@ figcaption { margin-top: 0.6rem; color: var(--soft); font-size: 0.9rem; line-hei
   linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll; }
 table { width: max-content; border-collapse: collapse; font-size: 0.9rem; line-height: 1.4;
   font-variant-numeric: tabular-nums; }
-th, td { padding: 0.5rem 0 0.5rem 1.25rem; border-bottom: 1px solid var(--line); text-align: right;
+th, td { padding: 0.5rem 0 0.5rem 1.1rem; border-bottom: 1px solid var(--line); text-align: right;
   vertical-align: baseline; font-weight: inherit; max-width: 10rem; overflow-wrap: normal; }
 thead th { max-width: 6.5rem; color: var(--soft); vertical-align: bottom; white-space: normal;
   overflow-wrap: normal; }
