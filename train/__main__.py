@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
                 case [path, *overrides] if path.endswith(".toml"):
                     return _train(Path(path), overrides)
                 case _:
-                    raise UserError(f"'{' '.join(arguments)}' is no command; wanted one of these.\n{USAGE}")
+                    raise UserError(f"'{' '.join(arguments)}' is none of these.\n{USAGE}")
     except UserError as error:
         return _leave(2, f"error: {error}")
     except RunFailed as error:
@@ -155,9 +155,11 @@ def _run_several(run: Callable, out: Path, planned: list) -> int:
 
 
 def _list() -> int:
-    for path in sorted(CONFIGS.glob("*.toml")):
-        first_line = path.read_text().partition("\n")[0]
-        print(f"configs/{path.name:24} {first_line.lstrip('# ')}")
+    paths = sorted(CONFIGS.glob("*.toml"))
+    width = max(len(path.name) for path in paths)
+    first_lines = [path.read_text().partition("\n")[0].lstrip("# ") for path in paths]
+    # At once, so that `| head` does not end it halfway.
+    print("\n".join(f"configs/{path.name:{width}} {line}" for path, line in zip(paths, first_lines)))
     return 0
 
 

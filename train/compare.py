@@ -68,20 +68,27 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
       UserError: OUT cannot be created.
     """
     from train import distributed, report, series
+    from train.claims import training_speed
 
     several.create(out)
+    done: list[several.Outcome] = []
     compared: list[series.Series] = []
 
     def write(outcomes: list[several.Outcome]) -> None:
-        if distributed.is_first():
+        done[:] = outcomes
+        if distributed.is_first() and several.is_worth_writing(outcomes):
             runs = [series.read(job.config, outcome) for job, outcome in zip(planned, outcomes)]
             compared[:] = series.group([job.name for job in planned], runs)
             write_json(out / "comparison.json", entries(compared))
 
     code = several.train_all([job.config for job in planned], stop, write)
-    if distributed.is_first():
-        replace(out / "report.html", report.comparison(compared).encode())
-        print(f"\n{_table(entries(compared))}\n\nReport: {out / 'report.html'}")
+    if distributed.is_first() and compared:
+        unfinished = several.unfinished(done, len(planned))
+        page = report.comparison(compared, unfinished=unfinished)
+        replace(out / "report.html", page.encode())
+        said = [_table(entries(compared)), "\n".join(training_speed.sentences(compared))]
+        said += filter(None, [unfinished, f"Report: {out / 'report.html'}"])
+        print("", *said, sep="\n\n")
     return code
 
 

@@ -122,7 +122,7 @@ def _section(number: int, section: Section) -> list[str]:
 
 
 def _table(table: Table) -> list[str]:
-    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.header)
+    header = "".join(f'<th scope="col">{_breakable(cell)}</th>' for cell in table.header)
     lines = ["<table>", f"<thead><tr>{header}</tr></thead>", "<tbody>"]
     for name, *cells in table.rows:
         row = "".join(f"<td>{escape(cell)}</td>" for cell in cells)

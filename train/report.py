@@ -14,16 +14,18 @@ from train.claims import (
     training_speed,
 )
 from train.claims.wording import listed
+from train.config import Config
 from train.logs import read_metrics
 from train.series import Run, Series, group
 
 CLAIMS = (training_speed, covariate_shift, linear_regime, smoothness, evaluation_gap)
 
 
-def comparison(compared: Sequence[Series]) -> str:
-    """Returns the page on a comparison, whose first series is the baseline."""
+def comparison(compared: Sequence[Series], *, unfinished: str | None = None) -> str:
+    """Returns the page on a comparison, whose first series is the baseline, and what is `unfinished`."""
     baseline, others = compared[0], [job.name for job in compared[1:]]
     intro = f"The baseline is {baseline.name}" + (f"; beside it {listed(others)}." if others else ".")
+    intro = " ".join(filter(None, [intro, _setting([job.config for job in compared]), unfinished]))
     sections = [section for claim in CLAIMS if (section := claim.section(compared))]
     return page.render(
         f"Comparison with {baseline.name}",
@@ -33,7 +35,13 @@ def comparison(compared: Sequence[Series]) -> str:
     )
 
 
-def sweep(title: str, values: Sequence[Mapping[str, Any]], runs: Sequence[Run]) -> str:
+def sweep(
+    title: str,
+    values: Sequence[Mapping[str, Any]],
+    runs: Sequence[Run],
+    *,
+    unfinished: str | None = None,
+) -> str:
     """Returns the page on a sweep; `values` are those of the keys of which it has several, run by run."""
     compared = group([dependence.name(point) or title for point in values], runs)
     sections = dependence.sections(values, runs)
@@ -41,13 +49,24 @@ def sweep(title: str, values: Sequence[Mapping[str, Any]], runs: Sequence[Run]) 
         section for section in (evaluation_gap.section(compared), dependence.results(compared)) if section
     ]
     keys = f", over {listed(map(dependence.short, values[0]))}" if values[0] else ""
-    return page.render(f"Sweep: {title}", f"{_counted(len(runs), 'job')}{keys}.", sections, _footer(runs))
+    intro = [f"{_counted(len(runs), 'job')}{keys}.", _setting([run.config for run in runs]), unfinished]
+    return page.render(f"Sweep: {title}", " ".join(filter(None, intro)), sections, _footer(runs))
+
+
+def _setting(configs: Sequence[Config]) -> str:
+    """Says what all jobs have in common of data and length."""
+    lengths = {f"{c.epochs:g} epochs" if c.steps is None else f"{c.steps:,} steps" for c in configs}
+    sizes = {f"batches of {config.batch_size}" for config in configs}
+    common = [*lengths] * (len(lengths) == 1) + [*sizes] * (len(sizes) == 1)
+    return (
+        f"Data: {configs[0].data.name}; {', '.join(common)}." if common else f"Data: {configs[0].data.name}."
+    )
 
 
 def _footer(runs: Sequence[Run]) -> str:
     seconds = sum(run.summary["wall_seconds"] or 0 for run in runs)
     said = (
-        f"Made from {_counted(len(runs), 'run')} on {runs[0].config.data.name}, which took {seconds:,.0f} "
+        f"Made from {_counted(len(runs), 'run')}, which took {seconds:,.0f} "
         "seconds in all. Every sentence is computed from what was measured."
     )
     if len({run.config.seed for run in runs}) > 1 and any(run.inspections for run in runs):

@@ -1,11 +1,12 @@
 """Several jobs, one after the other, of which none keeps the others from running."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from train.config import Config
-from train.errors import RunFailed, UserError, explained
+from train.errors import REMEDIES, RunFailed, UserError, explained
 from train.files import read_json
 from train.stopping import StopRequests
 
@@ -30,12 +31,16 @@ def create(out: Path) -> None:
     """Creates the folder of the jobs.
 
     Raises:
-      UserError: it cannot be created.
+      UserError: it cannot be created, or not be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
     except OSError as error:
-        raise UserError(f"--out {out} cannot be created: {error.strerror}; wanted a folder.") from error
+        if REMEDIES.get(error.errno) == "make room":
+            raise
+        raise UserError(f"--out {out} cannot be used: {error.strerror}; wanted a folder.") from error
 
 
 def train_all(
@@ -67,6 +72,20 @@ def train_all(
     return max(outcome.code for outcome in outcomes)
 
 
+def is_worth_writing(outcomes: Sequence[Outcome]) -> bool:
+    """Tells whether any job was more than refused: or what an earlier call has written stays as it is."""
+    return any(outcome.summary["status"] != "refused" for outcome in outcomes)
+
+
+def unfinished(outcomes: Sequence[Outcome], planned: int) -> str | None:
+    """Says how many jobs have come to their end, if not all, and how to go on."""
+    ended = sum(outcome.summary["status"] == "finished" for outcome in outcomes)
+    waiting = planned - len(outcomes) + sum(each.summary["status"] == "stopped" for each in outcomes)
+    if not waiting:
+        return None
+    return f"{ended} of {planned} jobs have come to their end; the same line again goes on with the others."
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lays cells out in columns, for the console."""
     widths = [max(map(len, column)) for column in zip(header, *rows)]
@@ -88,7 +107,9 @@ def _train(config: Config, stop: StopRequests) -> Outcome:
         with explained():
             summary = fit(config, stop)
     except UserError as error:
-        return Outcome(2, {**nothing, "status": "refused", "error": str(error)})
+        # Run directories are not the user's to choose here, but the folder that they are in is.
+        message = str(error).replace("--run_dir", "--out")
+        return Outcome(2, {**nothing, "status": "refused", "error": message})
     except RunFailed as error:
         path = Path(config.run_dir) / "summary.json"
         summary = read_json(path) if path.exists() else nothing

@@ -68,17 +68,22 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     results: list[dict[str, Any]] = []
 
     def write(outcomes: list[several.Outcome]) -> None:
-        if distributed.is_first():
-            done[:] = zip(planned, outcomes)
-            results[:] = [{**job.values, "run_dir": job.config.run_dir, **each.summary} for job, each in done]
+        done[:] = zip(planned, outcomes)
+        results[:] = [{**job.values, "run_dir": job.config.run_dir, **each.summary} for job, each in done]
+        if distributed.is_first() and several.is_worth_writing(outcomes):
             write_json(out / "results.json", results)
 
     code = several.train_all([job.config for job in planned], stop, write)
     if distributed.is_first():
-        runs = [series.read(job.config, outcome) for job, outcome in done]
-        page = report.sweep(out.name, [job.values for job, _ in done], runs)
-        replace(out / "report.html", page.encode())
-        print(f"\n{_table(list(planned[0].values), results)}\n\nResults: {out / 'results.json'}")
+        said = [_table(list(planned[0].values), results)]
+        outcomes = [outcome for _, outcome in done]
+        unfinished = several.unfinished(outcomes, len(planned))
+        if several.is_worth_writing(outcomes):
+            runs = [series.read(job.config, outcome) for job, outcome in done]
+            page = report.sweep(out.name, [job.values for job, _ in done], runs, unfinished=unfinished)
+            replace(out / "report.html", page.encode())
+            said += [f"Results: {out / 'results.json'}\nReport: {out / 'report.html'}"]
+        print("", *said, *filter(None, [unfinished]), sep="\n\n")
     return code
 
 

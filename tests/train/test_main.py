@@ -85,7 +85,7 @@ def test_mnist_job_reaches_its_accuracy_on_real_mnist(tmp_path):
             "/no/such.npz does not exist; wanted an .npz",
         ),
         (["eval", "/no/such/run"], "'/no/such/run' is not a run directory"),
-        (["trian", "configs/digits_mlp.toml"], "is no command"),
+        (["trian", "configs/digits_mlp.toml"], "is none of these"),
         ([], "usage: python -m train"),
     ],
 )

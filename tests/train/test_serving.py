@@ -357,4 +357,4 @@ def test_commands_print_what_the_functions_return(digits, tmp_path, capsys):
 def test_misused_command_shows_how_it_is_used(capsys, arguments):
     assert main(arguments.split()) == 2
     shown = capsys.readouterr().err
-    assert f"'{arguments}' is no command" in shown and "export RUN_DIR [FILE]" in shown
+    assert f"'{arguments}' is none of these" in shown and "export RUN_DIR [FILE]" in shown

@@ -17,29 +17,33 @@ _or_never = partial(with_range, missing="not reached")
 
 
 def section(compared: Sequence[Series]) -> Section:
+    """Shows accuracy over steps, and tells how fast each job came to the best accuracy of the baseline."""
+    shown = tuple(_pictures(compared))
+    return Section("How fast it trains", tuple(sentences(compared)), shown, _table(compared, compared[0]))
+
+
+def sentences(compared: Sequence[Series]) -> list[str]:
     """Tells which jobs learnt, how well, and in how many steps to the best accuracy of the baseline."""
     baseline, *others = compared
-    sentences = [*_failures(compared)]
+    said = [*_failures(compared)]
     idle = [job for job in compared if any(job.curves) and not learning.seeds_that_learnt(job)]
     if idle:
         classes = idle[0].classes
-        sentences.append(
+        said.append(
             f"{_reached(idle)}: that is not learning, for guessing one of {classes} classes gives about "
             f"{1 / classes:.2g}."
         )
-    sentences += [
+    said += [
         f"{job.name} {learning.in_words(job)}; it reached {learning.best_in_words(job)}."
         for job in compared
         if learning.seeds_that_learnt(job) and not learning.has_learnt(job)
     ]
     learnt = [job for job in others if learning.has_learnt(job)]
     if learning.has_learnt(baseline):
-        sentences += _times(learnt, baseline)
+        said += _times(learnt, baseline)
     elif learnt:
-        sentences.append(f"{_reached(learnt)}, where {baseline.name} {learning.in_words(baseline)}.")
-    return Section(
-        "How fast it trains", tuple(sentences), tuple(_pictures(compared)), _table(compared, baseline)
-    )
+        said.append(f"{_reached(learnt)}, where {baseline.name} {learning.in_words(baseline)}.")
+    return said
 
 
 def _failures(compared: Sequence[Series]) -> list[str]:
