@@ -170,7 +170,7 @@ def test_memory_that_runs_out_ends_one_job_and_not_the_sweep(tmp_path, monkeypat
 
 def test_folder_that_cannot_be_created_is_bad_input(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--out .*/file/x cannot be created: Not a directory"):
+    with pytest.raises(UserError, match="--out .*/file/x cannot be used: Not a directory"):
         sweep.run(*plan(f"--seed 0,1 --out {tmp_path}/file/x"), StopRequests())
 
 

@@ -17,7 +17,7 @@ def section(compared: Sequence[Series]) -> Section | None:
     sentences = [
         "Shown are the 15th, 50th and 85th percentiles of what the first units of the last hidden layer get, "
         "on the same examples all along. A line that bends, or a band that widens, is an input whose "
-        "distribution changes while the layers after it learn."
+        "distribution changes while the layers after it learn. Its width is the distance of the outer two."
     ]
     base_movement, base_wander = _movement(baseline)[-1], _wander(baseline)
     for job in others:
@@ -33,7 +33,7 @@ def section(compared: Sequence[Series]) -> Section | None:
             f"({baseline.name}: {number(base_wander)}; {whole})."
         )
     return Section(
-        "Internal covariate shift", tuple(sentences), (*map(_percentiles, seen), _picture(seen)), _table(seen)
+        "Internal covariate shift", tuple(sentences), (*_percentiles(seen), _picture(seen)), _table(seen)
     )
 
 
@@ -62,7 +62,14 @@ def _units(job: Series) -> list[list[list[float]]]:
     )
 
 
-def _percentiles(job: Series) -> Picture:
+def _percentiles(seen: Sequence[Series]) -> list[Picture]:
+    """Shows each job by itself, all of them with the same axis."""
+    reached = [value for job in seen for unit in _units(job) for step in unit for value in step]
+    limits = (min(reached), max(reached)) if reached else (None, None)
+    return [_percentiles_of(job, limits) for job in seen]
+
+
+def _percentiles_of(job: Series, limits: tuple[float | None, float | None]) -> Picture:
     steps = [line["step"] for line in job.inspections]
 
     def describe(axes):
@@ -71,7 +78,7 @@ def _percentiles(job: Series) -> Picture:
             pictures.line(axes, steps, middle, name=f"unit {index + 1}", index=index)
             for edge in (low, high):
                 axes.plot(steps, edge, color=pictures.color(index), linewidth=0.8)
-        axes.set(xlabel="step", ylabel="input of the activation", title=job.name)
+        axes.set(xlabel="step", ylabel="input of the activation", ylim=limits, title=job.name)
 
     caption = f"{job.name}: median (thick), 15th and 85th percentile of the inputs."
     return Picture(

@@ -1,7 +1,7 @@
 """How the result depends on a number: the learning rate, the batch size."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from train import pictures
@@ -12,6 +12,7 @@ from train.series import Run, Series
 from train.several import text
 
 Point = dict[str, Any]  # the values of the keys of which a sweep has several
+Curves = dict[str, dict[float, list[float | None]]]  # line -> value -> final accuracy of each seed
 
 
 def sections(values: Sequence[Point], runs: Sequence[Run]) -> list[Section]:
@@ -48,25 +49,27 @@ def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section 
     if classes is None:
         return None
     curves = _curves(key, values, runs)
+    seeds = len({run.config.seed for run in runs})
+    over = f", median of {seeds} seeds; the shade is their range" if seeds > 1 else ""
     ticks = sorted({point[key] for point in values})
-    log = _spans_decades(ticks)
+    log = _grows_by_factors(ticks)
 
     def describe(axes, error=False):
         for index, (line, curve) in enumerate(curves.items()):
-            at, middle, low, high = zip(*curve)
+            middle, low, high = zip(*(spread(reached, worst=-math.inf) for reached in curve.values()))
             if error:
                 middle, low, high = map(_errors, (middle, high, low))
-            pictures.line(axes, at, middle, low=low, high=high, name=line or "test", index=index)
+            pictures.line(axes, list(curve), middle, low=low, high=high, name=line or "test", index=index)
         what = "error" if error else "accuracy"
         axes.set(xlabel=short(key), xscale="log" if log else "linear")
-        if log and len(ticks) <= 8:
+        if log and len(ticks) <= 8:  # more would not be told apart
             axes.set_xticks(ticks, labels=[f"{at:g}" for at in ticks])
         axes.set(ylabel=f"final test {what}", yscale="log" if error else "linear")
 
     shown = (
         Picture(
             pictures.draw(describe, label=f"Final test accuracy over {short(key)}"),
-            "Test accuracy after the last step. A gap in a line is a job that did not come to its end.",
+            f"Test accuracy after the last step{over}. A gap is a job that did not come to its end.",
         ),
         Picture(
             pictures.draw(
@@ -79,16 +82,13 @@ def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section 
     return Section(f"Over the {short(key)}", tuple(sentences), shown)
 
 
-def _curves(key: str, values: Sequence[Point], runs: Sequence[Run]) -> dict[str, list[tuple]]:
-    """Returns value, median, lowest and highest accuracy over seeds, for each combination of other keys."""
-    found: dict[str, dict[float, list[float | None]]] = {}
+def _curves(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Curves:
+    """Returns the final accuracies of all seeds at each value, for each combination of other keys."""
+    found: Curves = {}
     for point, run in zip(values, runs):
         others = {other: value for other, value in point.items() if other != key}
         found.setdefault(name(others), {}).setdefault(point[key], []).append(run.final_accuracy)
-    return {
-        others: [(at, *spread(of_value[at], worst=-math.inf)) for at in sorted(of_value)]
-        for others, of_value in found.items()
-    }
+    return {others: dict(sorted(of_value.items())) for others, of_value in found.items()}
 
 
 def name(point: Point) -> str:
@@ -106,22 +106,32 @@ def _errors(accuracies: Sequence[float | None]) -> list[float | None]:
     return [None if accuracy is None else round(1 - accuracy, 9) for accuracy in accuracies]
 
 
-def _spans_decades(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) / min(values) >= 10
+def _grows_by_factors(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) >= 4
 
 
-def _sentence(line: str, what: str, curve: list[tuple], classes: int) -> str:
-    """Says where a line is best, and where it does not learn."""
+def _sentence(line: str, what: str, curve: dict[float, list[float | None]], classes: int) -> str:
+    """Says where a line is best, and where it does not learn, or fails, and with how many seeds."""
     who = f"With {line}" if line else "Here"
-    found = [(median, at) for at, median, *_ in curve if median is not None]
-    if not found:
+    medians = {at: spread(reached, worst=-math.inf).median for at, reached in curve.items()}
+    ended = {at: median for at, median in medians.items() if median is not None}
+    if not ended:
         return f"{who} no job came to its end."
-    reached, at = max(found)
-    idle = [f"{at:g}" for median, at in found if not has_learnt(median, classes)]
-    failed = [f"{at:g}" for at, median, *_ in curve if median is None]
-    said = [f"{who} the best final test accuracy was {accuracy(reached)}, at a {what} of {at:g}"]
-    said += [f"at {listed(idle)} it did not learn"] if idle else []
-    said += [f"at {listed(failed)} it did not come to its end"] if failed else []
-    if not idle and not failed:
-        said.append(f"it learnt at every value, and ended at {accuracy(min(found)[0])} at the worst")
+    idle = lambda reached: reached is not None and not has_learnt(reached, classes)
+    failed = lambda reached: reached is None
+    best = max(ended, key=ended.get)
+    said = [f"{who} the best final test accuracy was {accuracy(ended[best])}, at a {what} of {best:g}"]
+    said += _where("it did not learn", idle, curve) + _where("it did not come to its end", failed, curve)
+    if len(said) == 1:
+        said.append(f"it learnt at every value, and ended at {accuracy(min(ended.values()))} at the worst")
     return f"{'; '.join(said)}."
+
+
+def _where(what: str, holds: Callable[[float | None], bool], curve: dict[float, list]) -> list[str]:
+    counts = {at: (sum(map(holds, reached)), len(reached)) for at, reached in curve.items()}
+    places = [
+        f"{at:g}" if count == seeds else f"{at:g} (with {count} of {seeds} seeds)"
+        for at, (count, seeds) in counts.items()
+        if count
+    ]
+    return [f"at {listed(places)} {what}"] if places else []

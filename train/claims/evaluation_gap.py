@@ -22,14 +22,13 @@ def section(compared: Sequence[Series]) -> Section | None:
     sentences.append(
         f"The largest gap was {number(100 * gap, 2)} points of accuracy, in {worst.name} after {at:,} steps."
     )
+    last = f"{number(100 * _gaps(worst)[-1][1], 2)} points in {worst.name}"
     closed = [job for job in seen if abs(_gaps(job)[-1][1]) < 0.01]
     sentences.append(
-        f"At the end it was below one point in {len(closed)} of {len(seen)} jobs"
-        + (
-            f", and {number(100 * _gaps(worst)[-1][1], 2)} points in {worst.name}."
-            if worst not in closed
-            else "."
-        )
+        f"At the end it was {last}."
+        if len(seen) == 1
+        else f"At the end it was below one point in {len(closed)} of {len(seen)} jobs"
+        + ("." if worst in closed else f", and {last}.")
     )
 
     def describe(axes):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from train import pictures
-from train.claims.wording import number
+from train.claims.wording import listed, number
 from train.inspection import EDGES
 from train.page import Picture, Section, Table
 from train.series import Series, inspected
@@ -35,6 +35,12 @@ def section(compared: Sequence[Series]) -> Section | None:
                 f"In {job.name} {first} of these inputs lay between -1 and 1 while scale was 1 and bias 0, "
                 f"and {last} once both had learnt."
             )
+    passing = {job.name: _passes(job, job.inspections[-1]) for job in seen}
+    if known := [f"{share} in {name}" for name, share in passing.items() if share != "-"]:
+        sentences.append(
+            f"Of the gradient that passes an activation at its steepest, at the end {listed(known)} passed on "
+            "average."
+        )
     errors = [line["identity_error"] for job in seen for line in job.inspections]
     if None not in errors:
         sentences.append(
@@ -71,9 +77,9 @@ def _picture(job: Series) -> Picture:
 
 
 def _table(seen: Sequence[Series]) -> Table:
-    header = ("inputs of the last hidden layer", "between -1 and 1 at first", "at the end")
+    header = ("inputs of the last hidden layer", "between -1 and 1, at first", "between -1 and 1, at the end")
     rows = []
     for job in seen:
         lines = [job.inspections[at] for at in (0, -1)]
         rows.append((job.name, *map(_share, lines), *(_passes(job, line) for line in lines)))
-    return Table((*header, "gradient that passes at first", "at the end"), tuple(rows))
+    return Table((*header, "gradient that passes, at first", "gradient that passes, at the end"), tuple(rows))

@@ -19,7 +19,7 @@ MEASURES: dict[str, Callable[[Line], float | None]] = {
 }
 CAPTIONS = {
     "range of the loss": "Largest less smallest loss of a batch, from here to four steps along its gradient.",
-    "change of the gradient": "Largest distance between the gradient there and here.",
+    "change of the gradient": "Largest distance of the gradient at these points from that where they start.",
     "smoothness constant": "Largest change of the gradient over the distance moved: the lower, the smoother.",
     "shift of the gradient": "Distance between a layer's gradient before and after the layers below it take "
     "their step, mean over layers: internal covariate shift as Santurkar et al. measure it.",

@@ -14,6 +14,7 @@ from train.series import Series
 FAILED = {"failed": "failed", "refused": "was refused"}  # how a job ended that has an error
 
 _or_never = partial(with_range, missing="not reached")
+_times_in_words = partial(number, digits=2)  # evaluations are too far apart for more
 
 
 def section(compared: Sequence[Series]) -> Section:
@@ -91,7 +92,8 @@ def _beside(job: Series, baseline: Series) -> str | None:
         curve and steps_to(curve, comparison.target(base)) == curve[0][0] for curve, base in measurable
     )
     fewer = times.median >= 1
-    by = f"{_or_never(times if fewer else times.inverted())} times {'fewer' if fewer else 'more'}"
+    shown = _or_never(times if fewer else times.inverted(), _times_in_words)
+    by = f"{shown} times {'fewer' if fewer else 'more'}"
     if times.low == times.high == 1:
         by = "as many"
     if at_first:
@@ -105,6 +107,8 @@ def _steps(curves: Sequence[comparison.Curve], baselines: Sequence[comparison.Cu
 
 
 def _pictures(compared: Sequence[Series]) -> list[Picture]:
+    if not any(curve for job in compared for curve in job.curves):
+        return []
     target = spread(map(comparison.target, compared[0].curves), worst=-math.inf).median
 
     def describe(axes, lowest=None):
@@ -167,4 +171,4 @@ def _table(compared: Sequence[Series], baseline: Series) -> Table:
 def _speedup(job: Series, reference: Series) -> str:
     if not learning.has_learnt(reference) or not any(map(comparison.is_measurable, reference.curves)):
         return "-"
-    return _or_never(spread_of_speedups(job.curves, reference.curves))
+    return _or_never(spread_of_speedups(job.curves, reference.curves), _times_in_words)

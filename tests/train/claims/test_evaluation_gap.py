@@ -36,12 +36,12 @@ def test_without_inspections_or_running_statistics_there_is_nothing_to_say(compa
         (
             [job("bn", 0.3, 0.125, 0.005)],
             "The largest gap was 30 points of accuracy, in bn after 1,000 steps.",
-            "At the end it was below one point in 1 of 1 jobs.",
+            "At the end it was 0.50 points in bn.",
         ),
         (
             [job("bn", -0.01, -0.25, -0.125)],  # the running statistics do better
             "The largest gap was -25 points of accuracy, in bn after 2,000 steps.",
-            "At the end it was below one point in 0 of 1 jobs, and -12 points in bn.",
+            "At the end it was -12 points in bn.",
         ),
         (
             [
@@ -56,17 +56,17 @@ def test_without_inspections_or_running_statistics_there_is_nothing_to_say(compa
         (
             [job("bn", 0.0, 0.0)],
             "The largest gap was 0 points of accuracy, in bn after 1,000 steps.",
-            "At the end it was below one point in 1 of 1 jobs.",
+            "At the end it was 0 points in bn.",
         ),
         (
             [job("bn", 0.010001)],
             "The largest gap was 1.0 points of accuracy, in bn after 1,000 steps.",
-            "At the end it was below one point in 0 of 1 jobs, and 1.0 points in bn.",
+            "At the end it was 1.0 points in bn.",
         ),
         (
             [job("bn", start=0.03)],  # it failed before it was evaluated
             "The largest gap was 3.0 points of accuracy, in bn after 0 steps.",
-            "At the end it was below one point in 0 of 1 jobs, and 3.0 points in bn.",
+            "At the end it was 3.0 points in bn.",
         ),
     ],
 )

@@ -33,7 +33,11 @@ def test_without_inspections_there_is_nothing_to_say():
 
 
 def test_sentence_tells_what_share_lay_where_the_activation_is_steep_with_normalization():
-    explained, share, error = linear_regime.section([PLAIN, BN]).sentences
+    explained, share, passing, error = linear_regime.section([PLAIN, BN]).sentences
+    assert passing == (
+        "Of the gradient that passes an activation at its steepest, at the end 20% in plain and 80% in bn passed "
+        "on average."
+    )
     assert share == (
         "In bn 68% of these inputs lay between -1 and 1 while scale was 1 and bias 0, and 31% once "
         "both had learnt."
@@ -106,7 +110,7 @@ def test_what_is_no_number_is_left_out(drawn):
     nothing = line(10, histograms=[[None] * 64] * 2, slope=[None] * 2)
     section = linear_regime.section([inspected("bn", line(0), nothing, norm="batch"), BN])
     assert section.table.rows[0] == ("bn", "50%", "-", "20%", "-")
-    assert [sentence[:10] for sentence in section.sentences[1:]] == ["In bn 68% ", "Batch norm"]
+    assert [sentence[:10] for sentence in section.sentences[1:]] == ["In bn 68% ", "Of the gra", "Batch norm"]
     assert "Inputs of the activations of bn" in drawn
 
 

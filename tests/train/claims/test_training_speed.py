@@ -32,12 +32,12 @@ def without_ranges(text):
 @pytest.mark.parametrize(
     "curve, sentence",
     [
-        (FAST, "bn took 15 steps to the same, 2.00 times fewer."),
-        ({30: 0.5, 40: 0.91}, "bn took 40 steps to the same, 1.33 times more."),
+        (FAST, "bn took 15 steps to the same, 2.0 times fewer."),
+        ({30: 0.5, 40: 0.91}, "bn took 40 steps to the same, 1.3 times more."),
         ({10: 0.3, 30: 0.9}, "bn took 30 steps to the same, as many."),
         (
             AT_ONCE,
-            "bn took 10 steps to the same, 3.00 times fewer or better, for it "
+            "bn took 10 steps to the same, 3.0 times fewer or better, for it "
             "was there at its first evaluation.",
         ),
         (NEVER, "bn did not come there; it reached 0.8900."),
@@ -62,7 +62,7 @@ def test_several_seeds_are_medians_with_their_range():
     bn = series("bn", FAST, {20: 0.8, 30: 0.9}, {18: 0.6, 45: 0.95})
     assert list(map(without_ranges, said(plain, bn))) == [
         "plain took 60 (30 to 90) steps to its best accuracy, 0.9000 (0.8000 to 0.9500).",
-        "bn took 20 (15 to 45) steps to the same, 2.00 (2.00 to 3.00) times fewer or better, for it was "
+        "bn took 20 (15 to 45) steps to the same, 2.0 (2.0 to 3.0) times fewer or better, for it was "
         "there at its first evaluation.",
     ]
 
@@ -74,7 +74,7 @@ def test_range_of_a_slower_job_goes_from_few_times_more_to_many():
     )
     assert list(map(without_ranges, said(plain, bn))) == [
         BASE,
-        "bn took 60 (45 to 120) steps to the same, 2.00 (1.50 to 4.00) times more.",
+        "bn took 60 (45 to 120) steps to the same, 2.0 (1.5 to 4.0) times more.",
     ]
 
 
@@ -83,7 +83,7 @@ def test_range_of_a_slower_job_goes_from_few_times_more_to_many():
     [
         (
             [FAST, FAST, NEVER],
-            "bn took 15 (15 to not reached) steps to the same, 2.00 (not reached to 2.00) times fewer.",
+            "bn took 15 (15 to not reached) steps to the same, 2.0 (not reached to 2.0) times fewer.",
         ),
         (
             [FAST, NEVER, NEVER],
@@ -104,7 +104,7 @@ def test_seeds_that_did_not_come_to_the_best_of_the_baseline_are_told(curves, se
 
 def test_slower_job_of_which_a_seed_did_not_get_there_took_up_to_never():
     plain, bn = series("plain", *[PLAIN] * 3), series("bn", {10: 0.1, 60: 0.9}, NEVER, {10: 0.1, 45: 0.9})
-    assert without_ranges(said(plain, bn)[1]).endswith(", 2.00 (1.50 to not reached) times more.")
+    assert without_ranges(said(plain, bn)[1]).endswith(", 2.0 (1.5 to not reached) times more.")
 
 
 def test_baseline_that_was_best_at_its_first_evaluation_has_no_speedup_over_it():
@@ -122,8 +122,8 @@ def test_baseline_that_was_best_at_its_first_evaluation_has_no_speedup_over_it()
 def test_seeds_whose_baseline_cannot_be_measured_are_left_out():
     plain = series("plain", PLAIN, {10: 0.99, 20: 0.8}, REFUSED)
     section = training_speed.section([plain, series("bn", FAST, AT_ONCE, FAST)])
-    assert section.sentences[1:] == (BASE, "bn took 15 steps to the same, 2.00 times fewer.")
-    assert column(section, "speed-up over plain") == ["1.00", "2.00"]
+    assert section.sentences[1:] == (BASE, "bn took 15 steps to the same, 2.0 times fewer.")
+    assert column(section, "speed-up over plain") == ["1.0", "2.0"]
 
 
 # Jobs that do not learn
@@ -149,7 +149,7 @@ def test_job_that_did_not_learn_is_told_so_and_not_compared():
         "about 0.1.",
         BASE,
     )
-    assert column(section, "speed-up over plain") == ["1.00", "not reached", "not reached"]
+    assert column(section, "speed-up over plain") == ["1.0", "not reached", "not reached"]
 
 
 def test_nobody_that_learns_is_said_once():
@@ -200,7 +200,7 @@ WHY_REFUSED = "with seed 0 was refused: batch_size = 2000, but there are 1293."
         (
             FAILED | {"curve": FAST},
             "0.9500",
-            [f"bn {WHY_FAILED}", BASE, "bn took 15 steps to the same, 2.00 times fewer."],
+            [f"bn {WHY_FAILED}", BASE, "bn took 15 steps to the same, 2.0 times fewer."],
         ),
         (
             FAILED | {"curve": IDLE},
@@ -236,11 +236,10 @@ def test_error_of_one_sentence_ends_with_one_period():
 
 
 @pytest.mark.parametrize("options", [REFUSED, FAILED])
-def test_if_nothing_ran_there_is_a_section_still(options, drawn):
+def test_if_nothing_ran_there_is_a_section_still(options):
     section = training_speed.section([series("plain", options), series("bn", options, options)])
-    assert len(section.sentences) == 3 and len(section.pictures) == 1
+    assert len(section.sentences) == 3 and not section.pictures
     assert [set(row[3:-1]) for row in section.table.rows] == [{"-"}] * 2
-    assert points(drawn["Test accuracy over steps"]) == {}
 
 
 @pytest.mark.parametrize("curves", [(REFUSED, FAST, FAST), (FAST, REFUSED, FAST)])
@@ -249,7 +248,7 @@ def test_seed_without_data_does_not_hide_the_others(curves):
     refused, _, sentence = said(plain, bn)
     assert "was refused: batch_size = 2000, but there are 1293." in refused
     assert without_ranges(sentence) == (
-        "bn took 15 (15 to not reached) steps to the same, 2.00 (not reached to 2.00) times fewer."
+        "bn took 15 (15 to not reached) steps to the same, 2.0 (not reached to 2.0) times fewer."
     )
     assert said(bn, plain)[1:] == [
         "bn took 20 steps to its best accuracy, 0.9500.",
@@ -277,17 +276,17 @@ def test_table_has_a_speedup_over_the_baseline_and_over_each_job_without_norm():
         *("speed-up over bn", "speed-up over plain", "speed-up over lecun", "seconds"),
     )
     assert section.table.rows == (
-        ("bn", "batch", "0.5", "0.9500", "20", "1.00", "2.00", "2.40", "1.50"),
-        ("plain", "none", "0.1", "0.9000", "not reached", "not reached", "1.00", "1.20", "75.0"),
-        ("layer", "layer", "0.1", "0.9700", "60", "0.333", "0.500", "0.400", "1.50"),
-        ("lecun", "none", "0.1", "0.6000", "not reached", "not reached", "not reached", "1.00", "1.50"),
+        ("bn", "batch", "0.5", "0.9500", "20", "1.0", "2.0", "2.4", "1.50"),
+        ("plain", "none", "0.1", "0.9000", "not reached", "not reached", "1.0", "1.2", "75.0"),
+        ("layer", "layer", "0.1", "0.9700", "60", "0.33", "0.50", "0.40", "1.50"),
+        ("lecun", "none", "0.1", "0.6000", "not reached", "not reached", "not reached", "1.0", "1.50"),
     )
 
 
 def test_table_of_seeds_has_medians_and_ranges():
     plain, bn = series("plain", PLAIN, PLAIN), series("bn", FAST, {15: 0.5, 30: 0.91}, norm="batch")
     row = [without_ranges(cell) for cell in training_speed.section([plain, bn]).table.rows[1]]
-    assert row[3:] == ["0.9300 (0.9100 to 0.9500)", "22 (15 to 30)", "1.50 (1.00 to 2.00)", "1.50"]
+    assert row[3:] == ["0.9300 (0.9100 to 0.9500)", "22 (15 to 30)", "1.5 (1.0 to 2.0)", "1.50"]
 
 
 def test_picture_has_the_curves_and_the_level_of_the_baseline(drawn):
