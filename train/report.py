@@ -54,13 +54,14 @@ def sweep(
 
 
 def _setting(configs: Sequence[Config]) -> str:
-    """Says what all jobs have in common of data and length."""
-    lengths = {f"{c.epochs:g} epochs" if c.steps is None else f"{c.steps:,} steps" for c in configs}
-    sizes = {f"batches of {config.batch_size}" for config in configs}
-    common = [*lengths] * (len(lengths) == 1) + [*sizes] * (len(sizes) == 1)
-    return (
-        f"Data: {configs[0].data.name}; {', '.join(common)}." if common else f"Data: {configs[0].data.name}."
+    """Says what all jobs have in common of data, length and batch size."""
+    said = (
+        {f"on {config.data.name}" for config in configs},
+        {f"for {c.epochs:g} epochs" if c.steps is None else f"for {c.steps:,} steps" for c in configs},
+        {f"in batches of {config.batch_size}" for config in configs},
     )
+    common = [text for texts in said if len(texts) == 1 for text in texts]
+    return f"All {', '.join(common)}." if common else ""
 
 
 def _footer(runs: Sequence[Run]) -> str:

@@ -153,7 +153,8 @@ def test_running_it_again_trains_nothing_and_more_seeds_keep_those_that_are_ther
     arguments = ["compare", BASELINE, OTHER, *SHORT, "--num-processes", "1", "--out", str(compared)]
     assert main([*arguments, "--seeds", "2"]) == 0
     assert [(compared / name).read_bytes() for name in ("comparison.json", "report.html")] == files
-    header, first, second, _, end = capsys.readouterr().out.splitlines()[-5:]
+    header, first, second, _, *said, _, end = capsys.readouterr().out.splitlines()[-8:]
+    assert said[0].startswith("paper_mnist took ") and said[1].startswith("paper_mnist_bn took ")
     assert header.split() == ["name", *compare.SHOWN] and end == f"Report: {compared}/report.html"
     assert first.split()[0] == "paper_mnist" and first.split()[3] == "1.00"
     assert float(second.split()[3]) == pytest.approx(
@@ -181,13 +182,25 @@ def test_job_that_fails_is_in_the_comparison_and_does_not_keep_others_from_runni
     assert "failing with seed 0 failed: the loss of step" in text and "times" not in text
 
 
-def test_stop_request_ends_it_and_starting_again_goes_on(tmp_path):
+def test_call_of_which_every_job_is_refused_leaves_what_an_earlier_one_wrote(compared, capsys):
+    files = [(compared / name).read_bytes() for name in ("comparison.json", "report.html")]
+    arguments = [BASELINE, OTHER, *SHORT, "--num-processes", "1", "--out", str(compared)]
+    assert main(["compare", *arguments, "--batch-size", "64"]) == 2
+    assert [(compared / name).read_bytes() for name in ("comparison.json", "report.html")] == files
+    shown = capsys.readouterr().out
+    assert "holds another job: batch_size = 60, now 64. Give another --out" in shown and "Report" not in shown
+
+
+def test_stop_request_ends_it_and_starting_again_goes_on(tmp_path, capsys):
     class StopAtOnce:
         received = signal.SIGTERM
 
     _, planned = compare.plan([BASELINE, OTHER, *SHORT, "--out", str(tmp_path)])
     assert compare.run(tmp_path, planned, StopAtOnce) == 143
     (stopped,) = read_json(tmp_path / "comparison.json")
+    went_on = "0 of 2 jobs have come to their end; the same line again goes on with the others."
+    assert went_on in (tmp_path / "report.html").read_text() and went_on in capsys.readouterr().out
     assert stopped["seeds"][0]["status"] == "stopped" and stopped["best_test_accuracy"] is None
     assert compare.run(tmp_path, planned, StopRequests()) == 0
     assert [job["seeds"][0]["status"] for job in read_json(tmp_path / "comparison.json")] == ["finished"] * 2
+    assert went_on not in (tmp_path / "report.html").read_text() + capsys.readouterr().out

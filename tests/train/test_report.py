@@ -13,6 +13,7 @@ from train.report import draw_curves
 
 # Pages
 
+SETTING = " All on digits, for 100 steps, in batches of 128."
 ODD = 'a <b>&amp; "q" $x_1$ __y'
 NOTHING = {
     **dict(units=[[None] * 3] * 3, movement=[None] * 2, histograms=[[None] * 64] * 2, slope=[None] * 2),
@@ -76,10 +77,9 @@ def test_comparison_has_each_claim_with_its_sentences_as_they_are(compared, html
     assert page.said["h2"] == [section.title for section in sections] and len(sections) == 5
     intro, *told, footer = page.said["p"]
     assert told == sentences(sections) and len(told) > 10
-    assert intro == f"The baseline is {ODD}; beside it bn, refused and nothing."
+    assert intro == f"The baseline is {ODD}; beside it bn, refused and nothing.{SETTING}"
     assert footer == (
-        "Made from 4 runs on digits, which took 6 seconds in all. Every sentence is computed from what was "
-        "measured."
+        "Made from 4 runs, which took 6 seconds in all. Every sentence is computed from what was measured."
     )
     assert page.said["title"] == page.said["h1"] == [f"Comparison with {ODD}"]
     assert escape(ODD) in html and "<b>" not in html
@@ -101,17 +101,17 @@ def test_same_comparison_has_the_same_bytes(compared, html):
 def test_baseline_alone_is_a_comparison_of_which_more_is_to_come():
     page = Page(report.comparison([series("plain", {10: 0.5, 20: 0.9}, seconds=1234.5)]))
     assert page.said["p"] == [
-        "The baseline is plain.",
+        "The baseline is plain." + SETTING,
         "plain took 20 steps to its best accuracy, 0.9000.",
-        "Made from 1 run on digits, which took 1,234 seconds in all. Every sentence is computed from what "
+        "Made from 1 run, which took 1,234 seconds in all. Every sentence is computed from what "
         "was measured.",
     ]
 
 
 def test_comparison_in_which_everything_is_refused_is_a_page_still():
     page = Page(report.comparison([series("plain", REFUSED), series("bn", REFUSED)]))
-    assert page.said["h2"] == ["How fast it trains"] and page.pictures == 1
-    assert page.said["p"][-1].startswith("Made from 2 runs on digits, which took 3 seconds in all.")
+    assert page.said["h2"] == ["How fast it trains"] and page.pictures == 0
+    assert page.said["p"][-1].startswith("Made from 2 runs, which took 3 seconds in all.")
 
 
 def test_comparison_in_which_nothing_is_a_number_is_a_page_still():
@@ -164,7 +164,7 @@ def test_sweep_has_a_section_for_each_key_of_numbers_and_all_jobs():
     page = Page(html)
     assert page.said["h1"] == [f"Sweep: {ODD}"] and escape(ODD) in html and page.pictures == 3
     assert page.said["h2"] == ["Over the learning rate", "Training and evaluation", "All jobs"]
-    assert page.said["p"][0] == "8 jobs, over norm, learning rate and seed."
+    assert page.said["p"][0] == "8 jobs, over norm, learning rate and seed." + SETTING
     for norm in ("batch", "none"):
         assert (
             f"With norm = {norm} the best final test accuracy was 0.8900, at a learning rate of 0.1; it "
@@ -199,7 +199,7 @@ def test_sweep_has_a_section_for_each_key_of_numbers_and_all_jobs():
 def test_sweep_without_numbers_to_draw_is_a_table(points, jobs, intro, rows):
     page = Page(report.sweep("out", points, [run(**job) for job in jobs]))
     assert page.said["h2"] == ["All jobs"] and page.pictures == 0
-    assert page.said["p"][0] == intro and page.said["th"][4:] == rows
+    assert page.said["p"][0] == intro + SETTING and page.said["th"][4:] == rows
 
 
 def test_sweep_of_failed_jobs_says_so_and_draws_nothing_but_axes():

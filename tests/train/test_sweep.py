@@ -123,12 +123,13 @@ def test_jobs_are_a_table_and_those_that_fail_are_in_it(tmp_path, capsys):
 
     shown = capsys.readouterr().out
     assert f"failed: {failed['error']}" in shown and f"refused: {too_large['error']}" in shown
-    *_, header, first, second, _, _, _, end = shown.splitlines()
+    *_, header, first, second, _, _, _, results_at, report_at = shown.splitlines()
     assert header.split() == ["optimizer.learning_rate", "batch_size", *several.COLUMNS]
     assert first.split()[:4] == ["0.1", "128", "finished", "4"]
     assert first.split()[5] == f"{fine['test_accuracy']:.4f}"
     assert second.split() == ["0.1", "2000", "refused", *"------"]
-    assert end == f"Results: {tmp_path}/out/results.json"
+    assert results_at == f"Results: {tmp_path}/out/results.json"
+    assert report_at == f"Report: {tmp_path}/out/report.html"
 
 
 def test_running_it_again_goes_on_leaves_what_is_finished_and_refuses_what_is_another_job(tmp_path):
@@ -183,4 +184,6 @@ def test_sigterm_stops_the_sweep(tmp_path):
     assert done.returncode == 143 and "Traceback" not in done.stderr, done.stderr
     (result,) = read_json(tmp_path / "out" / "results.json")
     assert result["status"] == "stopped" and result["step"] >= 50
-    assert "stopped" in done.stdout.splitlines()[-3]
+    assert done.stdout.splitlines()[-1] == (
+        "0 of 2 jobs have come to their end; the same line again goes on with the others."
+    )

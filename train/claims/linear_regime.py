@@ -38,8 +38,8 @@ def section(compared: Sequence[Series]) -> Section | None:
     passing = {job.name: _passes(job, job.inspections[-1]) for job in seen}
     if known := [f"{share} in {name}" for name, share in passing.items() if share != "-"]:
         sentences.append(
-            f"Of the gradient that passes an activation at its steepest, at the end {listed(known)} passed on "
-            "average."
+            f"Of the gradient that passes an activation at its steepest, at the end {listed(known)} passed "
+            "on average."
         )
     errors = [line["identity_error"] for job in seen for line in job.inspections]
     if None not in errors:

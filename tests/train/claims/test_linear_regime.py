@@ -35,8 +35,8 @@ def test_without_inspections_there_is_nothing_to_say():
 def test_sentence_tells_what_share_lay_where_the_activation_is_steep_with_normalization():
     explained, share, passing, error = linear_regime.section([PLAIN, BN]).sentences
     assert passing == (
-        "Of the gradient that passes an activation at its steepest, at the end 20% in plain and 80% in bn passed "
-        "on average."
+        "Of the gradient that passes an activation at its steepest, at the end 20% in plain and 80% in bn "
+        "passed on average."
     )
     assert share == (
         "In bn 68% of these inputs lay between -1 and 1 while scale was 1 and bias 0, and 31% once "
