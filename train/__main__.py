@@ -5,17 +5,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-USAGE = """\
-usage: python -m train CONFIG.toml [--key value ...]     train; resumes where there is a checkpoint
-       python -m train CONFIG.toml --help                the keys, with this file's values
-       python -m train eval RUN_DIR [--data.path PATH]   evaluate the best checkpoint; prints one JSON line
-       python -m train predict RUN_DIR IMAGES ...        classes and probabilities, one JSON line an image
-       python -m train export RUN_DIR [FILE]             the best checkpoint as a program that needs jax alone
-       python -m train compare BASELINE.toml OTHER.toml ... [--out DIR] [--seeds N] [--key value ...]
-                                                         train all; comparison.json, and report.html
-       python -m train sweep CONFIG.toml --key A,B ...   train each combination; results.json, report.html
-       python -m train list                              the configs, a line each
-"""
+from train.usage import HELP, USAGE
+
+COMMANDS = ("eval", "predict", "export", "compare", "sweep", "list")
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -29,11 +21,8 @@ def main(arguments: list[str]) -> int:
                 case [] | ["-h" | "--help", *_]:
                     print(USAGE, end="")
                     return 0 if arguments else 2
-                case ["eval" | "predict" | "export" | "compare" | "sweep" | "list", *rest] if {
-                    "-h",
-                    "--help",
-                } & {*rest}:
-                    print(USAGE, end="")
+                case [command, *rest] if command in COMMANDS and {"-h", "--help"} & {*rest}:
+                    print(HELP.get(command, USAGE), end="")
                     return 0
                 case ["list"]:
                     return _list()

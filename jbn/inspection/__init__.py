@@ -1,6 +1,8 @@
 """Measurements of a model of one's own: what batch normalization does to its distributions and its loss.
 
-from jbn import inspection
+Import it as `from jbn import inspection`. Losses are functions of the parameters alone. Those of a Flax NNX model
+come from `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and the loss puts them back with
+`nnx.merge(graph, params, rest, copy=True)`.
 """
 
 from jbn.inspection.distributions import mean_slope, movement, percentiles
