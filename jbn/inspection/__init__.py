@@ -1,7 +1,7 @@
 """Measurements of a model of one's own: what batch normalization does to its distributions and its loss.
 
-Import it as `from jbn import inspection`. Losses are functions of the parameters alone. Those of a Flax NNX model
-come from `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and the loss puts them back with
+Import it as `from jbn import inspection`. Losses are functions of the parameters alone. Those of a Flax NNX
+model come from `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and the loss puts them back with
 `nnx.merge(graph, params, rest, copy=True)`.
 """
 
