@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from train import data, distributed, inspection, report, run_directory, summary
+from train import curves, data, distributed, inspection, run_directory, summary
 from train import state as states
 from train.checkpoint import Checkpoints
 from train.config import Config
@@ -73,7 +73,7 @@ def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
         status = "failed" if error else "finished" if finished else "stopped"
         reached = summary.summarize(run_dir, checkpoints, status, seconds, run.examples_per_second)
         if first:
-            report.draw_curves(run_dir)
+            curves.draw(run_dir)
             write_json(run_dir / "summary.json", reached)
     if error:
         raise error

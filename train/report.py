@@ -1,7 +1,6 @@
-"""Pictures of a run, and pages on several of them."""
+"""Pages on several runs: a comparison, a sweep."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from train import page
@@ -15,7 +14,6 @@ from train.claims import (
 )
 from train.claims.wording import listed
 from train.config import Config
-from train.logs import read_metrics
 from train.series import Run, Series, group
 
 CLAIMS = (training_speed, covariate_shift, linear_regime, smoothness, evaluation_gap)
@@ -77,30 +75,3 @@ def _footer(runs: Sequence[Run]) -> str:
 
 def _counted(count: int, what: str) -> str:
     return f"{count} {what}" + "s" * (count != 1)
-
-
-def draw_curves(run_dir: Path) -> None:
-    """Draws loss and accuracy over steps, split by split, into curves.png."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    lines = read_metrics(run_dir)
-    if not lines:
-        return
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
-        for split in ("train", "validation", "test"):
-            points = [
-                (line["step"], line[key])
-                for line in lines
-                if line["split"] == split and line[key] is not None
-            ]
-            if points:
-                axes.plot(*zip(*points), label=split, marker=".")
-        axes.set(xlabel="step", ylabel=key)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.suptitle(run_dir.name, parse_math=False)
-    figure.savefig(run_dir / "curves.png", dpi=120)

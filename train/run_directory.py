@@ -8,7 +8,7 @@ inspection.jsonl  what the layers see, if asked for (train/inspection.py)
 summary.json      what the run reached; absent while it runs
 checkpoints/      train/checkpoint.py
 tensorboard/      the metrics once more
-curves.png        their picture (train/report.py)
+curves.png        their picture (train/curves.py)
 profile/          a trace of some steps, if asked for
 """
 

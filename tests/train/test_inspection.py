@@ -34,7 +34,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(
         states, "train_on_batch", quick_jit(states.train_on_batch.__wrapped__, static_argnums=0)
     )
-    monkeypatch.setattr(loop.report, "draw_curves", lambda run_dir: None)
+    monkeypatch.setattr(loop.curves, "draw", lambda run_dir: None)
 
 
 def make_job(**changes):

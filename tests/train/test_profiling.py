@@ -43,7 +43,7 @@ def test_job_that_fails_ends_its_trace(tmp_path, traced):
 
 
 def test_job_whose_loss_is_not_finite_ends_its_trace(make_config, monkeypatch, traced):
-    monkeypatch.setattr(loop.report, "draw_curves", lambda run_dir: None)
+    monkeypatch.setattr(loop.curves, "draw", lambda run_dir: None)
     broken = {"learning_rate": 1e38, "warmup_steps": 30}  # the first step goes nowhere, the second one away
     config = make_config(model={"norm": "none", "widths": (16,)}, optimizer=broken, profile=20)
     with pytest.raises(RunFailed, match="not finite"):
@@ -68,7 +68,7 @@ def test_job_leaves_a_trace_of_steps_after_the_one_that_compiles(make_config, mo
         do = getattr(jax.profiler, name)
         return lambda *arguments: (taken.append(name), do(*arguments))
 
-    monkeypatch.setattr(loop.report, "draw_curves", lambda run_dir: None)
+    monkeypatch.setattr(loop.curves, "draw", lambda run_dir: None)
     monkeypatch.setattr(loop.states, "train_steps", spy)
     monkeypatch.setattr(jax.profiler, "start_trace", noted("start_trace"))
     monkeypatch.setattr(jax.profiler, "stop_trace", noted("stop_trace"))

@@ -3,15 +3,10 @@ from html import escape
 from html.parser import HTMLParser
 
 import pytest
-from matplotlib.image import imread
 from series_of import FAILED, REFUSED, inspected, line, run, series
 
 from train import report
 from train.claims import training_speed
-from train.logs import Logs
-from train.report import draw_curves
-
-# Pages
 
 SETTING = " All on digits, for 100 steps, in batches of 128."
 ODD = 'a <b>&amp; "q" $x_1$ __y'
@@ -213,30 +208,3 @@ def test_sweep_of_failed_jobs_says_so_and_draws_nothing_but_axes():
 def test_sweep_draws_jobs_that_are_all_right_or_all_wrong(reached):
     points = [{RATE: 0.1}, {RATE: 1.0}]
     assert Page(report.sweep("out", points, [run({10: at}) for at in reached])).pictures == 2
-
-
-# curves.png
-
-
-def test_curves_are_drawn_from_the_metrics(tmp_path):
-    with Logs(tmp_path, first_step=0, total_steps=20) as logs:
-        for step, loss in ((10, 2.0), (20, float("nan")), (30, 1.0)):
-            logs.results(step, step, {split: {"loss": loss, "accuracy": 0.5} for split in ("train", "test")})
-    draw_curves(tmp_path)
-    picture = imread(tmp_path / "curves.png")
-    assert picture.shape[0] > 300 and picture.shape[1] > 800
-    assert (picture[..., :3] < 0.5).any(-1).sum() > 1000  # lines and letters, not a blank page
-
-
-def test_run_without_metrics_has_no_picture(tmp_path):
-    draw_curves(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_run_may_have_any_name(tmp_path):
-    run_dir = tmp_path / "$a^$ = 1"
-    run_dir.mkdir()
-    with Logs(run_dir, first_step=0, total_steps=20) as logs:
-        logs.results(10, 1.0, {"test": {"loss": 1.0, "accuracy": 0.5}})
-    draw_curves(run_dir)
-    assert (run_dir / "curves.png").exists()

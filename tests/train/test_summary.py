@@ -13,7 +13,7 @@ from train.stopping import StopRequests
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch):
-    monkeypatch.setattr(loop.report, "draw_curves", lambda run_dir: None)
+    monkeypatch.setattr(loop.curves, "draw", lambda run_dir: None)
 
 
 def test_heading_says_what_is_trained_on_what(make_config):

@@ -18,7 +18,7 @@ SHORT = ["--steps", "4", "--eval-every", "2", "--model.widths", "16", "--devices
 @pytest.fixture(autouse=True)
 def _here_and_without_pictures(monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(loop.report, "draw_curves", lambda run_dir: None)
+    monkeypatch.setattr(loop.curves, "draw", lambda run_dir: None)
 
 
 def plan(words):
