@@ -121,7 +121,11 @@ def _pictures(compared: Sequence[Series]) -> list[Picture]:
             axes.set_ylim(lowest, None)
 
     seeds = max(len(job.runs) for job in compared)
-    over = f" Median of {seeds} seeds; the shade is their range." if seeds > 1 else ""
+    over = (
+        f" Median of {seeds} seeds, or of those that came there; the shade is their range."
+        if seeds > 1
+        else ""
+    )
     shown = [
         Picture(pictures.draw(describe, label="Test accuracy over steps"), f"Test accuracy over steps.{over}")
     ]
@@ -135,12 +139,12 @@ def _pictures(compared: Sequence[Series]) -> list[Picture]:
 
 
 def draw_accuracy(axes, job: Series, index: int) -> None:
-    """Draws the test accuracy of a job over steps: the median over seeds, and their range."""
+    """Draws the test accuracy of a job over steps: median and range of the seeds that came there."""
     by_step: dict[int, list[float]] = {}
     for curve in job.curves:
         for step, reached in curve:
             by_step.setdefault(step, []).append(reached)
-    steps = [step for step, values in by_step.items() if len(values) == len(job.runs)]
+    steps = sorted(by_step)
     spreads = [spread(by_step[step], worst=-math.inf) for step in steps]
     if spreads:
         middle, low, high = zip(*spreads)
@@ -157,7 +161,7 @@ def _table(compared: Sequence[Series], baseline: Series) -> Table:
             job.name,
             job.config.model.norm,
             f"{job.config.optimizer.learning_rate:g}",
-            with_range(learning.best_accuracy(job), accuracy),
+            learning.best_in_words(job),
             _or_never(_steps(job.curves, baseline.curves), count) if learning.has_learnt(baseline) else "-",
             *(_speedup(job, reference) for reference in references),
             number(median(job.over(lambda run: run.summary["wall_seconds"]))),
