@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import several
+from train.checks import check
 from train.comparison import Curve, best, speedup, spread, spread_of_speedups, steps_to, target
-from train.config import Config, check
+from train.config import Config
 from train.errors import UserError
 from train.files import replace, write_json
 from train.parsing import load
@@ -67,29 +68,31 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     Raises:
       UserError: OUT cannot be created.
     """
-    from train import distributed, report, series
+    from train import distributed, report
     from train.claims import training_speed
 
     several.create(out)
-    done: list[several.Outcome] = []
-    compared: list[series.Series] = []
 
     def write(outcomes: list[several.Outcome]) -> None:
-        done[:] = outcomes
         if distributed.is_first() and several.is_worth_writing(outcomes):
-            runs = [series.read(job.config, outcome) for job, outcome in zip(planned, outcomes)]
-            compared[:] = series.group([job.name for job in planned], runs)
-            write_json(out / "comparison.json", entries(compared))
+            write_json(out / "comparison.json", entries(_series(planned, outcomes)))
 
-    code = several.train_all([job.config for job in planned], stop, write)
-    if distributed.is_first() and compared:
-        unfinished = several.unfinished(done, len(planned))
-        page = report.comparison(compared, unfinished=unfinished)
-        replace(out / "report.html", page.encode())
+    code, outcomes = several.train_all([job.config for job in planned], stop, write)
+    if distributed.is_first() and several.is_worth_writing(outcomes):
+        compared = _series(planned, outcomes)
+        unfinished = several.unfinished(outcomes, len(planned))
+        replace(out / "report.html", report.comparison(compared, unfinished=unfinished).encode())
         said = [_table(entries(compared)), "\n".join(training_speed.sentences(compared))]
         said += filter(None, [unfinished, f"Report: {out / 'report.html'}"])
         print("", *said, sep="\n\n")
     return code
+
+
+def _series(planned: Sequence[Planned], outcomes: Sequence[several.Outcome]) -> list["Series"]:
+    from train import series
+
+    runs = [series.read(job.config, outcome) for job, outcome in zip(planned, outcomes)]
+    return series.group([job.name for job in planned], runs)
 
 
 def entries(compared: Sequence["Series"]) -> list[dict[str, Any]]:
@@ -100,21 +103,17 @@ def entries(compared: Sequence["Series"]) -> list[dict[str, Any]]:
     is the baseline's best test accuracy. What was not reached is null. `speedup_over` takes each job as the
     baseline.
     """
-    baselines = compared[0].over(lambda run: run.curve)
+    baselines = compared[0].curves
     listed = []
     for job in compared:
-        curves = job.over(lambda run: run.curve)
         seeds = [_of_seed(*pair) for pair in zip(job.runs, baselines)]
         spreads = {
             "best_test_accuracy": spread((seed["best_test_accuracy"] for seed in seeds), worst=-math.inf),
             "steps_to_target": spread((seed["steps_to_target"] for seed in seeds), worst=math.inf),
-            "speedup": spread_of_speedups(curves, baselines),
+            "speedup": spread_of_speedups(job.curves, baselines),
             "wall_seconds": spread((seed["wall_seconds"] for seed in seeds), worst=math.inf),
         }
-        over = {
-            other.name: spread_of_speedups(curves, other.over(lambda run: run.curve)).median
-            for other in compared
-        }
+        over = {other.name: spread_of_speedups(job.curves, other.curves).median for other in compared}
         listed.append(
             {
                 "name": job.name,

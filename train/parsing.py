@@ -13,7 +13,8 @@ from typing import Any
 
 import tyro
 
-from train.config import Config, Data, Model, Optimizer, check, flatten
+from train.checks import check
+from train.config import Config, Data, Model, Optimizer, flatten
 from train.errors import UserError
 
 

@@ -104,7 +104,7 @@ def export(run_dir: Path, path: Path) -> str:
         "    from pathlib import Path\n"
         "    from jax import export\n"
         f"    program = export.deserialize(bytearray(Path({str(path.absolute())!r}).read_bytes()))\n"
-        f"    probabilities = program.call(images)  # {dtype} (n, {', '.join(map(str, shape))}), as in the data"
+        f"    probabilities = program.call(images)  # as the data: {dtype} (n, {', '.join(map(str, shape))})"
     )
 
 

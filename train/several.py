@@ -45,8 +45,8 @@ def create(out: Path) -> None:
 
 def train_all(
     configs: Sequence[Config], stop: StopRequests, after_each: Callable[[list[Outcome]], None]
-) -> int:
-    """Trains the jobs, but for finished ones, and returns the exit code: that of the worst.
+) -> tuple[int, list[Outcome]]:
+    """Trains the jobs, but for finished ones; returns the exit code of the worst, and what came of each.
 
     A job that fails, or that its data do not allow, is told and passed over; a stop request ends all.
 
@@ -67,9 +67,12 @@ def train_all(
         if outcome.summary["error"]:
             say(f"{outcome.summary['status']}: {outcome.summary['error']}")
         after_each(outcomes)
-        if stop.received is not None and len(outcomes) < len(configs):
-            return max(128 + stop.received, *(outcome.code for outcome in outcomes))
-    return max(outcome.code for outcome in outcomes)
+        if stop.received is not None:
+            break
+    codes = [outcome.code for outcome in outcomes]
+    if len(outcomes) < len(configs):
+        codes.append(128 + stop.received)
+    return max(codes), outcomes
 
 
 def is_worth_writing(outcomes: Sequence[Outcome]) -> bool:

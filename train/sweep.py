@@ -64,27 +64,29 @@ def run(out: Path, planned: Sequence[Planned], stop: StopRequests) -> int:
     from train import distributed, report, series
 
     several.create(out)
-    done: list[tuple[Planned, several.Outcome]] = []
-    results: list[dict[str, Any]] = []
 
     def write(outcomes: list[several.Outcome]) -> None:
-        done[:] = zip(planned, outcomes)
-        results[:] = [{**job.values, "run_dir": job.config.run_dir, **each.summary} for job, each in done]
         if distributed.is_first() and several.is_worth_writing(outcomes):
-            write_json(out / "results.json", results)
+            write_json(out / "results.json", _results(planned, outcomes))
 
-    code = several.train_all([job.config for job in planned], stop, write)
+    code, outcomes = several.train_all([job.config for job in planned], stop, write)
     if distributed.is_first():
-        said = [_table(list(planned[0].values), results)]
-        outcomes = [outcome for _, outcome in done]
+        said = [_table(list(planned[0].values), _results(planned, outcomes))]
         unfinished = several.unfinished(outcomes, len(planned))
         if several.is_worth_writing(outcomes):
-            runs = [series.read(job.config, outcome) for job, outcome in done]
-            page = report.sweep(out.name, [job.values for job, _ in done], runs, unfinished=unfinished)
-            replace(out / "report.html", page.encode())
-            said += [f"Results: {out / 'results.json'}\nReport: {out / 'report.html'}"]
+            runs = [series.read(job.config, outcome) for job, outcome in zip(planned, outcomes)]
+            values = [job.values for job in planned[: len(runs)]]
+            replace(out / "report.html", report.sweep(out.name, values, runs, unfinished=unfinished).encode())
+            said.append(f"Results: {out / 'results.json'}\nReport: {out / 'report.html'}")
         print("", *said, *filter(None, [unfinished]), sep="\n\n")
     return code
+
+
+def _results(planned: Sequence[Planned], outcomes: Sequence[several.Outcome]) -> list[dict[str, Any]]:
+    return [
+        {**job.values, "run_dir": job.config.run_dir, **outcome.summary}
+        for job, outcome in zip(planned, outcomes)
+    ]
 
 
 def _grid(arguments: Sequence[str]) -> Grid:

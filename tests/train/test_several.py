@@ -28,7 +28,8 @@ def train(monkeypatch, tmp_path, make_config):
 
         monkeypatch.setattr(loop, "fit", fit)
         configs = [make_config(run_dir=str(tmp_path / f"{n}")) for n in range(len(ends))]
-        code = several.train_all(configs, stop, lambda outcomes: seen.append(list(outcomes)))
+        code, outcomes = several.train_all(configs, stop, lambda outcomes: seen.append(list(outcomes)))
+        assert outcomes == seen[-1]
         return code, seen
 
     return train
