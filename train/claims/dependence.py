@@ -64,6 +64,7 @@ def _section(key: str, values: Sequence[Point], runs: Sequence[Run]) -> Section 
         axes.set(xlabel=short(key), xscale="log" if log else "linear")
         if log and len(ticks) <= 8:  # more would not be told apart
             axes.set_xticks(ticks, labels=[f"{at:g}" for at in ticks])
+            axes.set_xticks([], minor=True)
         axes.set(ylabel=f"final test {what}", yscale="log" if error else "linear")
 
     shown = (

@@ -191,6 +191,13 @@ def test_axis_is_logarithmic_for_positive_values_that_grow_by_factors(values, sc
     assert {axes.get_xlabel() for axes in drawn.values()} == {"batch size"}
 
 
+def test_few_values_of_a_logarithmic_axis_are_its_only_numbers(drawn):
+    sections(size=[4, 32], at=[0.9, 0.8])
+    for axes in drawn.values():
+        ticks = axes.get_xticklabels(), axes.get_xticklabels(minor=True)
+        assert [[text.get_text() for text in labels] for labels in ticks] == [["4", "32"], []]
+
+
 def test_all_right_and_all_wrong_are_shown(drawn):
     (section,) = sections(size=[1, 2, 3], at=[1.0, 0.0, 0.9])
     assert section.sentences[0] == (
