@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import feature_shape, other_axes
 from jbn.collectives import NamedAxes, smallest_group
+from jbn.dtypes import arithmetic_dtype, real_dtype
 
 
 def as_samples(x: ArrayLike) -> jax.Array:
@@ -32,11 +33,11 @@ def as_samples(x: ArrayLike) -> jax.Array:
 
 
 def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
-    """Returns `mask` with as many axes as `x`, without a gradient; None stays None.
+    """Returns `mask` with as many axes as `x`, without a gradient, Boolean or real; None stays None.
 
     Raises:
-      ValueError: `mask` does not broadcast to `x`, or holds a weight that is negative or not finite
-        (seen only outside `jit`).
+      ValueError: `mask` does not broadcast to `x`, could be meant for other axes, or holds a weight that is
+        negative or not finite (seen only outside `jit`).
       TypeError: `mask` is complex.
     """
     if mask is None:
@@ -44,31 +45,57 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     known = None if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
     mask = jnp.asarray(mask)
     if jnp.issubdtype(mask.dtype, jnp.complexfloating):
-        raise TypeError(f"mask has dtype {mask.dtype}; wanted Booleans or real weights.")
-    shape = (1,) * (x.ndim - mask.ndim) + mask.shape
-    if len(shape) != x.ndim or any(m not in (1, n) for m, n in zip(shape, x.shape)):
-        raise ValueError(
-            f"mask of shape {mask.shape} does not broadcast to x of shape {x.shape}; give it one value for "
-            "each position, or size 1 along the axes that share a value, as in mask[:, None]."
+        raise TypeError(f"mask has dtype {mask.dtype}; expected Booleans or real weights.")
+    ones = (1,) * (x.ndim - mask.ndim)
+    last, first = ones + mask.shape, mask.shape + ones
+    fits_last, fits_first = (_broadcasts(shape, x.shape) for shape in (last, first))
+    as_first = f"mask[{', '.join(['...', *['None'] * len(ones)])}]"
+    if not fits_last:
+        fix = (
+            f"its first axes are those of x: pass {as_first}"
+            if fits_first
+            else "give it one value for each position, or size 1 along the axes that share a value, as in "
+            "mask[:, None]"
         )
-    if known is not None and not np.all((known >= 0) & (known < np.inf)):
-        raise ValueError("mask holds a weight that is negative or not finite; wanted weights >= 0.")
-    return jax.lax.stop_gradient(mask.reshape(shape))
+        raise ValueError(f"mask of shape {mask.shape} does not broadcast to x of shape {x.shape}; {fix}.")
+    if fits_first and first != last:
+        raise ValueError(
+            f"mask of shape {mask.shape} fits the last axes of x of shape {x.shape}, and the first as well; "
+            f"expected one that tells: {as_first} for the first axes, mask.reshape{last} for the last."
+        )
+    mask = mask.reshape(last)
+    if mask.dtype != bool:
+        dtype = real_dtype(arithmetic_dtype(x))
+        mask = mask.astype(dtype)
+        if known is not None and not np.all((known >= 0) & (known <= float(jnp.finfo(dtype).max))):
+            raise ValueError(f"mask holds a weight that is negative or not finite in {dtype}; expected >= 0.")
+    return jax.lax.stop_gradient(mask)
 
 
-def as_epsilon(epsilon: float) -> float:
-    """Returns `epsilon` as a Python float.
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    return len(shape) == len(to) and all(m in (1, n) for m, n in zip(shape, to))
+
+
+def as_epsilon(epsilon: float, *values: ArrayLike) -> float:
+    """Returns `epsilon` as a Python float, if it is a normal number of the dtype that `values` are computed in.
+
+    A smaller one would act as 0.
 
     Raises:
       TypeError: it is no number, or one that is not known at trace time.
-      ValueError: it is <= 0.
+      ValueError: it is out of range.
     """
     try:
         epsilon = float(epsilon)
-    except (TypeError, jax.errors.ConcretizationTypeError):
-        raise TypeError(f"epsilon={epsilon!r}; wanted a number > 0 that is not traced.") from None
-    if not epsilon > 0:
-        raise ValueError(f"epsilon={epsilon}; wanted a number > 0, such as the default 1e-5.")
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        raise TypeError(f"epsilon={epsilon!r}; expected a number > 0 that is not traced.") from None
+    dtype = real_dtype(arithmetic_dtype(*jax.tree.leaves(values)))
+    smallest, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
+    if not smallest <= epsilon <= most:
+        raise ValueError(
+            f"epsilon={epsilon}; expected a number from {smallest:.8g} on, the smallest that {dtype} arithmetic "
+            "does not take for 0, such as the default 1e-5."
+        )
     return epsilon
 
 
@@ -111,8 +138,8 @@ def check_features(
 ) -> None:
     """Checks that an argument is of its kind and each leaf has the shape of the features of `x`.
 
-    A leaf may be None, and a count may be a scalar. If `may_broadcast`, a leaf may have all axes of `x`
-    instead, and broadcast to it.
+    A leaf may be None, and a count may be a scalar. If `may_broadcast`, a leaf may be a scalar, or have all
+    axes of `x` and broadcast to it.
 
     Raises:
       TypeError: it is something else.
@@ -125,9 +152,8 @@ def check_features(
     wanted = feature_shape(x, axes)
     for field, leaf in value._asdict().items():
         shape = np.shape(leaf)
-        if leaf is None or shape == wanted or (field == "count" and shape == ()):
-            continue
-        if may_broadcast and len(shape) == x.ndim and all(m in (1, n) for m, n in zip(shape, x.shape)):
+        scalar = shape == () and (may_broadcast or field == "count")
+        if leaf is None or shape == wanted or scalar or (may_broadcast and _broadcasts(shape, x.shape)):
             continue
         or_all_axes = f" To differ by position, give it all {x.ndim} axes of x." if may_broadcast else ""
         raise ValueError(

@@ -48,10 +48,10 @@ def named_axes(axis_name: AxisName | None, axis_index_groups: Sequence[Sequence[
         groups = tuple(tuple(map(operator.index, group)) for group in axis_index_groups)
     except TypeError:
         groups = ()
-    if sorted(i for group in groups for i in group) != list(range(size)):
+    if sorted(i for group in groups for i in group) != list(range(size)) or () in groups:
         raise ValueError(
-            f"axis_index_groups={axis_index_groups} with axis_name={axis_name!r}; wanted each index of the "
-            f"named axis, 0 to {size - 1}, in exactly one group, as in [[0, 1], [2, 3]]."
+            f"axis_index_groups={axis_index_groups} with axis_name={axis_name!r}; expected each index of the "
+            f"named axis, 0 to {size - 1}, in exactly one group, and no empty group, as in [[0, 1], [2, 3]]."
         )
     return NamedAxes(names, groups)
 
@@ -81,16 +81,13 @@ def split_devices(over: NamedAxes) -> tuple[NamedAxes, NamedAxes]:
 
 
 def total(values: jax.Array, over: NamedAxes) -> jax.Array:
-    """Adds up the members of one's group, in one collective.
+    """Adds up the members of one's group, in one collective."""
+    return _combined(jax.lax.psum, jnp.sum, values, over)
 
-    Each group has a row of its own in what travels: JAX takes no `axis_index_groups` in `vmap`, nor in a
-    `shard_map` that checks replication.
-    """
-    if over.groups is None:
-        return _psum(values, over.names)
-    group = jnp.asarray(_group_of_member(over))[jax.lax.axis_index(over.names)]
-    rows = _in_own_row(values, group, len(over.groups), over.names)
-    return jnp.sum(jnp.where(_is_row(group, rows), rows, 0), 0)
+
+def largest(values: jax.Array, over: NamedAxes) -> jax.Array:
+    """Returns the largest of the members of one's group, in one collective; `values` are 0 or more."""
+    return _combined(jax.lax.pmax, jnp.max, values, over)
 
 
 def gather(values: jax.Array, over: NamedAxes) -> tuple[jax.Array, jax.Array]:
@@ -122,14 +119,27 @@ def vary_like(values: jax.Array, x: jax.Array) -> jax.Array:
     return values + jnp.zeros_like(x, shape=(), dtype=values.dtype)
 
 
-def _in_own_row(values, row, rows, names):
+def _combined(collective, of_rows, values, over):
+    """Combines the members of one's group.
+
+    Each group has a row of its own in what travels: JAX takes no `axis_index_groups` in `vmap`, nor in a
+    `shard_map` that checks replication.
+    """
+    if over.groups is None:
+        return _explained(collective, values, over.names)
+    group = jnp.asarray(_group_of_member(over))[jax.lax.axis_index(over.names)]
+    rows = _in_own_row(values, group, len(over.groups), over.names, collective)
+    return of_rows(jnp.where(_is_row(group, rows), rows, 0), 0)
+
+
+def _in_own_row(values, row, rows, names, collective=jax.lax.psum):
     empty = jnp.zeros((rows, *values.shape), values.dtype)
-    return _psum(jnp.where(_is_row(row, empty), values[None], empty), names)
+    return _explained(collective, jnp.where(_is_row(row, empty), values[None], empty), names)
 
 
-def _psum(values, names):
+def _explained(collective, values, names):
     try:
-        return jax.lax.psum(values, names)
+        return collective(values, names)
     except Exception as error:  # of several kinds, from one version of JAX to the next
         manual = jax.sharding.get_abstract_mesh().manual_axes
         if manual and not set(names) <= set(manual):

@@ -18,9 +18,12 @@ def split_affine(
 
     Returns:
       What to normalize with: parameters and the result's dtype; and what is left to do to the result. For
-      parameters in the features' shape nothing is left: the one derivative rule has them.
+      parameters in the features' shape, which scalars get here, nothing is left: the one derivative rule has
+      them.
     """
-    leaves, features = jax.tree.leaves(params), feature_shape(x, axes)
+    features = feature_shape(x, axes)
+    params = jax.tree.map(lambda leaf: leaf if np.shape(leaf) else jnp.broadcast_to(leaf, features), params)
+    leaves = jax.tree.leaves(params)
     if all(np.shape(leaf) == features for leaf in leaves):
         return params, dtype, lambda y: y
     wide = arithmetic_dtype(x, *leaves)

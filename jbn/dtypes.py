@@ -7,8 +7,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 def promote(*values: ArrayLike | DTypeLike) -> np.dtype:
-    """Returns the dtype that arrays or dtypes promote to, under `jax_numpy_dtype_promotion="strict"` too."""
+    """Returns the dtype that arrays or dtypes promote to, under `jax_numpy_dtype_promotion="strict"` too.
+
+    Floats of 8 bits or fewer, which JAX promotes with nothing but themselves, promote as bfloat16 does: it
+    holds each of their values.
+    """
     with jax.numpy_dtype_promotion("standard"):
+        if len({jnp.result_type(value) for value in values}) > 1:
+            values = [jnp.bfloat16 if _is_narrow(value) else value for value in values]
         return jnp.result_type(*values)
 
 
@@ -20,3 +26,8 @@ def arithmetic_dtype(*values: ArrayLike | DTypeLike) -> np.dtype:
 def real_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype of the real part: float32 for complex64, and for real dtypes the same."""
     return np.finfo(dtype).dtype if np.issubdtype(dtype, np.complexfloating) else np.dtype(dtype)
+
+
+def _is_narrow(value: ArrayLike | DTypeLike) -> bool:
+    dtype = jnp.result_type(value)
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8

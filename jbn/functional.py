@@ -2,7 +2,6 @@
 
 import operator
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from jbn.conditional import split_affine
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.normalization import Params, normalize_batch, normalize_by
 from jbn.running import UpdateRule, absorb, ema
-from jbn.statistics import Moments, merge_stacked, select, with_count_per_feature
+from jbn.statistics import Moments, in_ones, merge_stacked, select, with_count_per_feature
 from jbn.virtual_batches import count_parts, map_parts
 
 
@@ -108,9 +107,9 @@ def normalize(
     x = as_samples(x)
     axes = feature_axes(x.ndim, axis)
     params = Params(None, None) if params is None else params
-    epsilon = as_epsilon(epsilon)
     check_features(x, axes, "moments", moments, Moments)
     check_features(x, axes, "params", params, Params, may_broadcast=True)
+    epsilon = as_epsilon(epsilon, x, moments.mean, moments.var, params)
     params, dtype, affine = split_affine(params, x, axes, result_dtype(x, dtype))
     return affine(normalize_by(moments, axes, epsilon, dtype, x, params, None))
 
@@ -201,11 +200,11 @@ def batch_norm(
     axes = feature_axes(x.ndim, axis)
     weights = as_weights(mask, x)
     params = Params(None, None) if params is None else params
-    epsilon = as_epsilon(epsilon)
     check_update(update)
     check_train(train)
     check_features(x, axes, "running", running, Moments)
     check_features(x, axes, "params", params, Params, may_broadcast=True)
+    epsilon = as_epsilon(epsilon, x, running.mean, running.var, params)
     params, dtype, affine = split_affine(params, x, axes, result_dtype(x, dtype))
     parts = count_parts(x, axes, virtual_batch_size)
     running = with_count_per_feature(jax.lax.stop_gradient(running))
@@ -214,16 +213,20 @@ def batch_norm(
     over = named_axes(axis_name, axis_index_groups)
     warn_of_one_value(x, axes, parts, over)
     train = jnp.asarray(train)
+    f = normalize_batch
+    if parts is None and split_devices(over)[0].names:
+        # JAX forgets a vmap's axis name in a custom rule that jit stages inside it. So there autodiff
+        # derives the function without its rule, and what it would keep is computed again.
+        f = jax.checkpoint(normalize_batch.__wrapped__, prevent_cse=False, static_argnums=(0, 1, 2, 3))
+
+    def normalize_part(x, params, running, weights, train):
+        within = over if parts is None else NamedAxes()
+        y, used, unit = f(axes, within, epsilon, dtype, x, params, running, weights, train)
+        return y, in_ones(used, unit)
+
     if parts is None:
-        f = partial(normalize_batch, axes, over, epsilon, dtype)
-        if split_devices(over)[0].names:
-            # JAX forgets a vmap's axis name in a custom rule that jit stages inside it. So there autodiff
-            # derives the function without its rule, and what it would keep is computed again.
-            undecorated = partial(normalize_batch.__wrapped__, axes, over, epsilon, dtype)
-            f = jax.checkpoint(undecorated, prevent_cse=False)
-        y, used = f(x, params, running, weights, train)
+        y, used = normalize_part(x, params, running, weights, train)
     else:
-        normalize_part = partial(normalize_batch, axes, NamedAxes(), epsilon, dtype)
         y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
         used = merge_stacked(used, over)
     used = jax.tree.map(shard_like, used, running)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbn.collectives import NamedAxes, gather, split_devices, total
+from jbn.collectives import NamedAxes, gather, largest, split_devices, total
 
 
 class Part(NamedTuple):
@@ -17,6 +17,7 @@ class Part(NamedTuple):
     rest: jax.Array  # broadcasts to mean; what rounding took from it
     var: jax.Array  # broadcasts to mean; real
     count: jax.Array | None  # broadcasts to mean; real or Boolean; None counts every part as 1
+    unit: jax.Array | None = None  # in the count's shape; the total weight is count * unit; None is 1
 
 
 def merge_parts(
@@ -24,13 +25,15 @@ def merge_parts(
     count: jax.Array,
     total: Callable[[jax.Array], jax.Array],
     *,
-    unshare: Callable = lambda values: values,
+    unshare: Callable = lambda values, level: values,
 ) -> Part:
     """Merges parts that have means, variances and counts, whatever a part is: a sample has variance 0.
 
-    `total` adds up: over axes, over rows, over the members of a `vmap`.
+    `total` adds up: over axes, over rows, over the members of a `vmap`. What has count 0 must be finite.
     """
-    rough = _average(_apart(parts, jnp.zeros_like(parts.rest), 1), parts.count, count, total)
+    mean, weights, of_all = unshare((parts.mean, parts.count, count), level=2)
+    rough = _apart(parts._replace(mean=mean), jnp.zeros_like(parts.rest), 1)
+    rough = _average(rough, weights, of_all, total)
     return merge_about(rough, parts, count, total, unshare=unshare)
 
 
@@ -40,31 +43,33 @@ def merge_about(
     count: jax.Array,
     total: Callable[[jax.Array], jax.Array],
     *,
-    unshare: Callable = lambda values: values,
+    unshare: Callable = lambda values, level: values,
 ) -> Part:
     """The one formula, about any centre; the nearer that is to the mean, the less is rounded away.
 
         mean = centre + rest;  rest = sum(count_i * (mean_i - centre)) / count
         var  = sum(count_i * (var_i + |mean_i - centre|^2)) / count - |rest|^2
 
-    `unshare` hides from the compiler that the two sums read the same.
+    `unshare` hides from the compiler that the sums read the same.
     """
     # No gradient, for any centre gives the same mean and variance.
     centre = jax.lax.stop_gradient(centre)
     # Halves, for the difference of two finite numbers may overflow.
     rest = 2 * _average(_apart(parts, centre, 0.5), parts.count, count, total)
-    mean, weights, about = unshare((parts.mean, parts.count, centre))
-    squares = parts.var + abs_squared(_apart(parts._replace(mean=mean), about, 1))
-    spread = ratio(total(weigh(where_counted(squares, weights), weights)), count)
+    mean, weights, about = unshare((parts.mean, parts.count, centre), level=1)
+    apart = _apart(parts._replace(mean=mean), about, 1)
+    # Weighed before it is squared, for a square that overflows is NaN where the weight is 0.
+    squares = jnp.real(jnp.conj(apart) * weigh(apart, weights)) + weigh(parts.var, weights)
     # Where even this overflows, the variance is infinite and not NaN; where it is rounded below 0, it is 0,
     # with the derivative that it has.
-    var = spread - where_finite(abs_squared(rest))
+    var = ratio(total(squares), count) - where_finite(abs_squared(rest))
     return Part(centre, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)
 
 
 def merge_rows(parts: Part) -> Part:
     """Merges the parts that are stacked along a first axis."""
-    return jax.tree.map(lambda leaf: leaf[0], _merge_by(partial(jnp.sum, axis=0, keepdims=True), parts))
+    add, most = (partial(f, axis=0, keepdims=True) for f in (jnp.sum, jnp.max))
+    return jax.tree.map(lambda leaf: leaf[0], _merge_by(add, most, parts))
 
 
 def merge_named(part: Part, over: NamedAxes) -> Part:
@@ -73,20 +78,39 @@ def merge_named(part: Part, over: NamedAxes) -> Part:
         return part
     vectorized, devices = split_devices(over)
     if vectorized.names:
-        part = _merge_by(partial(total, over=vectorized), part)
+        part = _merge_by(partial(total, over=vectorized), partial(largest, over=vectorized), part)
     if devices.names:
-        rows, in_group = gather(jnp.stack([leaf.astype(part.mean.dtype) for leaf in part]), devices)
-        mean, rest, var, count = jnp.moveaxis(rows, 1, 0)
-        count = jnp.where(in_group[:, 0], jnp.real(count), 0)
-        part = merge_rows(Part(mean, rest, jnp.real(var), count))
+        leaves = [leaf.astype(part.mean.dtype) for leaf in part if leaf is not None]
+        rows, in_group = gather(jnp.stack(leaves), devices)
+        mean, rest, *real = jnp.moveaxis(rows, 1, 0)
+        var, count, *unit = (jnp.real(row) for row in real)
+        count, *unit = (jnp.where(in_group[:, 0], row, 0) for row in (count, *unit))
+        part = merge_rows(Part(mean, rest, var, count, *unit))
     return part
 
 
-def _merge_by(total: Callable[[jax.Array], jax.Array], parts: Part) -> Part:
+def _merge_by(total, largest, parts):
+    unit = parts.unit
+    if unit is not None:
+        unit = largest(unit)
+        parts = parts._replace(count=parts.count * (parts.unit / unit))
     count = total(parts.count)
-    # A part that is all there is weighs 1, so that it comes out as it is.
-    weights = jnp.where((parts.count == count) & (count > 0), 1, parts.count)
-    return merge_parts(parts._replace(count=weights), total(weights), total)._replace(count=count)
+    # Shares, of which a part that is all there is has exactly 1, so that it comes out as it is.
+    share = ratio(parts.count, count)
+    # What counts nothing may hold anything.
+    mean, rest, var = (where_counted(leaf, share) for leaf in (parts.mean, parts.rest, parts.var))
+    whole = merge_parts(Part(mean, rest, var, share), jnp.ones_like(count), total)
+    return whole._replace(count=count, unit=unit)
+
+
+def power_of_two(count: jax.Array) -> jax.Array:
+    """Returns a power of two near a total weight, by which weights can be divided and added up.
+
+    That of 0 is among the smallest numbers, that of an infinite total among the largest.
+    """
+    finfo = jnp.finfo(count.dtype)
+    most = 2.0 ** (finfo.maxexp - 2)
+    return jax.lax.reduce_precision(jnp.clip(count, 1 / most, most), finfo.nexp, 0)
 
 
 def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
@@ -121,4 +145,4 @@ def _apart(parts, centre, scale):
 def _average(values, weights, count, total):
     """Divides the weights before adding up, so that no average of finite numbers overflows."""
     share = ratio(jnp.ones_like(count), count).astype(values.dtype)
-    return total(weigh(where_counted(values, weights), weights) * share)
+    return total(weigh(values, weights) * share)

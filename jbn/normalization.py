@@ -13,7 +13,7 @@ from jbn.collectives import NamedAxes, total, vary_like
 from jbn.dtypes import arithmetic_dtype
 from jbn.merging import ratio, weigh, where_counted
 from jbn.samples import unshared
-from jbn.statistics import Moments, cast, finite_centre, measure, select
+from jbn.statistics import Moments, cast, finite_centre, in_units, measure, select
 
 
 class Params(NamedTuple):
@@ -38,7 +38,7 @@ def normalize_by(
     """Normalizes with given moments, and with the mean in place of what is neither counted nor finite."""
     wide = arithmetic_dtype(x, *jax.tree.leaves((used, params)))
     used = finite_centre(cast(used, wide))
-    multiplier = jax.lax.rsqrt(used.var + epsilon).astype(wide)
+    multiplier = _inverse_sd(epsilon, used.var).astype(wide)
     if params.scale is not None:
         multiplier = multiplier * params.scale.astype(wide)
     mean = expand(used.mean, x.ndim, axes)
@@ -46,6 +46,18 @@ def normalize_by(
     if params.bias is not None:
         y = y + expand(params.bias.astype(wide), x.ndim, axes)
     return y.astype(dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _inverse_sd(epsilon: float, var: jax.Array) -> jax.Array:
+    return jax.lax.rsqrt(var + epsilon)
+
+
+@_inverse_sd.defjvp
+def _inverse_sd_jvp(epsilon, primals, tangents):
+    """Multiplies what may be 0 first: the third power alone overflows where epsilon is below 1e-25."""
+    inv = _inverse_sd(epsilon, *primals)
+    return inv, -0.5 * (inv * (inv * (inv * tangents[0])))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
@@ -59,13 +71,14 @@ def normalize_batch(
     running: Moments,
     weights: jax.Array | None,
     train: jax.Array,
-) -> tuple[jax.Array, Moments]:
-    """Returns the normalized samples and the moments used: the batch's if `train`, else the running ones."""
-    batch = measure(x, axes, weights, over)
+) -> tuple[jax.Array, Moments, jax.Array | None]:
+    """Returns the normalized samples, the moments used, the batch's if `train`, else the running ones, and
+    the unit of the batch's count."""
+    batch, unit = measure(x, axes, weights, over)
     wide = arithmetic_dtype(batch.mean, running.mean)
     batch = cast(batch, wide)
     used = select(train, batch, jax.tree.map(shard_like, cast(running, wide), batch))
-    return normalize_by(used, axes, epsilon, dtype, x, params, weights), used
+    return normalize_by(used, axes, epsilon, dtype, x, params, weights), used, unit
 
 
 @normalize_batch.defjvp
@@ -82,19 +95,20 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
     """
     x, params, _, weights, train = primals
     dx, dparams, *_ = tangents
-    _, used = normalize_batch(axes, over, epsilon, dtype, *primals)
+    _, used, unit = normalize_batch(axes, over, epsilon, dtype, *primals)
     # A policy of `jax.checkpoint` that keeps what has this name has y made from it again, without measuring.
     used = checkpoint_name(used, "batch_norm_moments")
     y = normalize_by(used, axes, epsilon, dtype, x, params, weights)
 
     # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
     @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(x, params, used, weights, train, dx, dparams):
+    def tangent(x, params, used, weights, unit, train, dx, dparams):
         def per_sample(values):
             return expand(values, x.ndim, axes)
 
         def sum_of(samples):
-            return jnp.sum(weigh(where_counted(samples, weights), weights), other_axes(x.ndim, axes))
+            counted = where_counted(samples, weights)
+            return jnp.sum(weigh(counted, in_units(weights, unit, axes)), other_axes(x.ndim, axes))
 
         def or_constant(leaf, value):
             return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)
@@ -105,30 +119,42 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         dparams = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
         dscale, dbias = vary_like(jnp.stack(dparams), used.mean)
 
-        mean = per_sample(used.mean)
+        def centred(x, mean, inv):
+            c = _centred(x, mean, weights)
+            return c * inv if in_sd else c
+
+        inv = _inverse_sd(epsilon, used.var).astype(wide)
+        # For the smallest epsilon the square of 1/sd overflows, so that there c is in units of sd, and 1/sd is 1:
+        # one more multiplication in a sum, which takes CPUs up to a tenth longer.
+        in_sd = epsilon < 1e-12
+        per_c = jnp.ones_like(inv) if in_sd else inv
+        x_mean_inv = x, per_sample(used.mean), per_sample(inv)
         dx = _where_usable(x, weights, dx.astype(wide))
-        cdx = jnp.real(jnp.conj(_centred(x, mean, weights)) * dx).astype(wide)
+        cdx = jnp.real(jnp.conj(centred(*x_mean_inv)) * dx).astype(wide)
         sums = total(jnp.stack([sum_of(dx), sum_of(cdx)]), over)
         # The moments move with x only in training, and an infinite variance not at all.
         in_range = ~jnp.isinf(used.var)
         mean_dx, mean_cdx = jnp.where((train & in_range)[None], ratio(sums, used.count[None]), 0)
 
-        inv = jax.lax.rsqrt(used.var + epsilon).astype(wide)
         a = inv * scale
         P = dbias - a * mean_dx
-        Q = jnp.where(in_range, inv * dscale - a * inv**2 * mean_cdx, 0)
+        Q = jnp.where(in_range, per_c * dscale - a * per_c**2 * mean_cdx, 0)
         P, Q = vary_like(jnp.stack([P, Q]), x)
         # What multiplies Q is summed in the backward pass; measuring has levels 1 and 2.
-        c = _centred(*unshared((x, mean), level=3), weights)
+        c = centred(*unshared(x_mean_inv, level=3))
         dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
-        return dy.astype(dtype), Moments(mean_dx, 2 * jnp.real(mean_cdx), jnp.zeros_like(used.count))
+        dvar = 2 * jnp.real(mean_cdx)
+        if in_sd:
+            dvar = dvar * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)
+        return dy.astype(dtype), Moments(mean_dx, dvar, jnp.zeros_like(used.count))
 
-    dy, dused = tangent(x, params, used, weights, train, dx, dparams)
-    return (y, used), (dy, cast(dused, used.mean.dtype))
+    dy, dused = tangent(x, params, used, weights, unit, train, dx, dparams)
+    return (y, used, unit), (dy, cast(dused, used.mean.dtype), None if unit is None else jnp.zeros_like(unit))
 
 
 def _centred(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:
-    return _where_usable(x, weights, x.astype(mean.dtype) - mean)
+    # Chosen before and after, so that nothing that is not finite is computed with.
+    return _where_usable(x, weights, _where_usable(x, weights, x.astype(mean.dtype)) - mean)
 
 
 def _where_usable(x: jax.Array, weights: jax.Array | None, values: jax.Array) -> jax.Array:

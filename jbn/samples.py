@@ -12,6 +12,7 @@ from jbn.merging import (
     abs_squared,
     merge_about,
     merge_parts,
+    power_of_two,
     ratio,
     weigh,
     where_counted,
@@ -22,12 +23,19 @@ from jbn.merging import (
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 @partial(jax.jit, static_argnums=0)
 def measure_samples(reduced: tuple[int, ...], x: jax.Array, weights: jax.Array | None) -> Part:
-    """Returns the moments over the axes `reduced`, in the shape of the others."""
+    """Returns the moments over the axes `reduced`, in the shape of the others.
+
+    What real weights count is in a unit, for they and their sum may be of any size.
+    """
     count = _count(weights, x, reduced)
+    unit = None if weights is None or weights.dtype == bool else _unit(count)
     measure = partial(about_a_sixteenth, reduced[1:], reduced)
     on_cpu = measure if jnp.iscomplexobj(x) else in_one_pass_if_exact(reduced)
-    whole = jax.lax.platform_dependent(x, weights, count, cpu=on_cpu, default=measure)
-    whole = whole._replace(count=jnp.zeros_like(whole.var) + count)
+    whole = jax.lax.platform_dependent(x, weights, count, unit, cpu=on_cpu, default=measure)
+    whole = whole._replace(
+        count=jnp.zeros_like(whole.var) + whole.count,
+        unit=None if unit is None else jnp.zeros_like(whole.var) + unit,
+    )
     return jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole)
 
 
@@ -39,13 +47,16 @@ def _measure_samples_jvp(reduced, primals, tangents):
     """
     (x, weights), (dx, _) = primals, tangents
     part = measure_samples(reduced, x, weights)
+    x, dx = (_wide(where_counted(values, weights)) for values in (x, dx))
+    if part.unit is not None:
+        weights = weights * jnp.expand_dims(1 / part.unit, reduced)
 
     def average(samples):
-        return ratio(jnp.sum(weigh(where_counted(samples, weights), weights), reduced), part.count)
+        return ratio(jnp.sum(weigh(samples, weights), reduced), part.count)
 
-    c = where_counted(_wide(x) - jnp.expand_dims(part.mean + part.rest, reduced), weights)
-    dmean, half_dvar = average(_wide(dx)), average(jnp.real(jnp.conj(c) * _wide(dx)))
-    return part, Part(jnp.zeros_like(part.mean), dmean, 2 * half_dvar, jnp.zeros_like(part.count))
+    c = x - jnp.expand_dims(part.mean + part.rest, reduced)
+    dmean, half_dvar = average(dx), average(jnp.real(jnp.conj(c) * dx))
+    return part, jax.tree.map(jnp.zeros_like, part)._replace(rest=dmean, var=2 * half_dvar)
 
 
 def unshared(values: Any, *, level: int = 1) -> Any:
@@ -66,7 +77,7 @@ def _unshared(values, *, level=1):
     return values
 
 
-def about_a_sixteenth(axes, reduced, x, weights, count, *, unshare=lambda values: values):
+def about_a_sixteenth(axes, reduced, x, weights, count, unit=None, *, unshare=lambda values, level: values):
     """Takes one pass, about the mean of a sixteenth of the samples, or two about that of all of them.
 
     The mean of a share f of the samples is nearer to that of all than sqrt((1 - f) / f) standard
@@ -79,6 +90,11 @@ def about_a_sixteenth(axes, reduced, x, weights, count, *, unshare=lambda values
     spec = jax.typeof(x).sharding.spec
     sizes = {axis: x.shape[axis] for axis in axes if isinstance(x.shape[axis], int) and spec[axis] is None}
     if weights is not None or not sizes or not max(sizes.values()):
+        # Written out once for CPUs, where no reduction is fused with a choice.
+        x = unshare(where_counted(x, weights), level=1)
+        if unit is not None:
+            weights = weights * (1 / unit)
+            count = _count(weights, x, reduced)
         return merge_parts(_parts(x, weights), count, total, unshare=unshare)
     axis = max(sizes, key=sizes.get)
     some = jax.lax.slice_in_dim(x, 0, -(-sizes[axis] // 16), axis=axis)
@@ -90,13 +106,14 @@ def in_one_pass_if_exact(reduced):
     """Makes a function that adds up x and |x|^2, sees whether that was exact, and else takes a second pass.
 
     To their difference a sum's rounding counts 1 + |mean|^2 / var times: 10 at most, or it is not taken.
-    What is not finite fails the test, so that uncounted NaN, which is multiplied by 0 here, goes the
-    other way too. Under `vmap` there is no such choice, for each member would go both ways.
+    What is not finite fails the test. Where a mask hides it, multiplied by 0 here, or where weights need a
+    unit, all is measured anew, masked before anything is computed. Under `vmap` there is no such choice, for
+    each member would go all ways.
     """
     total = partial(jnp.sum, axis=reduced, keepdims=True)
 
     @jax.custom_batching.custom_vmap
-    def measure(x, weights, count):
+    def measure(x, weights, count, unit):
         (x1, weights1), (x2, weights2) = _unshared((x, weights)), _unshared((x, weights), level=2)
         mean = ratio(total(weigh(_wide(x1), weights1)), count)
         square = ratio(total(weigh(abs_squared(_wide(x2)), weights2)), count)
@@ -104,11 +121,25 @@ def in_one_pass_if_exact(reduced):
         # Of the 53 layers of a new ResNet-50, 4 have a feature whose mean is more than 3 standard deviations,
         # and 31 one with more than 2.
         exact = jnp.all(abs_squared(mean) <= 9 * var)
-        return jax.lax.cond(
-            exact,
-            lambda: Part(mean, jnp.zeros_like(mean), var, count),
-            lambda: merge_about(where_finite(mean), _parts(x, weights), count, total, unshare=_unshared),
-        )
+        usable = jnp.all(jnp.isfinite(mean))
+        if unit is not None:
+            exact, usable = (condition & jnp.all(unit == 1) for condition in (exact, usable))
+
+        def about_the_mean():
+            parts = _parts(x, weights)
+            if weights is not None and weights.dtype == bool and weights.shape == x.shape:
+                # CPUs convert a Boolean for each sample more slowly than they choose by it, once.
+                parts = _parts(_unshared(jnp.where(weights, _wide(x), mean)), None)
+            return merge_about(where_finite(mean), parts, count, total, unshare=_unshared)
+
+        def from_the_start():
+            return about_a_sixteenth((), reduced, x, weights, count, unit, unshare=_unshared)
+
+        def again():
+            # A NaN that is counted is in the result either way.
+            return about_the_mean() if weights is None else jax.lax.cond(usable, about_the_mean, from_the_start)
+
+        return jax.lax.cond(exact, lambda: Part(mean, jnp.zeros_like(mean), var, count), again)
 
     @measure.def_vmap
     def measure_members(size, batched, *args):
@@ -128,6 +159,12 @@ def _wide(x):
 def _parts(x, weights):
     zero = jnp.zeros((1,) * x.ndim, arithmetic_dtype(x))
     return Part(x, zero, jnp.real(zero), weights)
+
+
+def _unit(count: jax.Array) -> jax.Array:
+    """Returns what to measure weights in: 1 if their sum is of a usual size, else a power of two near it."""
+    usual = (count == 0) | (2.0**-60 < count) & (count < 2.0**60)
+    return jnp.where(usual, 1, power_of_two(count))
 
 
 def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, feature_axes, other_axes
+from jbn.axes import Axes, expand, feature_axes, other_axes
 from jbn.checks import as_samples, as_weights
 from jbn.collectives import AxisName, NamedAxes, named_axes
 from jbn.dtypes import arithmetic_dtype, real_dtype
-from jbn.merging import Part, merge_named, merge_rows
+from jbn.merging import Part, merge_named, merge_rows, power_of_two
 from jbn.samples import measure_samples
 
 
@@ -25,7 +25,7 @@ class Moments(NamedTuple):
 
     mean: jax.Array  # (features...), float32 or wider; complex for complex samples
     var: jax.Array  # (features...), real, >= 0: mean of |x - mean|^2, no Bessel correction
-    count: jax.Array  # (features...), real, >= 0: the number of samples, or the sum of their weights
+    count: ArrayLike = 0  # (features...), real, >= 0: the number of samples, or the sum of their weights
 
 
 def moments(
@@ -83,15 +83,30 @@ def moments(
     """
     x = as_samples(x)
     axes = feature_axes(x.ndim, axis)
-    return measure(x, axes, as_weights(mask, x), named_axes(axis_name, axis_index_groups))
+    return in_ones(*measure(x, axes, as_weights(mask, x), named_axes(axis_name, axis_index_groups)))
 
 
 def measure(
     x: jax.Array, axes: tuple[int, ...], weights: jax.Array | None, over: NamedAxes = NamedAxes()
-) -> Moments:
-    """Does the work of `moments`, for arguments that were checked."""
-    whole = measure_samples(other_axes(x.ndim, axes), x, weights)
-    return _moments(merge_named(whole, over))
+) -> tuple[Moments, jax.Array | None]:
+    """Does the work of `moments`, for arguments that were checked.
+
+    Returns:
+      The moments, whose count is that of `in_units(weights, unit, axes)`, and this unit, in the features'
+      shape; None for 1.
+    """
+    part = merge_named(measure_samples(other_axes(x.ndim, axes), x, weights), over)
+    return _moments(part), part.unit
+
+
+def in_units(weights: jax.Array | None, unit: jax.Array | None, axes: tuple[int, ...]) -> jax.Array | None:
+    """Measures weights in a unit, which is a power of two."""
+    return weights if unit is None else weights * expand(1 / unit, weights.ndim, axes)
+
+
+def in_ones(m: Moments, unit: jax.Array | None) -> Moments:
+    """Counts in ones what was counted in a unit; beyond the dtype's range that is its largest number."""
+    return m if unit is None else m._replace(count=jnp.minimum(m.count * unit, jnp.finfo(unit.dtype).max))
 
 
 def merge(*parts: Moments) -> Moments:
@@ -138,8 +153,10 @@ def merge(*parts: Moments) -> Moments:
 
 def merge_stacked(parts: Moments, over: NamedAxes = NamedAxes()) -> Moments:
     """Merges moments that are stacked along a first axis, and those of all members of one's group."""
-    part = merge_rows(Part(parts.mean, jnp.zeros_like(parts.mean), parts.var, parts.count))
-    return _moments(merge_named(part, over))
+    unit = power_of_two(parts.count)
+    part = Part(parts.mean, jnp.zeros_like(parts.mean), parts.var, parts.count / unit, unit)
+    whole = merge_named(merge_rows(part), over)
+    return in_ones(_moments(whole), whole.unit)
 
 
 def with_count_per_feature(m: Moments) -> Moments:

@@ -40,6 +40,6 @@ def identity_params(moments: Moments, *, epsilon: float = 1e-5) -> Params:
     """
     if not isinstance(moments, Moments):
         raise TypeError(f"moments is a {type(moments).__name__}; wanted jbn.Moments, as jbn.moments gives.")
-    epsilon = as_epsilon(epsilon)
+    epsilon = as_epsilon(epsilon, moments.mean, moments.var)
     moments = cast(moments, arithmetic_dtype(moments.mean, moments.var))
     return Params(scale=jnp.sqrt(moments.var + epsilon), bias=moments.mean)
