@@ -87,7 +87,7 @@ def total(values: jax.Array, over: NamedAxes) -> jax.Array:
 
 def largest(values: jax.Array, over: NamedAxes) -> jax.Array:
     """Returns the largest of the members of one's group, in one collective; `values` are 0 or more."""
-    return _combined(jax.lax.pmax, jnp.max, values, over)
+    return _combined(jax.lax.pmax, jnp.max, jax.lax.stop_gradient(values), over)
 
 
 def gather(values: jax.Array, over: NamedAxes) -> tuple[jax.Array, jax.Array]:

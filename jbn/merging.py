@@ -95,8 +95,8 @@ def _merge_by(total, largest, parts):
         unit = largest(unit)
         parts = parts._replace(count=parts.count * (parts.unit / unit))
     count = total(parts.count)
-    # Shares, of which a part that is all there is has exactly 1, so that it comes out as it is.
-    share = ratio(parts.count, count)
+    # A part that is all there is comes out as it is; XLA multiplies by 1 / count, and that may be just off 1.
+    share = jnp.where((parts.count == count) & (count > 0), 1, ratio(parts.count, count))
     # What counts nothing may hold anything.
     mean, rest, var = (where_counted(leaf, share) for leaf in (parts.mean, parts.rest, parts.var))
     whole = merge_parts(Part(mean, rest, var, share), jnp.ones_like(count), total)

@@ -2,11 +2,16 @@
 
 A rule is any function `(running, batch) -> running`. The three here are frozen dataclasses, so that two rules
 with the same options are equal and hash alike, and `jit` compiles once for both.
+
+Each is a weighted average of two, `running + w * (batch - running)`. Where w is small, float32 has no room for
+most of a step: rounded to the nearest, an average of weight w stops up to 3e-8 / w of its value short of its
+limit, 4e-6 for w = 0.01 and 4e-3 for w = 1e-5. So below w = 1/128 each step is rounded up or down at random, in
+proportion (stochastic rounding: Connolly, Higham & Mary 2021), and stays within about 4e-8 / sqrt(w).
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +19,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbn.dtypes import arithmetic_dtype
-from jbn.merging import ratio
-from jbn.statistics import Moments, cast, merge, select, with_count_per_feature
+from jbn.merging import abs_squared, ratio
+from jbn.rounding import add, random_bits
+from jbn.statistics import Moments, cast, select, with_count_per_feature
 
 UpdateRule = Callable[[Moments, Moments], Moments]
 
@@ -65,28 +71,21 @@ class ema:  # lower case, like the other rules: to its user it is a function
     debias: bool = False
 
     def __post_init__(self):
-        if np.shape(self.decay) != ():
-            raise ValueError(f"decay has shape {np.shape(self.decay)}; wanted one number for all features.")
-        if isinstance(self.decay, jax.core.Tracer):
-            return
-        try:
-            object.__setattr__(self, "decay", float(self.decay))  # which is hashable
-        except TypeError:
-            raise TypeError(f"decay={self.decay!r}; wanted a number in [0, 1].") from None
-        if not 0 <= self.decay <= 1:
-            raise ValueError(
-                f"decay={self.decay} (momentum in the Flax modules) is outside [0, 1]; it is the weight of "
-                "the old value. PyTorch's momentum m is decay 1 - m."
-            )
+        object.__setattr__(self, "decay", as_decay("decay", self.decay))
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
         running = with_count_per_feature(running)
         # Subtracted before it is rounded: 1 - float32(0.99) is off by 1e-6 of itself.
         decay, new = (jnp.asarray(weight, running.count.dtype) for weight in (self.decay, 1 - self.decay))
+        steps_are_small = isinstance(self.decay, jax.core.Tracer) or 1 - self.decay < 1 / 128
+        noise = random_bits(running, batch) if steps_are_small else None
         if self.debias:
-            count = decay * running.count + new
-            return _average(running, batch, ratio(new, count), count, self.unbiased)
-        return _average(running, batch, new, running.count + 1, self.unbiased)
+            count = add(running.count, new - new * running.count, noise)
+            share = _share(decay * running.count, new)
+        else:
+            count = running.count + 1
+            share = _Share(jnp.minimum(decay, new), self.decay < 0.5)
+        return _average(running, batch, share, count, noise, unbiased=self.unbiased)
 
 
 @dataclass(frozen=True)
@@ -117,15 +116,18 @@ class cumulative:
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
         running = with_count_per_feature(running)
-        count = running.count + 1
-        return _average(running, batch, 1 / count, count, self.unbiased)
+        noise, one = random_bits(running, batch), jnp.ones_like(running.count)
+        count = add(running.count, one, noise)
+        return _average(running, batch, _share(running.count, one), count, noise, unbiased=self.unbiased)
 
 
 @dataclass(frozen=True)
 class pooled:
     """The moments of all samples ever seen, as if they had come in one batch: `jbn.merge`.
 
-    The variance holds the spread between batches too. `count` counts samples.
+    The variance holds the spread between batches too. `count` counts samples: exactly up to 2^24 in float32,
+    from there on right on average, to 0.1 %, rounded up or down by bits of the data. (Batches that are all the
+    same, bit by bit, are counted up to 2^24 of them; their moments do not need more.)
 
     >>> import jax.numpy as jnp, jbn
     >>> x = jnp.arange(10.0).reshape(5, 2)
@@ -137,7 +139,39 @@ class pooled:
     """
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
-        return merge(running, batch)
+        running, batch = with_count_per_feature(running), with_count_per_feature(batch)
+        noise = random_bits(running, batch)
+        count = jnp.minimum(add(running.count, batch.count, noise), jnp.finfo(running.count.dtype).max)
+        share = _share(running.count, batch.count)
+        return _average(running, batch, share, count, noise, spread=True)
+
+
+def as_decay(name: str, decay: ArrayLike) -> float | jax.Array:
+    """Returns the weight of the old value as a Python float, which is hashable, or as it is if it is traced.
+
+    Raises:
+      TypeError: it is no number.
+      ValueError: it is outside [0, 1], or an array of several.
+    """
+    if np.shape(decay) != ():
+        raise ValueError(f"{name} has shape {np.shape(decay)}; expected one number for all features.")
+    if isinstance(decay, jax.core.Tracer):
+        return decay
+    if decay is None:
+        raise TypeError(
+            f"{name}=None; expected a number in [0, 1]. The average of all batches, which is None in PyTorch, is "
+            "update=jbn.cumulative()."
+        )
+    try:
+        number = float(decay)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={decay!r}; expected a number in [0, 1].") from None
+    if not 0 <= number <= 1:
+        raise ValueError(
+            f"{name}={number} is outside [0, 1]; it is the weight of the old value. PyTorch's momentum m is "
+            f"{name} 1 - m."
+        )
+    return number
 
 
 def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
@@ -154,7 +188,10 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
             "by jbn.init(features, dtype=jnp.complex64), or by a module with param_dtype=jnp.complex64."
         )
     wide = arithmetic_dtype(running.mean, batch.mean)
-    new = update(cast(running, wide), cast(batch, wide))
+    old, batch = cast(running, wide), cast(batch, wide)
+    usable = (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
+    # A rule computes with nothing that it is not to see.
+    new = update(old, select(usable, batch, old)._replace(count=batch.count))
     if not isinstance(new, Moments):
         raise TypeError(f"update={update!r} returned a {type(new).__name__}; wanted jbn.Moments.")
     shapes = [np.shape(leaf) for leaf in new]
@@ -163,17 +200,51 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
             f"update={update!r} returned leaves of shapes {shapes}; wanted {running.mean.shape}, as given."
         )
     new = jax.tree.map(lambda leaf, old: jnp.asarray(leaf).astype(old.dtype), new, running)
-    finite = [jnp.isfinite(leaf) for leaf in (batch.mean, batch.var, new.mean, new.var)]
-    return select(functools.reduce(jnp.logical_and, finite, batch.count > 0), new, running)
+    return select(usable & jnp.isfinite(new.mean) & jnp.isfinite(new.var), new, running)
+
+
+class _Share(NamedTuple):
+    """Of two weights, the share of the smaller one."""
+
+    share: jax.Array  # () or (features...), at most 1/2
+    is_old: bool | jax.Array  # whether it is that of the running moments
+
+
+def _share(old: jax.Array, new: jax.Array) -> _Share:
+    # As a ratio of ratios, which is right for weights of any size.
+    is_old = old < new
+    smaller = ratio(jnp.minimum(old, new), jnp.maximum(old, new))
+    return _Share(smaller / (1 + smaller), is_old)
 
 
 def _average(
-    running: Moments, batch: Moments, weight: jax.Array, count: jax.Array, unbiased: bool
+    running: Moments,
+    batch: Moments,
+    share: _Share,
+    count: jax.Array,
+    noise: jax.Array | None,
+    *,
+    unbiased: bool = False,
+    spread: bool = False,
 ) -> Moments:
-    """Weighs the old values and the batch's; exactly the batch's with weight 1."""
-    batch_var = batch.var * ratio(batch.count, batch.count - 1) if unbiased else batch.var
-    var = (1 - weight) * running.var + weight * batch_var
-    weight = weight.astype(running.mean.dtype)
-    mean = (1 - weight) * running.mean + weight * batch.mean
-    enough = batch.count > (1 if unbiased else 0)
-    return select(enough, Moments(mean, var, count), running)
+    """Averages the running moments and a batch's, and adds the spread between the two if wanted.
+
+    It goes from the one that counts more towards the other, so that nothing moves where the two are the same,
+    and the result is exactly one of the two where the other counts nothing, whatever that one holds.
+    """
+    var = batch.var * ratio(batch.count, batch.count - 1) if unbiased else batch.var
+    w, is_old = share
+    near, far = running, batch._replace(var=var, count=running.count)
+    if isinstance(is_old, bool):
+        near, far = (far, near) if is_old else (near, far)
+    else:
+        near, far = select(is_old, far, near), select(is_old, near, far)
+        far = select(w > 0, far, near)
+
+    def towards(near, far, more=0):
+        v = w.astype(near.dtype)
+        return add(near, v * far - v * near + more, noise)
+
+    between = (1 - w) * w * abs_squared(far.mean - near.mean) if spread else 0
+    new = Moments(towards(near.mean, far.mean), towards(near.var, far.var, between), count)
+    return select(batch.count > (1 if unbiased else 0), new, running)

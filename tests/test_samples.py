@@ -42,7 +42,8 @@ def measured(way, x, weights=None):
     count = np.sum(
         np.broadcast_to(1 if weights is None else weights, (*x.shape[:2], 1)), REDUCED, keepdims=True
     )
-    part = WAYS[way](x, weights, jnp.asarray(count, jnp.float32))
+    unit = None if weights is None else jnp.ones_like(count, jnp.float32)
+    part = WAYS[way](x, weights, jnp.asarray(count, jnp.float32), unit)
     return np.float64(part.mean[0, 0]) + np.float64(part.rest[0, 0]), part.var[0, 0]
 
 
