@@ -3,6 +3,7 @@
 Flax users import `jbn.linen` or `jbn.nnx`.
 """
 
+from jbn.checks import OneValueWarning
 from jbn.functional import batch_norm, init, normalize
 from jbn.normalization import Params
 from jbn.running import cumulative, ema, pooled
@@ -10,6 +11,7 @@ from jbn.statistics import Moments, merge, moments
 
 __all__ = [
     "Moments",
+    "OneValueWarning",
     "Params",
     "batch_norm",
     "cumulative",

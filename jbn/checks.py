@@ -17,6 +17,10 @@ from jbn.collectives import NamedAxes, smallest_group
 from jbn.dtypes import arithmetic_dtype, real_dtype
 
 
+class OneValueWarning(UserWarning):
+    """In training a feature has one value, which is its own mean: every output is the bias."""
+
+
 def as_samples(x: ArrayLike) -> jax.Array:
     """Returns `x` as a JAX array of floating point or complex numbers.
 
@@ -181,6 +185,7 @@ def warn_of_one_value(x: jax.Array, axes: tuple[int, ...], parts: int | None, ov
             f"x of shape {x.shape} has one value per feature{where}. It is its own mean, so that in training "
             "every output is the bias. Train on larger batches, or with the running moments (train=False, or "
             "use_running_average=True in the Flax modules).",
+            OneValueWarning,
             stacklevel=_level_of_user(),
         )
 

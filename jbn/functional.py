@@ -24,10 +24,12 @@ from jbn.conditional import split_affine
 from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.normalization import Params, normalize_batch, normalize_by
 from jbn.running import UpdateRule, absorb, ema
+from jbn.spelling import explain_names
 from jbn.statistics import Moments, in_ones, merge_stacked, select, with_count_per_feature
 from jbn.virtual_batches import count_parts, map_parts
 
 
+@explain_names
 def init(
     features: int | Sequence[int],
     *,
@@ -65,6 +67,7 @@ def init(
     return params, running
 
 
+@explain_names
 def normalize(
     x: ArrayLike,
     moments: Moments,
@@ -114,6 +117,7 @@ def normalize(
     return affine(normalize_by(moments, axes, epsilon, dtype, x, params, None))
 
 
+@explain_names
 def batch_norm(
     x: ArrayLike,
     params: Params | None,
@@ -179,7 +183,7 @@ def batch_norm(
         `virtual_batch_size` < 1.
 
     Warns:
-      UserWarning: in training there is one value per feature, so that every output is the bias.
+      OneValueWarning: in training there is one value per feature, so that every output is the bias.
 
     A feature whose squared deviations add up beyond the dtype's range (in float32, deviations from about
     1e19 / sqrt(N) on) has an infinite variance: its outputs are the bias, its running moments stay.

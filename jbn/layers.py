@@ -5,7 +5,7 @@ Nothing here knows Flax. `jbn.linen` and `jbn.nnx` keep the variables, each in i
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jbn.collectives import AxisName
 from jbn.dtypes import promote
 from jbn.functional import batch_norm, init
 from jbn.normalization import Params
-from jbn.running import UpdateRule, ema
+from jbn.running import UpdateRule, as_decay, ema
 from jbn.statistics import Moments
 
 
@@ -48,13 +48,36 @@ def result_dtype(layer: Layer, *values: ArrayLike) -> np.dtype:
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else promote(jnp.float32, dtype)
 
 
+def check_options(layer: Layer) -> None:
+    """Checks what a constructor can: the momentum, which another rule makes unnecessary.
+
+    Raises:
+      TypeError, ValueError: it is no number in [0, 1].
+    """
+    if layer.momentum is not None or layer.update is None:
+        as_decay("momentum", layer.momentum)
+
+
+def check_mode(use_running_average: Any) -> None:
+    """Raises a TypeError unless it is a Boolean, traced or not, or None."""
+    shape, dtype = np.shape(use_running_average), getattr(use_running_average, "dtype", None)
+    if (shape, dtype) != ((), bool) and not isinstance(use_running_average, bool | int | None):
+        what = (
+            type(use_running_average).__name__
+            if dtype is None
+            else f"array of dtype {dtype} and shape {shape}"
+        )
+        raise TypeError(
+            f"use_running_average, the second argument of the call, is a {what}; expected True, False, or a "
+            "traced Boolean scalar. Arrays are given by name: mask=, scale=, bias=."
+        )
+
+
 def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Array:
     """Returns False if the layer will update nothing, and a traced Boolean if that is not known yet."""
     if layer.frozen:
         return False
     if isinstance(use_running_average, jax.core.Tracer):
-        if use_running_average.shape != () or use_running_average.dtype != bool:
-            raise TypeError(f"use_running_average={use_running_average}; wanted a Boolean scalar.")
         return jnp.logical_not(use_running_average)
     return not use_running_average
 
@@ -120,7 +143,7 @@ def apply_layer(
         train=train,
         axis=layer.axis,
         epsilon=layer.epsilon,
-        update=ema(layer.momentum) if layer.update is None else layer.update,
+        update=ema(as_decay("momentum", layer.momentum)) if layer.update is None else layer.update,
         mask=mask,
         axis_name=layer.axis_name,
         axis_index_groups=layer.axis_index_groups,

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 from jbn.dtypes import arithmetic_dtype
 from jbn.merging import abs_squared, ratio
 from jbn.rounding import add, random_bits
+from jbn.spelling import explain_names
 from jbn.statistics import Moments, cast, select, with_count_per_feature
 
 UpdateRule = Callable[[Moments, Moments], Moments]
@@ -88,6 +89,9 @@ class ema:  # lower case, like the other rules: to its user it is a function
         return _average(running, batch, share, count, noise, unbiased=self.unbiased)
 
 
+ema.__init__ = explain_names(ema.__init__)
+
+
 @dataclass(frozen=True)
 class cumulative:
     """The plain average of all batches' means and variances, each batch counting the same.
@@ -134,7 +138,7 @@ class pooled:
     >>> _, running = jbn.init(2)
     >>> for batch in x[:2], x[2:]:
     ...     running = jbn.pooled()(running, jbn.moments(batch))
-    >>> print(running.mean, running.var, running.count)
+    >>> print(running.mean, running.var.round(5), running.count)
     [4. 5.] [8. 8.] [5. 5.]
     """
 
@@ -169,7 +173,7 @@ def as_decay(name: str, decay: ArrayLike) -> float | jax.Array:
     if not 0 <= number <= 1:
         raise ValueError(
             f"{name}={number} is outside [0, 1]; it is the weight of the old value. PyTorch's momentum m is "
-            f"{name} 1 - m."
+            f"{name}=1 - m here."
         )
     return number
 

@@ -137,7 +137,9 @@ def in_one_pass_if_exact(reduced):
 
         def again():
             # A NaN that is counted is in the result either way.
-            return about_the_mean() if weights is None else jax.lax.cond(usable, about_the_mean, from_the_start)
+            return (
+                about_the_mean() if weights is None else jax.lax.cond(usable, about_the_mean, from_the_start)
+            )
 
         return jax.lax.cond(exact, lambda: Part(mean, jnp.zeros_like(mean), var, count), again)
 

@@ -18,6 +18,8 @@ from jbn.functional import normalize
 from jbn.layers import (
     apply_layer,
     as_inexact,
+    check_mode,
+    check_options,
     explained,
     initial_statistic,
     is_training,
@@ -28,6 +30,7 @@ from jbn.layers import (
 )
 from jbn.normalization import Params
 from jbn.running import UpdateRule
+from jbn.spelling import explain_names
 from jbn.statistics import cast, moments
 
 IMMUTABLE = (
@@ -83,11 +86,14 @@ class BatchNorm(nn.Module):
         become so at the first step. False starts the running ones in `param_dtype` where that is wider.
       update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,
         `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further variable `count`
-        then stands in "batch_stats", which is what such rules average by; 0 where a checkpoint has none.
+        then stands in "batch_stats", which is what such rules average by. A checkpoint of Flax has none, and
+        the 0 that it starts from has the first batch replace the checkpoint's statistics: give
+        `count_init=nn.initializers.ones` to a debiased rule, which then takes them for complete, or the number
+        of batches, or samples, that they are to count for to the others.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
-      mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
+      mean_init, var_init, count_init: initializers of the running mean, variance and count; None for 0, 1, 0.
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient, whatever `use_running_average` says.
 
@@ -133,8 +139,14 @@ class BatchNorm(nn.Module):
     virtual_batch_size: int | None = None
     mean_init: Initializer | None = None
     var_init: Initializer | None = None
+    count_init: Initializer | None = None
     frozen: bool = False
 
+    def __post_init__(self):
+        check_options(self)
+        super().__post_init__()
+
+    @explain_names
     @nn.compact
     def __call__(
         self,
@@ -159,6 +171,7 @@ class BatchNorm(nn.Module):
         Returns:
           An array of the shape of `x`.
         """
+        check_mode(use_running_average)
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
@@ -171,7 +184,7 @@ class BatchNorm(nn.Module):
             return lambda: self.param(name, initializer, shape, self.param_dtype)
 
         def statistic(name):
-            initializer = {"mean": self.mean_init, "var": self.var_init}.get(name)
+            initializer = {"mean": self.mean_init, "var": self.var_init, "count": self.count_init}[name]
             make = lambda: initial_statistic(name, shape, kept, initializer, partial(self.make_rng, "params"))
             return self.variable("batch_stats", name, make)
 
@@ -194,3 +207,6 @@ class BatchNorm(nn.Module):
                 for name, stat in stats.items():
                     stat.value = getattr(running, name)
         return y
+
+
+BatchNorm.__init__ = explain_names(BatchNorm.__init__)

@@ -20,6 +20,8 @@ from jbn.dtypes import arithmetic_dtype
 from jbn.layers import (
     apply_layer,
     as_inexact,
+    check_mode,
+    check_options,
     explained,
     initial_statistic,
     is_training,
@@ -30,12 +32,18 @@ from jbn.layers import (
 )
 from jbn.normalization import Params
 from jbn.running import UpdateRule
+from jbn.spelling import explain_names
 
 NOT_AN_ARGUMENT = (
     "BatchNorm updates its running statistics in training, and JAX returns updates only to arguments of the "
     "transform: write nnx.jit(lambda model, x: model(x))(model, x), not nnx.jit(model)(x), and likewise with "
     "nnx.eval_shape and nnx.vmap. A model merged inside the transform wants nnx.merge(..., copy=True). In "
     "inference, call model.eval() first."
+)
+ONE_FOR_ALL = (
+    "the members of this nnx.vmap share a BatchNorm, whose running statistics would be other ones for each. Give "
+    'the layer axis_name="batch" and the nnx.vmap as well, for one batch of all members; or map the model too, for '
+    "one model a member. In inference, call model.eval() first."
 )
 
 
@@ -90,11 +98,14 @@ class BatchNorm(nnx.Module):
       rngs: keys for the initializers.
       bias_metadata, scale_metadata: metadata of their variables, a sharding say.
       update: another rule, in place of `momentum`: `jbn.cumulative()`, `jbn.ema(0.9, debias=True)`, or any
-        function `(running, batch) -> running`. A further `nnx.BatchStat` is the `count` that it averages by.
+        function `(running, batch) -> running`. A further `nnx.BatchStat` is the `count` that it averages by. A
+        state of Flax has none: where one is loaded, give `count_init=nnx.initializers.ones` to a debiased rule,
+        or the number of batches, or samples, that the statistics are to count for to the others. From 0 the
+        first batch would replace them.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
-      mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
+      mean_init, var_init, count_init: initializers of the running mean, variance and count; None for 0, 1, 0.
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient. `model.set_attributes(frozen=True)` freezes all layers of a model.
 
@@ -120,6 +131,7 @@ class BatchNorm(nnx.Module):
      [2.     2.8144]]
     """
 
+    @explain_names
     def __init__(
         self,
         num_features: int | Sequence[int],
@@ -145,6 +157,7 @@ class BatchNorm(nnx.Module):
         virtual_batch_size: int | None = None,
         mean_init: Initializer | None = None,
         var_init: Initializer | None = None,
+        count_init: Initializer | None = None,
         frozen: bool = False,
     ):
         shape = tuple(num_features) if isinstance(num_features, Sequence) else (operator.index(num_features),)
@@ -160,7 +173,7 @@ class BatchNorm(nnx.Module):
         self.bias = param(bias_init, bias_metadata) if use_bias else nnx.data(None)
         self.mean = statistic("mean", mean_init)
         self.var = statistic("var", var_init)
-        self.count = nnx.data(None) if update is None else statistic("count")
+        self.count = nnx.data(None) if update is None else statistic("count", count_init)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -177,7 +190,9 @@ class BatchNorm(nnx.Module):
         self.update = update
         self.virtual_batch_size = virtual_batch_size
         self.frozen = frozen
+        check_options(self)
 
+    @explain_names
     def __call__(
         self,
         x: ArrayLike,
@@ -201,6 +216,7 @@ class BatchNorm(nnx.Module):
         Returns:
           An array of the shape of `x`.
         """
+        check_mode(use_running_average)
         if use_running_average is None:
             use_running_average = self.use_running_average
         if use_running_average is None:
@@ -227,6 +243,7 @@ class BatchNorm(nnx.Module):
         dtype = result_dtype(self, *self._promoted(x, running.mean, running.var, *params))
         y, running = apply_layer(self, as_inexact(x), params, running, train=train, mask=mask, dtype=dtype)
         if train is not False:
+            self._check_that_members_agree(running.mean)
             with explained(TraceContextError, NOT_AN_ARGUMENT):
                 for name, stat in stats.items():
                     stat[...] = getattr(running, name)
@@ -243,6 +260,16 @@ class BatchNorm(nnx.Module):
             self.use_running_average = use_running_average
         if frozen is not None:
             self.frozen = frozen
+
+    def _check_that_members_agree(self, mean: jax.Array) -> None:
+        """Raises a ValueError if all members of an `nnx.vmap` share this layer, and would update it each its way."""
+        try:
+            arguments = nnx.current_update_context("vmap").inner_ref_outer_index
+        except ValueError:
+            return
+        # Of all values that members share, and of no other, JAX's type is not that of members' own.
+        if arguments is not None and self in arguments and type(self.mean[...]) is not type(mean):
+            raise ValueError(ONE_FOR_ALL)
 
     def _promoted(self, *values: jax.Array | None) -> list[jax.ShapeDtypeStruct]:
         """Returns what `promote_dtype` would make of `x`, mean, var, scale and bias, and computes nothing."""
