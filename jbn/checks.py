@@ -21,13 +21,18 @@ class OneValueWarning(UserWarning):
     """In training a feature has one value, which is its own mean: every output is the bias."""
 
 
+def as_array(x: ArrayLike) -> jax.Array:
+    """Returns a JAX array, one that is given untouched, since checks for NaN look at what is computed."""
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
 def as_samples(x: ArrayLike) -> jax.Array:
     """Returns `x` as a JAX array of floating point or complex numbers.
 
     Raises:
       TypeError: `x` holds integers or Booleans.
     """
-    x = jnp.asarray(x)
+    x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"x has dtype {x.dtype}; wanted a floating point or complex dtype. "
@@ -46,10 +51,13 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     """
     if mask is None:
         return None
+    real = real_dtype(arithmetic_dtype(x))
     known = None if isinstance(mask, jax.core.Tracer) else np.asarray(mask)
+    if np.issubdtype(jnp.result_type(mask), np.complexfloating):
+        raise TypeError(f"mask has dtype {jnp.result_type(mask)}; expected Booleans or real weights.")
+    if known is not None and not np.all((known >= 0) & (known <= float(jnp.finfo(real).max))):
+        raise ValueError(f"mask holds a weight that is negative or not finite in {real}; expected >= 0.")
     mask = jnp.asarray(mask)
-    if jnp.issubdtype(mask.dtype, jnp.complexfloating):
-        raise TypeError(f"mask has dtype {mask.dtype}; expected Booleans or real weights.")
     ones = (1,) * (x.ndim - mask.ndim)
     last, first = ones + mask.shape, mask.shape + ones
     fits_last, fits_first = (_broadcasts(shape, x.shape) for shape in (last, first))
@@ -68,12 +76,7 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
             f"expected one that tells: {as_first} for the first axes, mask.reshape{last} for the last."
         )
     mask = mask.reshape(last)
-    if mask.dtype != bool:
-        dtype = real_dtype(arithmetic_dtype(x))
-        mask = mask.astype(dtype)
-        if known is not None and not np.all((known >= 0) & (known <= float(jnp.finfo(dtype).max))):
-            raise ValueError(f"mask holds a weight that is negative or not finite in {dtype}; expected >= 0.")
-    return jax.lax.stop_gradient(mask)
+    return jax.lax.stop_gradient(mask if mask.dtype == bool else mask.astype(real))
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
@@ -81,9 +84,7 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 
 def as_epsilon(epsilon: float, *values: ArrayLike) -> float:
-    """Returns `epsilon` as a Python float, if it is a normal number of the dtype that `values` are computed in.
-
-    A smaller one would act as 0.
+    """Returns `epsilon` as a Python float; it is a normal number of the dtype that `values` are computed in.
 
     Raises:
       TypeError: it is no number, or one that is not known at trace time.
@@ -97,10 +98,38 @@ def as_epsilon(epsilon: float, *values: ArrayLike) -> float:
     smallest, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
     if not smallest <= epsilon <= most:
         raise ValueError(
-            f"epsilon={epsilon}; expected a number from {smallest:.8g} on, the smallest that {dtype} arithmetic "
-            "does not take for 0, such as the default 1e-5."
+            f"epsilon={epsilon}; expected a number > 0, such as 1e-5, and {smallest:.8g} at least, for a "
+            f"smaller one is 0 in {dtype} arithmetic."
         )
     return epsilon
+
+
+def as_decay(name: str, decay: ArrayLike) -> float | jax.Array:
+    """Returns the weight of the old value as a Python float, which is hashable, or as it is if it is traced.
+
+    Raises:
+      TypeError: it is no number.
+      ValueError: it is outside [0, 1], or an array of several.
+    """
+    if np.shape(decay) != ():
+        raise ValueError(f"{name} has shape {np.shape(decay)}; expected one number for all features.")
+    if isinstance(decay, jax.core.Tracer):
+        return decay
+    if decay is None:
+        raise TypeError(
+            f"{name}=None; expected a number in [0, 1]. The average of all batches, None in PyTorch, is "
+            "update=jbn.cumulative()."
+        )
+    try:
+        number = float(decay)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={decay!r}; expected a number in [0, 1].") from None
+    if not 0 <= number <= 1:
+        raise ValueError(
+            f"{name}={number} is outside [0, 1]; it is the weight of the old value. PyTorch's momentum m is "
+            f"{name}=1 - m here."
+        )
+    return number
 
 
 def check_train(train: Any) -> None:

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -223,15 +224,12 @@ def batch_norm(
         # derives the function without its rule, and what it would keep is computed again.
         f = jax.checkpoint(normalize_batch.__wrapped__, prevent_cse=False, static_argnums=(0, 1, 2, 3))
 
-    def normalize_part(x, params, running, weights, train):
-        within = over if parts is None else NamedAxes()
-        y, used, unit = f(axes, within, epsilon, dtype, x, params, running, weights, train)
-        return y, in_ones(used, unit)
-
+    f = partial(f, axes, over if parts is None else NamedAxes(), epsilon, dtype)
     if parts is None:
-        y, used = normalize_part(x, params, running, weights, train)
+        y, used, unit = f(x, params, running, weights, train)
     else:
-        y, used = map_parts(normalize_part, parts, axes)(x, params, running, weights, train)
-        used = merge_stacked(used, over)
+        y, *used = map_parts(f, parts, axes)(x, params, running, weights, train)
+        used, unit = merge_stacked(*used, over)
+    used = in_ones(used, unit)
     used = jax.tree.map(shard_like, used, running)
     return affine(y), select(train, absorb(update, running, used), running)

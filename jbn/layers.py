@@ -13,11 +13,12 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn.axes import Axes
+from jbn.checks import as_decay
 from jbn.collectives import AxisName
 from jbn.dtypes import promote
 from jbn.functional import batch_norm, init
 from jbn.normalization import Params
-from jbn.running import UpdateRule, as_decay, ema
+from jbn.running import UpdateRule, ema
 from jbn.statistics import Moments
 
 

@@ -119,18 +119,18 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         dparams = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
         dscale, dbias = vary_like(jnp.stack(dparams), used.mean)
 
-        def centred(x, mean, inv):
+        def centred(x, weights, mean, inv):
             c = _centred(x, mean, weights)
             return c * inv if in_sd else c
 
         inv = _inverse_sd(epsilon, used.var).astype(wide)
-        # For the smallest epsilon the square of 1/sd overflows, so that there c is in units of sd, and 1/sd is 1:
-        # one more multiplication in a sum, which takes CPUs up to a tenth longer.
+        # For the smallest epsilon the square of 1/sd overflows. There c is in units of sd, which is one more
+        # multiplication in a sum, and takes CPUs up to a tenth longer.
         in_sd = epsilon < 1e-12
         per_c = jnp.ones_like(inv) if in_sd else inv
-        x_mean_inv = x, per_sample(used.mean), per_sample(inv)
+        per_feature = per_sample(used.mean), per_sample(inv)
         dx = _where_usable(x, weights, dx.astype(wide))
-        cdx = jnp.real(jnp.conj(centred(*x_mean_inv)) * dx).astype(wide)
+        cdx = jnp.real(jnp.conj(centred(x, weights, *per_feature)) * dx).astype(wide)
         sums = total(jnp.stack([sum_of(dx), sum_of(cdx)]), over)
         # The moments move with x only in training, and an infinite variance not at all.
         in_range = ~jnp.isinf(used.var)
@@ -140,8 +140,12 @@ def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
         P = dbias - a * mean_dx
         Q = jnp.where(in_range, per_c * dscale - a * per_c**2 * mean_cdx, 0)
         P, Q = vary_like(jnp.stack([P, Q]), x)
-        # What multiplies Q is summed in the backward pass; measuring has levels 1 and 2.
-        c = centred(*unshared(x_mean_inv, level=3))
+        # What multiplies Q is summed in the backward pass; measuring has levels 1 and 2. Weights stand for an
+        # x in which they may hide NaN, for checks would see it pass.
+        if weights is None:
+            c = centred(*unshared((x, None, *per_feature), level=3))
+        else:
+            c = centred(x, *unshared((weights, *per_feature), level=3))
         dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
         dvar = 2 * jnp.real(mean_cdx)
         if in_sd:

@@ -1,4 +1,4 @@
-"""Stochastic rounding: sums of many small steps that are right on average, where rounding would lose each step."""
+"""Stochastic rounding: sums of many small steps, right on average where rounding would lose each step."""
 
 from typing import Any
 
@@ -14,7 +14,8 @@ def add(x: jax.Array, step: jax.Array, noise: jax.Array | None) -> jax.Array:
       step: likewise.
       noise: in [0, 1), in the shape of `x`; None rounds to the nearest.
 
-    Reference: Connolly, Higham & Mary 2021, "Stochastic rounding and its probabilistic backward error analysis".
+    Reference: Connolly, Higham & Mary 2021, "Stochastic rounding and its probabilistic backward error
+    analysis".
     """
     if noise is None:
         return x + step
@@ -31,8 +32,8 @@ def add(x: jax.Array, step: jax.Array, noise: jax.Array | None) -> jax.Array:
 def random_bits(*values: Any) -> jax.Array | None:
     """Returns numbers in [0, 1) that are a function of float32 arrays of one shape, and look random.
 
-    No state and no key: whoever computes with the same values gets the same numbers. None for float64, in which
-    there is room enough.
+    No state and no key: whoever computes with the same values gets the same numbers. None for float64, which
+    has room enough.
     """
     state = jnp.uint32(0)
     for leaf in jax.tree.leaves(values):

@@ -3,10 +3,10 @@
 A rule is any function `(running, batch) -> running`. The three here are frozen dataclasses, so that two rules
 with the same options are equal and hash alike, and `jit` compiles once for both.
 
-Each is a weighted average of two, `running + w * (batch - running)`. Where w is small, float32 has no room for
-most of a step: rounded to the nearest, an average of weight w stops up to 3e-8 / w of its value short of its
-limit, 4e-6 for w = 0.01 and 4e-3 for w = 1e-5. So below w = 1/128 each step is rounded up or down at random, in
-proportion (stochastic rounding: Connolly, Higham & Mary 2021), and stays within about 4e-8 / sqrt(w).
+Each is a weighted average of two, `running + w * (batch - running)`. Where w is small, float32 has no room
+for most of a step: rounded to the nearest, an average stops up to 3e-8 / w of its value short of its limit,
+4e-6 for w = 0.01 and 4e-3 for w = 1e-5. So below w = 1/128 each step is rounded up or down at random, in
+proportion (`jbn/rounding.py`), and the average stays within about 4e-8 / sqrt(w) of its value.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jbn.checks import as_decay
 from jbn.dtypes import arithmetic_dtype
 from jbn.merging import abs_squared, ratio
 from jbn.rounding import add, random_bits
@@ -130,8 +131,9 @@ class pooled:
     """The moments of all samples ever seen, as if they had come in one batch: `jbn.merge`.
 
     The variance holds the spread between batches too. `count` counts samples: exactly up to 2^24 in float32,
-    from there on right on average, to 0.1 %, rounded up or down by bits of the data. (Batches that are all the
-    same, bit by bit, are counted up to 2^24 of them; their moments do not need more.)
+    and from there on right on average, to 0.1 %, up to the largest number that there is. (What is rounded up
+    and what down depends on bits of the data: batches that are all the same are counted up to 2^24 of them,
+    and their moments do not need more.)
 
     >>> import jax.numpy as jnp, jbn
     >>> x = jnp.arange(10.0).reshape(5, 2)
@@ -148,34 +150,6 @@ class pooled:
         count = jnp.minimum(add(running.count, batch.count, noise), jnp.finfo(running.count.dtype).max)
         share = _share(running.count, batch.count)
         return _average(running, batch, share, count, noise, spread=True)
-
-
-def as_decay(name: str, decay: ArrayLike) -> float | jax.Array:
-    """Returns the weight of the old value as a Python float, which is hashable, or as it is if it is traced.
-
-    Raises:
-      TypeError: it is no number.
-      ValueError: it is outside [0, 1], or an array of several.
-    """
-    if np.shape(decay) != ():
-        raise ValueError(f"{name} has shape {np.shape(decay)}; expected one number for all features.")
-    if isinstance(decay, jax.core.Tracer):
-        return decay
-    if decay is None:
-        raise TypeError(
-            f"{name}=None; expected a number in [0, 1]. The average of all batches, which is None in PyTorch, is "
-            "update=jbn.cumulative()."
-        )
-    try:
-        number = float(decay)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={decay!r}; expected a number in [0, 1].") from None
-    if not 0 <= number <= 1:
-        raise ValueError(
-            f"{name}={number} is outside [0, 1]; it is the weight of the old value. PyTorch's momentum m is "
-            f"{name}=1 - m here."
-        )
-    return number
 
 
 def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:

@@ -165,7 +165,7 @@ def _parts(x, weights):
 
 def _unit(count: jax.Array) -> jax.Array:
     """Returns what to measure weights in: 1 if their sum is of a usual size, else a power of two near it."""
-    usual = (count == 0) | (2.0**-60 < count) & (count < 2.0**60)
+    usual = (count == 0) | (count > 2.0**-60) & (count < 2.0**60)
     return jnp.where(usual, 1, power_of_two(count))
 
 

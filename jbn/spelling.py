@@ -1,11 +1,11 @@
-"""What PyTorch, Keras, Haiku and Equinox call the arguments of a batch norm, for errors that say the name here."""
+"""Other libraries' names for the arguments of a batch norm, for errors that say the name here."""
 
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-# Of each name the ways to say it here, the first of which starts with an argument that the callee has.
+# PyTorch, Keras, Haiku and Equinox. Of each name, how to say it here: the first that the callee has.
 NAMES = {
     "eps": ["epsilon"],
     "affine": ["use_scale and use_bias"],
@@ -52,7 +52,7 @@ NAMES = {
 
 
 def explain_names(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Has a function say what an argument is called here, when it gets the name that another library gives it."""
+    """Has a function say what an argument is called here, when it is called by another library's name."""
     accepted = inspect.signature(f).parameters
 
     @functools.wraps(f)

@@ -148,15 +148,21 @@ def merge(*parts: Moments) -> Moments:
             raise ValueError(f"merge got means of shapes {first} and {shape}; wanted the same features.")
     wide = arithmetic_dtype(*(part.mean for part in parts), *(part.var for part in parts))
     parts = [with_count_per_feature(cast(part, wide)) for part in parts]
-    return merge_stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    unit = power_of_two(stacked.count)
+    return in_ones(*merge_stacked(stacked._replace(count=stacked.count / unit), unit))
 
 
-def merge_stacked(parts: Moments, over: NamedAxes = NamedAxes()) -> Moments:
-    """Merges moments that are stacked along a first axis, and those of all members of one's group."""
-    unit = power_of_two(parts.count)
-    part = Part(parts.mean, jnp.zeros_like(parts.mean), parts.var, parts.count / unit, unit)
+def merge_stacked(
+    parts: Moments, unit: jax.Array | None, over: NamedAxes = NamedAxes()
+) -> tuple[Moments, jax.Array | None]:
+    """Merges moments that are stacked along a first axis, and those of all members of one's group.
+
+    Their counts are in a unit, as those of `measure`, and so is that of the result.
+    """
+    part = Part(parts.mean, jnp.zeros_like(parts.mean), parts.var, parts.count, unit)
     whole = merge_named(merge_rows(part), over)
-    return in_ones(_moments(whole), whole.unit)
+    return _moments(whole), whole.unit
 
 
 def with_count_per_feature(m: Moments) -> Moments:

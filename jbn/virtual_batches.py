@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
-from jbn.axes import other_axes, shard_like
+from jbn.axes import expand, other_axes, shard_like
 
 
 def count_parts(x: jax.Array, axes: tuple[int, ...], virtual_batch_size: int | None) -> int | None:
@@ -48,31 +48,44 @@ def map_parts(f: Callable[..., Any], parts: int, axes: tuple[int, ...]) -> Calla
     is.
 
     Returns:
-      A function that returns `y` in the shape of `x`, and the moments of the parts along a new first axis.
+      A function that returns `y` in the shape of `x`, and of the parts all else that `f` returns, along a new
+      first axis.
     """
 
     def mapped(x, params, running, weights, train):
+        hidden = None
+        if weights is not None and jax.config.jax_debug_nans:
+            # It looks at every array, parts of x included; so what a mask hides is replaced first.
+            hidden = ~(weights.astype(bool) | jnp.isfinite(x))
+            x = jnp.where(hidden, 0, x)
         axis, given = batch_axis(x.ndim, axes), x
         x = _whole_parts_per_device(given, parts, axis)
         shared = weights is None or weights.shape[axis] == 1
         if not shared:
             weights = _shard_examples_like(weights, x, axis)
-        f_of_parts = jax.vmap(f, (axis, None, None, None if shared else axis, None), (axis, 0))
+        f_of_parts = jax.vmap(f, (axis, None, None, None if shared else axis, None), (axis, 0, 0))
 
         def of_one_size(parts, x, weights):
             weights = weights if shared else _split(weights, parts, axis)
-            y, moments = f_of_parts(_split(x, parts, axis), params, running, weights, train)
+            y, *moments = f_of_parts(_split(x, parts, axis), params, running, weights, train)
             return y.reshape(x.shape), moments
+
+        def finished(y):
+            y = shard_like(y, given)
+            if hidden is None:
+                return y
+            bias = jnp.zeros((), y.dtype) if params.bias is None else expand(params.bias, x.ndim, axes)
+            return jnp.where(hidden, bias.astype(y.dtype), y)
 
         longer = x.shape[axis] % parts
         if not longer:
             y, moments = of_one_size(parts, x, weights)
-            return shard_like(y, given), moments
+            return finished(y), *moments
         cut = [longer * (x.shape[axis] // parts + 1)]
         two_weights = [weights] * 2 if shared else jnp.split(weights, cut, axis)
         y, moments = zip(*map(of_one_size, (longer, parts - longer), jnp.split(x, cut, axis), two_weights))
         moments = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *moments)
-        return shard_like(jnp.concatenate(y, axis), given), moments
+        return finished(jnp.concatenate(y, axis)), *moments
 
     return mapped
 

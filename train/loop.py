@@ -22,6 +22,8 @@ from train.stopping import StopRequests
 
 SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait, or one step if that is longer
 
+FAR = 1e3  # times the training loss: an evaluation that sees something else than training did
+
 
 def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
     """Trains a job to its end, or until a stop is requested, and returns its summary.
@@ -99,6 +101,7 @@ class _Run:
     def __init__(self, job: Job, checkpoints: Checkpoints, stop: StopRequests):
         self._job, self._checkpoints, self._stop = job, checkpoints, stop
         self._steps, self._seconds = 0, 0.0  # of training, without those that compile
+        self._warned = False
 
     @property
     def examples_per_second(self) -> float | None:
@@ -173,6 +176,14 @@ class _Run:
         for split, values in results.items():
             if not math.isfinite(values["loss"]):
                 raise self._failure(f"the {split} loss after step {step}")
+            if values["loss"] > FAR * max(1, results["train"]["loss"]) and not self._warned:
+                self._warned = True
+                logs.say(
+                    f"warning: the {split} loss is {values['loss']:.1e}, in training it was "
+                    f"{results['train']['loss']:.1e}. Running statistics of batch norm do not describe these "
+                    "inputs, as when they vary by 1e19 or more: the variance is then beyond float32, and "
+                    "left out of the running statistics. Scale the data."
+                )
         self._inspect(state, logs)
         state = state._replace(sums=distributed.replicate(job.mesh, states.no_sums()))
         self._checkpoints.save(state, results.get("validation"))

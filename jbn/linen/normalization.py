@@ -12,6 +12,7 @@ from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
 from jbn.axes import Axes, feature_axes, feature_shape
+from jbn.checks import as_array
 from jbn.collectives import AxisName
 from jbn.dtypes import arithmetic_dtype
 from jbn.functional import normalize
@@ -87,9 +88,9 @@ class BatchNorm(nn.Module):
       update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,
         `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further variable `count`
         then stands in "batch_stats", which is what such rules average by. A checkpoint of Flax has none, and
-        the 0 that it starts from has the first batch replace the checkpoint's statistics: give
-        `count_init=nn.initializers.ones` to a debiased rule, which then takes them for complete, or the number
-        of batches, or samples, that they are to count for to the others.
+        from 0 the first batch would replace its statistics. So give `count_init=nn.initializers.ones` to a
+        debiased rule, for which they are complete then, and to others the number of batches, or of samples,
+        that they stand for.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
@@ -176,7 +177,7 @@ class BatchNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         train, initializing = is_training(self, use_running_average), self.is_initializing()
-        x = jnp.asarray(x)
+        x = as_array(x)
         shape = feature_shape(x, feature_axes(x.ndim, self.axis))
         kept = arithmetic_dtype(x, jnp.float32 if self.force_float32_reductions else self.param_dtype)
 

@@ -15,6 +15,7 @@ from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
 from jbn.axes import Axes, feature_axes, feature_shape
+from jbn.checks import as_array
 from jbn.collectives import AxisName
 from jbn.dtypes import arithmetic_dtype
 from jbn.layers import (
@@ -41,9 +42,9 @@ NOT_AN_ARGUMENT = (
     "inference, call model.eval() first."
 )
 ONE_FOR_ALL = (
-    "the members of this nnx.vmap share a BatchNorm, whose running statistics would be other ones for each. Give "
-    'the layer axis_name="batch" and the nnx.vmap as well, for one batch of all members; or map the model too, for '
-    "one model a member. In inference, call model.eval() first."
+    "The members of this nnx.vmap share one BatchNorm, but each would make other running statistics of it. "
+    'For one batch of all members, give axis_name="batch" to the layer and to nnx.vmap; for one model each, '
+    "map the model too. In inference, call model.eval() first."
 )
 
 
@@ -98,10 +99,10 @@ class BatchNorm(nnx.Module):
       rngs: keys for the initializers.
       bias_metadata, scale_metadata: metadata of their variables, a sharding say.
       update: another rule, in place of `momentum`: `jbn.cumulative()`, `jbn.ema(0.9, debias=True)`, or any
-        function `(running, batch) -> running`. A further `nnx.BatchStat` is the `count` that it averages by. A
-        state of Flax has none: where one is loaded, give `count_init=nnx.initializers.ones` to a debiased rule,
-        or the number of batches, or samples, that the statistics are to count for to the others. From 0 the
-        first batch would replace them.
+        function `(running, batch) -> running`. A further `nnx.BatchStat` is the `count` that it averages by.
+        A state of Flax has none, and from 0 the first batch would replace its statistics. So give
+        `count_init=nnx.initializers.ones` to a debiased rule, for which they are complete then, and to others
+        the number of batches, or of samples, that they stand for.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
@@ -225,7 +226,7 @@ class BatchNorm(nnx.Module):
                 "constructor, in the call, by model.train() and model.eval(), or by nnx.view."
             )
         train = is_training(self, use_running_average)
-        x = jnp.asarray(x)
+        x = as_array(x)
         shape = feature_shape(x, feature_axes(x.ndim, self.axis))
         if shape != self.mean.shape:
             raise ValueError(
@@ -262,12 +263,12 @@ class BatchNorm(nnx.Module):
             self.frozen = frozen
 
     def _check_that_members_agree(self, mean: jax.Array) -> None:
-        """Raises a ValueError if all members of an `nnx.vmap` share this layer, and would update it each its way."""
+        """Raises a ValueError if members of an `nnx.vmap` share this layer, and update it differently."""
         try:
             arguments = nnx.current_update_context("vmap").inner_ref_outer_index
         except ValueError:
             return
-        # Of all values that members share, and of no other, JAX's type is not that of members' own.
+        # What members share is, for JAX, of another type than what is a member's own.
         if arguments is not None and self in arguments and type(self.mean[...]) is not type(mean):
             raise ValueError(ONE_FOR_ALL)
 

@@ -1,0 +1,273 @@
+"""What people are used to from other libraries, and get an answer to here."""
+
+import pickle
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from flax_layers import NNX, Linen
+from jax.experimental import jet
+from layers import layer, random
+from numpy.testing import assert_allclose, assert_array_equal
+
+import jbn
+import jbn.linen
+import jbn.nnx
+
+X = random((8, 3))
+both = pytest.mark.parametrize("flavour", [Linen, NNX])
+
+
+def make(flavour, **options):
+    return (
+        jbn.linen.BatchNorm(**options)
+        if flavour is Linen
+        else jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+    )
+
+
+@both
+def test_constructors_say_the_name_that_an_argument_has_here(flavour):
+    names = {
+        "eps": "epsilon",
+        "affine": "use_scale and use_bias",
+        "track_running_stats": "use_running_average=False",
+        "decay_rate": "momentum",
+        "center": "use_bias",
+        "scale": "use_scale",
+        "create_offset": "use_bias",
+        "gamma_initializer": "scale_init",
+        "moving_variance_initializer": "var_init",
+        "cross_replica_axis": "axis_name",
+        "data_format": "axis",
+        "num_features" if flavour is Linen else "features": "axis" if flavour is Linen else "num_features",
+    }
+    for name, here in names.items():
+        with pytest.raises(TypeError, match=f"got {name}=1, another library's name; expected {here}"):
+            make(flavour, **{name: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        make(flavour, colour=1)
+
+
+@both
+def test_calls_say_the_name_that_an_argument_has_here(flavour):
+    driver = flavour(flavour.ours, X)
+    for name, here in {
+        "training": "use_running_average=not training",
+        "is_training": "use_running_average=not is_training",
+        "train": "use_running_average=not train",
+        "deterministic": "use_running_average=deterministic",
+        "gamma": "scale",
+    }.items():
+        with pytest.raises(TypeError, match=f"got {name}=True, another library's name; expected {here}"):
+            driver.train(X, **{name: True})
+
+
+def test_functions_say_the_name_that_an_argument_has_here():
+    params, running = layer(3)
+    for name, here in {
+        "eps": "epsilon",
+        "momentum": r"update=jbn.ema\(momentum\)",
+        "decay_rate": r"update=jbn.ema\(decay_rate\)",
+        "training": "train",
+        "inference": "train=not inference",
+        "use_running_average": "train=not use_running_average",
+        "running_mean": r"running=jbn.Moments\(running_mean, running_var\)",
+        "weight": r"params=jbn.Params\(weight, bias\)",
+    }.items():
+        with pytest.raises(TypeError, match=f"got {name}=0.1, another library's name; expected {here}"):
+            jbn.batch_norm(X, params, running, **{name: 0.1})
+    for call, here in {
+        lambda: jbn.ema(momentum=0.9): "decay",
+        lambda: jbn.init(3, affine=False): "use_scale and use_bias",
+        lambda: jbn.normalize(X, running, eps=1e-3): "epsilon",
+    }.items():
+        with pytest.raises(TypeError, match=f"another library's name; expected {here}"):
+            call()
+
+
+@both
+def test_momentum_is_checked_in_the_constructor_by_its_name(flavour):
+    for momentum, error, message in [
+        (None, TypeError, r"momentum=None; expected a number in \[0, 1\].*update=jbn.cumulative\(\)"),
+        (1.5, ValueError, r"momentum=1.5 is outside \[0, 1\]; .*PyTorch's momentum m is momentum=1 - m here"),
+        (-0.1, ValueError, r"momentum=-0.1 is outside"),
+        (float("nan"), ValueError, r"momentum=nan is outside"),
+        (np.ones(3), ValueError, r"momentum has shape \(3,\); expected one number"),
+        ("0.9 or so", TypeError, r"momentum='0.9 or so'; expected a number"),
+    ]:
+        with pytest.raises(error, match=message):
+            make(flavour, momentum=momentum)
+    # Another rule needs none.
+    assert make(flavour, momentum=None, update=jbn.cumulative()).momentum is None
+
+
+def test_momentum_that_is_set_later_is_named_too():
+    model = make(NNX)
+    model.momentum = 2.0
+    with pytest.raises(ValueError, match="momentum=2.0 is outside"):
+        model(X)
+
+
+@both
+def test_an_array_as_second_argument_is_named(flavour):
+    driver = flavour(flavour.ours, X)
+    for second in (X, np.ones((8, 3)), jnp.ones(()), np.ones(3, bool), jnp.ones((1,), bool)):
+        for call in (make(flavour), driver.layer):
+            run = call if flavour is NNX else lambda *args, call=call: call.init(jax.random.key(0), *args)
+            with pytest.raises(TypeError, match="use_running_average, the second argument of the call, is a"):
+                run(X, second)
+    with pytest.raises(
+        TypeError, match=r"is a array of dtype float32 and shape \(8, 3\); expected True, False"
+    ):
+        driver.layer(X, X) if flavour is NNX else driver.layer.apply(driver.variables, X, X)
+    for mode in (True, np.True_, np.array(True), jnp.array(True), 1):
+        y = driver.layer(X, mode) if flavour is NNX else driver.layer.apply(driver.variables, X, mode)
+        assert_allclose(y, driver.infer(X))
+
+
+# Moments and parameters by hand.
+
+
+def test_moments_without_a_count_have_none_yet():
+    mean, var = jnp.full(3, 2.0), jnp.full(3, 4.0)
+    running = jbn.Moments(mean, var)
+    assert running.count == 0 and len(jax.tree.leaves(running)) == 3
+    assert_allclose(jbn.normalize(X, running), (X - 2) / 2, rtol=1e-5, atol=1e-6)
+    y, new = jax.jit(lambda running: jbn.batch_norm(X, None, running, train=True, update=jbn.pooled()))(
+        running
+    )
+    batch = jbn.moments(X)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-6), new, batch)
+    for rule in (jbn.ema(0.5), jbn.ema(0.5, debias=True), jbn.cumulative(), jbn.pooled()):
+        jax.tree.map(
+            assert_array_equal, rule(running, batch), rule(running._replace(count=jnp.zeros(3)), batch)
+        )
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-6), jbn.merge(running, batch), batch)
+
+
+@pytest.mark.parametrize(
+    "scale, bias", [(2.0, 0.5), (jnp.float32(2), jnp.float32(0.5)), (np.float64(2), None)]
+)
+@pytest.mark.parametrize("axis", [-1, 0, (0, 1), ()])
+def test_a_scalar_scale_or_bias_holds_for_all_features(scale, bias, axis):
+    features = {-1: (3,), 0: (8,), (0, 1): (8, 3), (): ()}[axis]
+    running = jbn.init(features)[1]
+    full = jbn.Params(*(None if v is None else jnp.full(features, v, jnp.float32) for v in (scale, bias)))
+    for train in (True, False) if axis != (0, 1) else (False,):
+        call = lambda params, train=train: jbn.batch_norm(X, params, running, train=train, axis=axis)[0]
+        assert_array_equal(call(jbn.Params(scale, bias)), call(full))
+    assert_array_equal(
+        jbn.normalize(X, running, jbn.Params(scale, bias), axis=axis),
+        jbn.normalize(X, running, full, axis=axis),
+    )
+
+
+def test_gradients_of_scalars_are_those_of_all_features_together():
+    running, target = jbn.init(3)[1], random((8, 3), seed=1)
+    loss = lambda params: jnp.sum(jbn.batch_norm(X, params, running, train=True)[0] * target)
+    scalars = jax.grad(loss)(jbn.Params(jnp.float32(2), jnp.float32(0.5)))
+    vectors = jax.grad(loss)(jbn.Params(jnp.full(3, 2.0), jnp.full(3, 0.5)))
+    for scalar, vector in zip(scalars, vectors):
+        assert scalar.shape == ()
+        assert_allclose(scalar, vector.sum(), rtol=1e-5)
+
+
+@both
+def test_a_scalar_scale_and_bias_may_be_given_in_the_call(flavour):
+    driver = flavour(flavour.ours, X, use_scale=False, use_bias=False)
+    y = driver.train(X)
+    assert_allclose(driver.train(X, scale=2.0, bias=jnp.float32(0.5)), 2 * y + 0.5, rtol=1e-5, atol=1e-5)
+
+
+# Statistics of Flax, in a layer that counts.
+
+
+@both
+@pytest.mark.parametrize(
+    "rule, count",
+    [(jbn.ema(0.9, debias=True), 1.0), (jbn.cumulative(), 9.0), (jbn.pooled(), 72.0)],
+    ids=["debiased", "cumulative", "pooled"],
+)
+def test_statistics_of_flax_count_for_what_the_layer_is_told(flavour, rule, count):
+    mean, var = np.float32([1, 2, 3]), np.float32([4, 5, 6])
+    driver = flavour(flavour.ours, X, update=rule, count_init=nn.initializers.constant(count))
+    if flavour is Linen:
+        driver.variables = driver.variables | {"batch_stats": {"mean": mean, "var": var}}
+    else:
+        nnx.update(driver.layer, {"mean": mean, "var": var})
+    driver.train(X)
+    new = driver.stats
+    batch = jbn.moments(X)
+    # 8 samples beside 72, one batch beside nine, a weight of 0.1.
+    assert_allclose(new["mean"], 0.9 * mean + 0.1 * batch.mean, rtol=1e-5)
+    between = 0.09 * (batch.mean - mean) ** 2 if rule == jbn.pooled() else 0
+    assert_allclose(new["var"], 0.9 * var + 0.1 * batch.var + between, rtol=1e-5)
+
+
+# Warnings.
+
+
+@both
+def test_the_warning_of_one_value_has_a_class_of_its_own(flavour):
+    driver, one = flavour(flavour.ours, X), X[:1]
+    calls = [lambda: driver.train(one), lambda: jbn.batch_norm(one, *layer(3), train=True)]
+    for call in calls:
+        with pytest.warns(jbn.OneValueWarning, match="one value per feature"):
+            call()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            warnings.simplefilter("ignore", jbn.OneValueWarning)
+            call()
+    assert issubclass(jbn.OneValueWarning, UserWarning)
+
+
+# Transforms that do not work.
+
+
+def test_members_of_a_vmap_that_share_a_layer_are_told_how_to():
+    x = random((4, 5, 3))
+    model = nnx.Sequential(make(NNX))
+    call = lambda model, x: model(x)
+    for run in (
+        lambda: nnx.vmap(call, in_axes=(None, 1))(make(NNX), x),
+        lambda: nnx.vmap(call, in_axes=(None, 0))(model, x),
+        lambda: nnx.jit(nnx.vmap(call, in_axes=(None, 0)))(model, x),
+    ):
+        with pytest.raises(
+            ValueError, match='members of this nnx.vmap share one BatchNorm.*axis_name="batch"'
+        ):
+            run()
+    # What may be done is not touched: inference, one batch of all, one model a member, states of one's own.
+    model.eval()
+    assert nnx.vmap(call, in_axes=(None, 0))(model, x).shape == x.shape
+    shared = make(NNX, axis_name="batch")
+    y = nnx.vmap(call, in_axes=(None, 1), out_axes=1, axis_name="batch")(shared, x)
+    assert_allclose(y.mean((0, 1)), 0, atol=1e-5)
+    members = nnx.vmap(lambda _: make(NNX), axis_size=4, in_axes=None)(0)
+    assert nnx.vmap(call, in_axes=(0, 0))(members, x).shape == x.shape
+    graph, state = nnx.split(make(NNX))
+
+    def own_state(x):
+        layer = nnx.merge(graph, state, copy=True)
+        layer(x)
+        return nnx.state(layer)["mean"]
+
+    assert jax.vmap(own_state)(x).shape == (4, 3)
+
+
+def test_jet_does_not_work_yet():
+    # When it does, its paragraph in the docstring of jbn.batch_norm can go.
+    f = lambda x: jbn.batch_norm(x, None, jbn.init(3)[1], train=True)[0]
+    with pytest.raises(Exception, match="JetTracer"):
+        jet.jet(f, (X,), ((X, X),))
+
+
+def test_modules_with_explained_names_are_still_dataclasses_that_pickle_and_clone():
+    layer = make(Linen, epsilon=1e-3)
+    assert layer.clone(momentum=0.5) == make(Linen, epsilon=1e-3, momentum=0.5)
+    assert pickle.loads(pickle.dumps(layer)) == layer
