@@ -14,7 +14,7 @@ def promote(*values: ArrayLike | DTypeLike) -> np.dtype:
     """
     with jax.numpy_dtype_promotion("standard"):
         if len({jnp.result_type(value) for value in values}) > 1:
-            values = [jnp.bfloat16 if _is_narrow(value) else value for value in values]
+            values = [jnp.bfloat16 if is_narrow(value) else value for value in values]
         return jnp.result_type(*values)
 
 
@@ -28,6 +28,7 @@ def real_dtype(dtype: DTypeLike) -> np.dtype:
     return np.finfo(dtype).dtype if np.issubdtype(dtype, np.complexfloating) else np.dtype(dtype)
 
 
-def _is_narrow(value: ArrayLike | DTypeLike) -> bool:
+def is_narrow(value: ArrayLike | DTypeLike) -> bool:
+    """Tells whether it is a float of 8 bits or fewer."""
     dtype = jnp.result_type(value)
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8

@@ -33,6 +33,7 @@ class Layer(Protocol):
     axis_index_groups: Sequence[Sequence[int]] | None
     update: UpdateRule | None
     virtual_batch_size: int | None
+    initial_count: float
     frozen: bool
 
 
@@ -94,17 +95,20 @@ def running_moments(stats: Mapping[str, jax.Array]) -> Moments:
 
 
 def initial_statistic(
+    layer: Layer,
     name: str,
     shape: tuple[int, ...],
     dtype: np.dtype,
     initializer: Callable[..., jax.Array] | None,
     make_key: Callable[[], jax.Array],
 ) -> jax.Array:
-    """Makes the running mean, variance or count of a new layer: that of `jbn.init`, or what the user wants.
+    """Makes the running mean, variance or count of a new layer: those of `jbn.init`, or what the user wants.
 
     A key is made for the user's initializer only: without one, a layer draws the keys that Flax's draws.
     """
     leaf = getattr(init(shape, dtype=dtype)[1], name)
+    if name == "count":
+        return jnp.full_like(leaf, layer.initial_count)
     return leaf if initializer is None else initializer(make_key(), shape, leaf.dtype)
 
 

@@ -432,9 +432,11 @@ def test_backward_pass_of_a_vmap_keeps_x_in_its_own_dtype(mask):
         ({"axis_name": ("i", "i")}, "names an axis twice"),
         ({"axis_name": "i", "axis_index_groups": [[0, 1]]}, "0 to 3, in exactly one group"),
         ({"axis_name": "i", "axis_index_groups": [[0, 1], [1, 2, 3]]}, "0 to 3, in exactly one group"),
+        ({"axis_name": "i", "axis_index_groups": [[], [0, 1, 2, 3]]}, "in exactly one group, and no empty"),
+        ({"axis_name": "i", "axis_index_groups": [[0, 1, 2, 3], ()]}, "in exactly one group, and no empty"),
         (
             {"axis_name": "i", "axis_index_groups": [0, 1, 2, 3]},
-            r"\[0, 1, 2, 3\] with axis_name='i'; wanted each",
+            r"\[0, 1, 2, 3\] with axis_name='i'; expected each",
         ),
         ({"axis_index_groups": [[0, 1]]}, "needs axis_name, which is None"),
     ],

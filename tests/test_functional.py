@@ -232,7 +232,7 @@ def test_epsilon_may_be_of_any_type_of_number(x64):
 def test_epsilon_that_is_traced_is_named():
     params, running = jbn.init(3)
     call = lambda epsilon: jbn.batch_norm(VECTORS, params, running, train=True, epsilon=epsilon)
-    with pytest.raises(TypeError, match="epsilon=.*; wanted a number > 0 that is not traced"):
+    with pytest.raises(TypeError, match="epsilon=.*; expected a number > 0 that is not traced"):
         jax.jit(call)(1e-5)
 
 
@@ -393,18 +393,18 @@ ONE_VALUE = {
 @pytest.mark.parametrize("case", ONE_VALUE)
 def test_one_value_per_feature_warns_at_trace_time(case):
     call, message = ONE_VALUE[case]
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(jbn.OneValueWarning, match=message):
         jax.eval_shape(call)
 
 
 def test_one_value_per_feature_warns_with_a_traced_flag():
-    with pytest.warns(UserWarning, match="train=False"):
+    with pytest.warns(jbn.OneValueWarning, match="train=False"):
         jax.eval_shape(lambda flag: jbn.batch_norm(jnp.ones((1, 3)), None, jbn.init(3)[1], train=flag), True)
 
 
 def test_warning_points_at_the_caller_and_comes_once_a_compilation():
     step = jax.jit(train)
-    with pytest.warns(UserWarning, match="one value per feature") as caught:
+    with pytest.warns(jbn.OneValueWarning, match="one value per feature") as caught:
         train(jnp.ones((1, 3)))
         step(jnp.ones((1, 3)))
         step(jnp.ones((1, 3)))
@@ -412,7 +412,7 @@ def test_warning_points_at_the_caller_and_comes_once_a_compilation():
     assert caught[0].filename == __file__
     values = {"norm": jbn.batch_norm, "x": jnp.ones((1, 3)), "running": jbn.init(3)[1]}
     beside = f"{Path(jbn.__file__).parent}_models/net.py"  # a user's, though its name begins like ours
-    with pytest.warns(UserWarning, match="one value per feature") as caught:
+    with pytest.warns(jbn.OneValueWarning, match="one value per feature") as caught:
         exec(compile("norm(x, None, running, train=True)", beside, "exec"), values)
     assert caught[0].filename == beside
 
@@ -474,8 +474,8 @@ def test_more_values_or_inference_do_not_warn(call):
         (dict(train=None), TypeError, "train=None; wanted True, False, or a traced Boolean scalar"),
         (dict(train=np.array([True, False, True])), TypeError, "train=array.*Boolean scalar"),
         (dict(train="no"), TypeError, "train='no'; wanted True"),
-        (dict(epsilon=0.0), ValueError, "epsilon=0.0; wanted a number > 0"),
-        (dict(epsilon=None), TypeError, "epsilon=None; wanted a number > 0"),
+        (dict(epsilon=0.0), ValueError, "epsilon=0.0; expected a number > 0"),
+        (dict(epsilon=None), TypeError, "epsilon=None; expected a number > 0"),
         (dict(mask=np.ones(7)), ValueError, r"mask of shape \(7,\) does not broadcast"),
         (dict(mask=-np.ones((4, 1))), ValueError, "mask holds a weight that is negative"),
         (

@@ -224,7 +224,7 @@ def test_identity_params_are_float32_at_least_with_a_real_scale(mean, var):
         (
             lambda x: inspection.identity_params(jbn.moments(x), epsilon=0),
             ValueError,
-            "epsilon=0.0; wanted a number > 0",
+            "epsilon=0.0; expected a number > 0",
         ),
     ],
 )

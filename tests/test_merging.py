@@ -1,8 +1,13 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
+import jbn
 from jbn.merging import Part, merge_parts, merge_rows, ratio, where_counted
 
 
@@ -39,3 +44,65 @@ def test_ratio_of_nothing_is_0_and_uncounted_values_are_0():
     assert_array_equal(ratio(jnp.array([0.0, 6.0]), jnp.array([0.0, 3.0])), [0, 2])
     assert_array_equal(where_counted(jnp.array([jnp.nan, 5.0]), jnp.array([0.0, 0.5])), [0, 5])
     assert_array_equal(where_counted(jnp.array([5.0]), None), [5])
+
+
+RATIOS = [1.0, 3.0, 1e3, 2.0**24, 2.0**25, 1e9, 2.0**40, 1e20, 1e37]
+
+
+def merged_in_float64(parts):
+    mean, var, count = (np.stack([np.float64(leaf) for leaf in leaves]) for leaves in zip(*parts))
+    share = count / count.sum(0)
+    whole = (share * mean).sum(0)
+    return whole, (share * (var + (mean - whole) ** 2)).sum(0), count.sum(0)
+
+
+def moments(mean, var, count):
+    return jbn.Moments(*(jnp.array([value], jnp.float32) for value in (mean, var, count)))
+
+
+@pytest.mark.parametrize("small", [1.0, 0.01, 1e-20])
+def test_a_part_weighs_its_share_whatever_the_ratio_of_counts(small):
+    for ratio_of_counts in RATIOS:
+        few, many = moments(10.0, 2.0, small), moments(1e-3, 1.0, small * ratio_of_counts)
+        mean, var, count = merged_in_float64([few, many])
+        for whole in (jbn.merge(few, many), jbn.merge(many, few), jbn.pooled()(many, few)):
+            # A mean far below the other's is as exact as what remains of that.
+            assert_allclose(whole.mean, mean, rtol=1e-6, err_msg=ratio_of_counts)
+            assert_allclose(whole.var, var, rtol=1e-6, err_msg=ratio_of_counts)
+            assert_allclose(whole.count, count, rtol=1e-6)
+
+
+def test_many_parts_of_very_different_counts_are_merged_by_shares():
+    rng = np.random.RandomState(0)
+    counts = 10.0 ** np.array([0, -3, 5, 8, 2, -20, 9, 9])
+    parts = [moments(rng.normal(3, 5), rng.rand(), count) for count in counts]
+    for given in (parts, parts[::-1]):
+        whole = jbn.merge(*given)
+        for leaf, wanted in zip(whole, merged_in_float64(parts)):
+            assert_allclose(leaf, wanted, rtol=1e-6)
+
+
+def test_devices_of_very_different_counts_are_merged_by_shares():
+    # Each device has one row of weight 2^25 or 1, so that its moments are those of the row.
+    x = jnp.arange(8.0)[:, None] * 3 + 1
+    weights = np.float32([2.0**25, 1, 1, 2.0**25, 1e-3, 1e9, 1, 2])[:, None]
+    mean, var, count = reference.moments(x, mask=weights)
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
+    f = lambda x, w: jbn.moments(x, mask=w, axis_name="i")
+    on_devices = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("i"), out_specs=P()))
+    in_vmap = lambda x, w: jax.tree.map(
+        lambda leaf: leaf[0], jax.vmap(f, axis_name="i")(x[:, None], w[:, None])
+    )
+    for measure in (on_devices, in_vmap):
+        for leaf, wanted in zip(measure(x, jnp.asarray(weights)), (mean, var, count)):
+            assert_allclose(leaf, wanted, rtol=1e-6)
+
+
+def test_virtual_batches_of_very_different_counts_are_merged_by_shares():
+    x = jnp.arange(8.0)[:, None] * 3 + 1
+    weights = np.float32([2.0**25, 2.0**25, 1, 1, 1e-3, 1e-3, 2, 2])[:, None]
+    _, new = jbn.batch_norm(
+        x, None, jbn.init(1)[1], train=True, mask=weights, virtual_batch_size=2, update=jbn.pooled()
+    )
+    for leaf, wanted in zip(new, reference.moments(x, mask=weights)):
+        assert_allclose(leaf, wanted, rtol=1e-6)

@@ -185,8 +185,8 @@ def test_a_rule_with_a_known_decay_is_hashable(decay):
 @pytest.mark.parametrize(
     "decay, error, message",
     [
-        (None, TypeError, "decay=None; wanted a number"),
-        (np.ones(3), ValueError, r"decay has shape \(3,\); wanted one number"),
+        (None, TypeError, "decay=None; expected a number"),
+        (np.ones(3), ValueError, r"decay has shape \(3,\); expected one number"),
     ],
 )
 def test_decay_is_one_number(decay, error, message):

@@ -88,13 +88,13 @@ class BatchNorm(nn.Module):
       update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,
         `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further variable `count`
         then stands in "batch_stats", which is what such rules average by. A checkpoint of Flax has none, and
-        from 0 the first batch would replace its statistics. So give `count_init=nn.initializers.ones` to a
-        debiased rule, for which they are complete then, and to others the number of batches, or of samples,
-        that they stand for.
+        from 0 the first batch would replace its statistics. So give `initial_count=1` to a debiased rule, for
+        which they are complete then, and to others the number of batches, or of samples, that they stand for.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
-      mean_init, var_init, count_init: initializers of the running mean, variance and count; None for 0, 1, 0.
+      mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
+      initial_count: what the running count starts from.
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient, whatever `use_running_average` says.
 
@@ -140,7 +140,7 @@ class BatchNorm(nn.Module):
     virtual_batch_size: int | None = None
     mean_init: Initializer | None = None
     var_init: Initializer | None = None
-    count_init: Initializer | None = None
+    initial_count: float = 0
     frozen: bool = False
 
     def __post_init__(self):
@@ -185,8 +185,10 @@ class BatchNorm(nn.Module):
             return lambda: self.param(name, initializer, shape, self.param_dtype)
 
         def statistic(name):
-            initializer = {"mean": self.mean_init, "var": self.var_init, "count": self.count_init}[name]
-            make = lambda: initial_statistic(name, shape, kept, initializer, partial(self.make_rng, "params"))
+            initializer = {"mean": self.mean_init, "var": self.var_init}.get(name)
+            make = lambda: initial_statistic(
+                self, name, shape, kept, initializer, partial(self.make_rng, "params")
+            )
             return self.variable("batch_stats", name, make)
 
         params = Params(

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jbn.axes import Axes, feature_axes, feature_shape
 from jbn.checks import as_array
 from jbn.collectives import AxisName
-from jbn.dtypes import arithmetic_dtype
+from jbn.dtypes import arithmetic_dtype, is_narrow
 from jbn.layers import (
     apply_layer,
     as_inexact,
@@ -101,12 +101,13 @@ class BatchNorm(nnx.Module):
       update: another rule, in place of `momentum`: `jbn.cumulative()`, `jbn.ema(0.9, debias=True)`, or any
         function `(running, batch) -> running`. A further `nnx.BatchStat` is the `count` that it averages by.
         A state of Flax has none, and from 0 the first batch would replace its statistics. So give
-        `count_init=nnx.initializers.ones` to a debiased rule, for which they are complete then, and to others
-        the number of batches, or of samples, that they stand for.
+        `initial_count=1` to a debiased rule, for which they are complete then, and to others the number of
+        batches, or of samples, that they stand for.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
         `jit`, N over the number of devices makes statistics local to a device.
-      mean_init, var_init, count_init: initializers of the running mean, variance and count; None for 0, 1, 0.
+      mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
+      initial_count: what the running count starts from.
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient. `model.set_attributes(frozen=True)` freezes all layers of a model.
 
@@ -158,7 +159,7 @@ class BatchNorm(nnx.Module):
         virtual_batch_size: int | None = None,
         mean_init: Initializer | None = None,
         var_init: Initializer | None = None,
-        count_init: Initializer | None = None,
+        initial_count: float = 0,
         frozen: bool = False,
     ):
         shape = tuple(num_features) if isinstance(num_features, Sequence) else (operator.index(num_features),)
@@ -168,13 +169,16 @@ class BatchNorm(nnx.Module):
 
         def statistic(name, initializer=None):
             kept = arithmetic_dtype(param_dtype)
-            return nnx.BatchStat(initial_statistic(name, shape, kept, initializer, lambda: rngs.params()))
+            return nnx.BatchStat(
+                initial_statistic(self, name, shape, kept, initializer, lambda: rngs.params())
+            )
 
+        self.initial_count = initial_count
         self.scale = param(scale_init, scale_metadata) if use_scale else nnx.data(None)
         self.bias = param(bias_init, bias_metadata) if use_bias else nnx.data(None)
         self.mean = statistic("mean", mean_init)
         self.var = statistic("var", var_init)
-        self.count = nnx.data(None) if update is None else statistic("count", count_init)
+        self.count = nnx.data(None) if update is None else statistic("count")
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -274,5 +278,8 @@ class BatchNorm(nnx.Module):
 
     def _promoted(self, *values: jax.Array | None) -> list[jax.ShapeDtypeStruct]:
         """Returns what `promote_dtype` would make of `x`, mean, var, scale and bias, and computes nothing."""
+        values = jax.tree.map(
+            lambda v: jax.ShapeDtypeStruct(v.shape, jnp.bfloat16 if is_narrow(v) else v.dtype), values
+        )
         with jax.numpy_dtype_promotion("standard"):
             return jax.tree.leaves(jax.eval_shape(partial(self.promote_dtype, dtype=self.dtype), values))

@@ -55,6 +55,24 @@ def test_job_reports_what_it_reached_and_leaves_its_files(make_config):
     assert sorted(path.name for path in Path(config.run_dir).iterdir()) == names.split()
 
 
+def test_an_evaluation_far_from_what_training_saw_is_said_once(make_config, tmp_path, capsys):
+    rng = np.random.RandomState(0)
+    labels = np.arange(96) % 3
+    inputs = np.float32(rng.normal(0, 1, (3, 8))[labels] + rng.normal(0, 0.3, (96, 8)))
+    for scale, said in ((1e30, 1), (1.0, 0)):
+        arrays = {"x_train": inputs * np.float32(scale), "y_train": labels}
+        arrays |= {name.replace("train", "test"): values[:24] for name, values in arrays.items()}
+        np.savez(tmp_path / "data.npz", **arrays)
+        data = {"name": "npz", "path": str(tmp_path / "data.npz")}
+        config = make_config(
+            data=data, batch_size=24, steps=20, eval_every=5, run_dir=str(tmp_path / f"run{said}")
+        )
+        assert fit(config)["status"] == "finished"
+        printed = capsys.readouterr().out
+        assert printed.count("Running statistics of batch norm do not describe these inputs") == said
+        assert printed.count("Scale the data") == said
+
+
 def test_best_step_is_by_validation_and_not_by_test(make_config, monkeypatch):
     results = iter([0.2, 0.1, 0.9, 0.3, 0.5, 0.8])  # validation and test after steps 12, 24 and 30
     with monkeypatch.context() as patch:
