@@ -264,7 +264,7 @@ def test_members_of_a_vmap_that_share_a_layer_are_told_how_to():
 def test_jet_does_not_work_yet():
     # When it does, its paragraph in the docstring of jbn.batch_norm can go.
     f = lambda x: jbn.batch_norm(x, None, jbn.init(3)[1], train=True)[0]
-    with pytest.raises(Exception, match="JetTracer"):
+    with pytest.raises(Exception, match="JetTracer|process_custom_jvp_call"):
         jet.jet(f, (X,), ((X, X),))
 
 
