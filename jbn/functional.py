@@ -85,10 +85,11 @@ def normalize(
     Args:
       x: samples, of any shape; floating point or complex.
       moments: the statistics to normalize with, in the features' shape; `count` is not used.
-      params: scale and bias in the features' shape; None for neither. For conditional normalization either
-        may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` of one vector an example.
+      params: scale and bias in the features' shape, or scalars; None for neither. For conditional
+        normalization either may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` of one
+        vector an example.
       axis: the feature axis or axes.
-      epsilon: added to the variance; > 0.
+      epsilon: added to the variance; a normal number of the dtype of the arithmetic (1.2e-38 in float32).
       dtype: the result's dtype; that of `x` if None. The arithmetic is in float32 at least.
 
     Returns:
@@ -97,8 +98,8 @@ def normalize(
     Raises:
       TypeError: `x` is an integer array, `dtype` cannot hold the result, or `moments` or `params` is of
         another type.
-      ValueError: `axis` is out of range or repeated, `epsilon` <= 0, or `moments` or `params` have another
-        shape than the features of `x`.
+      ValueError: `axis` is out of range or repeated, `epsilon` is too small, or `moments` or `params` have
+        another shape than the features of `x`.
 
     Reference: Ioffe & Szegedy 2015, Algorithm 1, lines 3 and 4.
 
@@ -144,20 +145,21 @@ def batch_norm(
 
     Args:
       x: samples, of any shape; floating point or complex.
-      params: scale and bias in the features' shape; None for neither. For conditional normalization either
-        may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` of one vector an example.
+      params: scale and bias in the features' shape, or scalars; None for neither. For conditional
+        normalization either may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` of one
+        vector an example.
       running: running moments in the features' shape.
       train: True in training, False in inference; or a traced Boolean scalar, so that one compiled function
         serves both.
       axis: the feature axis or axes; statistics reduce over every other axis.
-      epsilon: added to the variance; > 0.
+      epsilon: added to the variance; a normal number of the dtype of the arithmetic (1.2e-38 in float32).
       update: how the running moments absorb the batch's: `jbn.ema`, `jbn.cumulative`, `jbn.pooled` or any
         function `(running, batch) -> running`. A feature that had no samples, or whose moments are not
         finite, the batch's or the new ones, keeps its running moments whatever the rule.
-      mask: which positions count in the statistics: Booleans, or real weights >= 0, broadcastable to `x`; it
-        carries no gradient. Every position is normalized, from its own `x`. Where the weight is 0 and `x` is
-        not finite, `x` acts as the mean and gets no gradient. A batch without any weight is normalized with
-        mean 0 and variance 0: finite, and of no use but to a masked loss.
+      mask: which positions count in the statistics: Booleans, or real weights >= 0 of any size, as
+        `jbn.moments` takes them; it carries no gradient. Every position is normalized, from its own `x`. Where
+        the weight is 0 and `x` is not finite, `x` acts as the mean and gets no gradient. If all weights are
+        zero, mean and variance are taken to be 0: outputs are finite, and to be masked in the loss.
       axis_name: name or names of the axes that `jax.shard_map` or `jax.vmap` map over and that share one
         batch: one collective forward, as `jbn.moments` tells, and one backward. It has no effect in
         inference. Under plain `jit`, statistics of a sharded batch are global without a name.
@@ -178,16 +180,19 @@ def batch_norm(
       TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, `update` is no
         function or returns no moments, `train` is no Boolean scalar, `epsilon` is traced, or `params` or
         `running` is of another type.
-      ValueError: `axis` is out of range or repeated, `epsilon` <= 0, `mask` does not broadcast or is
-        negative, `params` or `running` have another shape than the features of `x`, `x` is complex and
-        `running.mean` is not, `axis_name` is not bound, `axis_index_groups` is no partition, or
-        `virtual_batch_size` < 1.
+      ValueError: `axis` is out of range or repeated, `epsilon` is too small, `mask` does not broadcast, could
+        belong to other axes, or is negative, `params` or `running` have another shape than the features of
+        `x`, `x` is complex and `running.mean` is not, `axis_name` is not bound, `axis_index_groups` is no
+        partition, or `virtual_batch_size` < 1.
 
     Warns:
       OneValueWarning: in training there is one value per feature, so that every output is the bias.
 
     A feature whose squared deviations add up beyond the dtype's range (in float32, deviations from about
-    1e19 / sqrt(N) on) has an infinite variance: its outputs are the bias, its running moments stay.
+    1e19 / sqrt(N) on) has an infinite variance: its outputs are the bias, its running moments stay. They
+    could not hold such a variance, and to scale it would take one more pass over `x`: scale such inputs first.
+
+    `jax.experimental.jet` does not work with custom derivative rules like this one.
 
     Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
 

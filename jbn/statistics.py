@@ -54,8 +54,10 @@ def moments(
     Args:
       x: samples, of any shape; floating point or complex.
       axis: the feature axis or axes, which are kept; statistics reduce over every other axis.
-      mask: which positions count: Booleans, or real weights >= 0 (a weight of 2 is the sample twice). It must
-        broadcast to `x` and carries no gradient. Positions with weight 0 may hold anything, NaN included.
+      mask: which positions count: Booleans, or real weights >= 0 (a weight of 2 is the sample twice), of any
+        size: only their ratios matter to mean and variance. It carries no gradient, and must broadcast to
+        `x`: fewer axes are the last ones; if they could be the first ones too, it is refused. Positions with
+        weight 0 may hold anything, NaN included, and nothing is computed with that.
       axis_name: name or names of the axes that `jax.shard_map` or `jax.vmap` map over and that share one
         batch. A `vmap` axis inside a `shard_map` needs `check_vma=False` there.
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
@@ -66,8 +68,8 @@ def moments(
 
     Raises:
       TypeError: `x` is an integer array, or `mask` is complex.
-      ValueError: `axis` is out of range or repeated, `mask` does not broadcast or is negative, `axis_name` is
-        not bound, or `axis_index_groups` is no partition.
+      ValueError: `axis` is out of range or repeated, `mask` does not broadcast, could belong to other axes,
+        or is negative, `axis_name` is not bound, or `axis_index_groups` is no partition.
 
     Reference: Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2.
 
@@ -117,7 +119,8 @@ def merge(*parts: Moments) -> Moments:
         var  = (1-w)*var1 + w*var2 + w*(1-w)*|d|^2
 
     The operation is associative and commutative, and a part with count 0 is its identity, whatever mean and
-    variance that part holds.
+    variance that part holds. A part weighs its share, whatever the ratio and the size of the counts; their sum
+    is rounded as float32 is, and ends at the largest number.
 
     Args:
       *parts: one or more moments of the same features. A scalar count holds for every feature.
