@@ -157,9 +157,9 @@ def batch_norm(
         function `(running, batch) -> running`. A feature that had no samples, or whose moments are not
         finite, the batch's or the new ones, keeps its running moments whatever the rule.
       mask: which positions count in the statistics: Booleans, or real weights >= 0 of any size, as
-        `jbn.moments` takes them; it carries no gradient. Every position is normalized, from its own `x`. Where
-        the weight is 0 and `x` is not finite, `x` acts as the mean and gets no gradient. If all weights are
-        zero, mean and variance are taken to be 0: outputs are finite, and to be masked in the loss.
+        `jbn.moments` takes them; it carries no gradient. Every position is normalized, from its own `x`.
+        Where the weight is 0 and `x` is not finite, `x` acts as the mean and gets no gradient. If all weights
+        are 0, mean and variance are taken to be 0: outputs are finite, and to be masked in the loss.
       axis_name: name or names of the axes that `jax.shard_map` or `jax.vmap` map over and that share one
         batch: one collective forward, as `jbn.moments` tells, and one backward. It has no effect in
         inference. Under plain `jit`, statistics of a sharded batch are global without a name.
@@ -190,7 +190,7 @@ def batch_norm(
 
     A feature whose squared deviations add up beyond the dtype's range (in float32, deviations from about
     1e19 / sqrt(N) on) has an infinite variance: its outputs are the bias, its running moments stay. They
-    could not hold such a variance, and to scale it would take one more pass over `x`: scale such inputs first.
+    could not hold such a variance, and to scale it would take one more pass over `x`. Scale such inputs.
 
     `jax.experimental.jet` does not work with custom derivative rules like this one.
 

@@ -119,8 +119,8 @@ def merge(*parts: Moments) -> Moments:
         var  = (1-w)*var1 + w*var2 + w*(1-w)*|d|^2
 
     The operation is associative and commutative, and a part with count 0 is its identity, whatever mean and
-    variance that part holds. A part weighs its share, whatever the ratio and the size of the counts; their sum
-    is rounded as float32 is, and ends at the largest number.
+    variance that part holds. A part weighs its share, whatever the ratio and the size of the counts. Their
+    sum is rounded as float32 is, and ends at the largest number.
 
     Args:
       *parts: one or more moments of the same features. A scalar count holds for every feature.
