@@ -1,50 +1,59 @@
 """Stochastic rounding: sums of many small steps, right on average where rounding would lose each step."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
-def add(x: jax.Array, step: jax.Array, noise: jax.Array | None) -> jax.Array:
-    """Adds a step; what the sum has no room for decides how likely it is rounded away from the nearest.
+def add(
+    values: tuple[jax.Array, ...], steps: tuple[jax.Array, ...], noise: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """Adds a step to each value, and rounds the sums up or down, each as likely as it is near.
 
     Args:
-      x: real or complex.
-      step: likewise.
-      noise: in [0, 1), in the shape of `x`; None rounds to the nearest.
+      values: real or complex, all in one shape.
+      steps: likewise.
+      noise: in [0, 1), in that shape; None rounds to the nearest.
 
     Reference: Connolly, Higham & Mary 2021, "Stochastic rounding and its probabilistic backward error
     analysis".
     """
     if noise is None:
-        return x + step
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(add(x.real, step.real, noise), add(x.imag, step.imag, noise))
+        return tuple(value + step for value, step in zip(values, steps))
+    x, step = _real(values), _real(steps)
     nearest = x + step
     # What was rounded away, exactly (Knuth's two-sum).
     moved = nearest - x
     lost = (x - (nearest - moved)) + (step - moved)
-    beyond = jnp.nextafter(nearest, jnp.where(lost > 0, jnp.inf, -jnp.inf).astype(nearest.dtype))
-    return jnp.where(noise * jnp.abs(beyond - nearest) < jnp.abs(lost), beyond, nearest)
+    towards = jnp.where((lost > 0) == (nearest > 0), jnp.int32(1), jnp.int32(-1))
+    bits = jax.lax.bitcast_convert_type(nearest, jnp.int32)
+    beyond = jax.lax.bitcast_convert_type(bits + towards, jnp.float32)
+    parts = iter(jnp.where(noise[None] * jnp.abs(beyond - nearest) < jnp.abs(lost), beyond, nearest))
+    return tuple(
+        jax.lax.complex(next(parts), next(parts)) if jnp.iscomplexobj(value) else next(parts)
+        for value in values
+    )
 
 
-def random_bits(*values: Any) -> jax.Array | None:
+def random_numbers(*values: jax.Array) -> jax.Array | None:
     """Returns numbers in [0, 1) that are a function of float32 arrays of one shape, and look random.
 
     No state and no key: whoever computes with the same values gets the same numbers. None for float64, which
     has room enough.
     """
-    state = jnp.uint32(0)
-    for leaf in jax.tree.leaves(values):
-        for part in (leaf.real, leaf.imag) if jnp.iscomplexobj(leaf) else (leaf,):
-            if part.dtype != jnp.float32:
-                return None
-            state = _mixed(state ^ jax.lax.bitcast_convert_type(part, jnp.uint32))
-    return (_mixed(state) >> 8).astype(jnp.float32) * 2.0**-24
+    parts = _real(values)
+    if parts.dtype != jnp.float32:
+        return None
+    # A multiplicative hash of the bits, with the golden ratio's constant (Knuth) and its odd multiples.
+    odd = np.uint32(0x9E3779B1) * (2 * np.arange(len(parts), dtype=np.uint32) + 1)
+    factors = odd.reshape(-1, *(1,) * (parts.ndim - 1))
+    state = jnp.sum(jax.lax.bitcast_convert_type(parts, jnp.uint32) * factors, 0, dtype=jnp.uint32)
+    for _ in range(2):
+        state = (state ^ (state >> 15)) * odd[0]
+    return (state >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def _mixed(state):
-    """One round of a multiplicative hash (the constant is the golden ratio's, as Knuth proposes)."""
-    state = state * jnp.uint32(0x9E3779B1)
-    return state ^ (state >> 15)
+def _real(values):
+    """Stacks real and imaginary parts along a new first axis."""
+    parts = [p for v in values for p in ((v.real, v.imag) if jnp.iscomplexobj(v) else (v,))]
+    return jnp.stack(parts)

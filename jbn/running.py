@@ -5,7 +5,7 @@ with the same options are equal and hash alike, and `jit` compiles once for both
 
 Each is a weighted average of two, `running + w * (batch - running)`. Where w is small, float32 has no room
 for most of a step: rounded to the nearest, an average stops up to 3e-8 / w of its value short of its limit,
-4e-6 for w = 0.01 and 4e-3 for w = 1e-5. So below w = 1/128 each step is rounded up or down at random, in
+4e-6 for w = 0.01 and 4e-3 for w = 1e-5. So below w = 1/1024 each step is rounded up or down at random, in
 proportion (`jbn/rounding.py`), and the average stays within about 4e-8 / sqrt(w) of its value. What is random
 are bits of the data and of the count; without a count, batches that are all the same have none.
 """
@@ -22,7 +22,7 @@ from jax.typing import ArrayLike
 from jbn.checks import as_decay
 from jbn.dtypes import arithmetic_dtype
 from jbn.merging import abs_squared, ratio
-from jbn.rounding import add, random_bits
+from jbn.rounding import add, random_numbers
 from jbn.spelling import explain_names
 from jbn.statistics import Moments, cast, select, with_count_per_feature
 
@@ -80,15 +80,13 @@ class ema:  # lower case, like the other rules: to its user it is a function
         running = with_count_per_feature(running)
         # Subtracted before it is rounded: 1 - float32(0.99) is off by 1e-6 of itself.
         decay, new = (jnp.asarray(weight, running.count.dtype) for weight in (self.decay, 1 - self.decay))
-        steps_are_small = isinstance(self.decay, jax.core.Tracer) or 1 - self.decay < 1 / 128
-        noise = random_bits(running, batch) if steps_are_small else None
+        small = isinstance(self.decay, jax.core.Tracer) or 1 - self.decay < 1 / 1024
+        noise = _noise(running, batch) if small else None
         if self.debias:
-            count = add(running.count, new - new * running.count, noise)
-            share = _share(decay * running.count, new)
+            share, counted = _share(decay * running.count, new), new - new * running.count
         else:
-            count = running.count + 1
-            share = _Share(jnp.minimum(decay, new), self.decay < 0.5)
-        return _average(running, batch, share, count, noise, unbiased=self.unbiased)
+            share, counted = _Share(jnp.minimum(decay, new), self.decay < 0.5), jnp.ones_like(running.count)
+        return _average(running, batch, share, counted, noise, unbiased=self.unbiased)
 
 
 ema.__init__ = explain_names(ema.__init__)
@@ -122,9 +120,9 @@ class cumulative:
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
         running = with_count_per_feature(running)
-        noise, one = random_bits(running, batch), jnp.ones_like(running.count)
-        count = add(running.count, one, noise)
-        return _average(running, batch, _share(running.count, one), count, noise, unbiased=self.unbiased)
+        one = jnp.ones_like(running.count)
+        share, noise = _share(running.count, one), _noise(running, batch)
+        return _average(running, batch, share, one, noise, unbiased=self.unbiased)
 
 
 @dataclass(frozen=True)
@@ -147,10 +145,9 @@ class pooled:
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
         running, batch = with_count_per_feature(running), with_count_per_feature(batch)
-        noise = random_bits(running, batch)
-        count = jnp.minimum(add(running.count, batch.count, noise), jnp.finfo(running.count.dtype).max)
-        share = _share(running.count, batch.count)
-        return _average(running, batch, share, count, noise, spread=True)
+        share, noise = _share(running.count, batch.count), _noise(running, batch)
+        new = _average(running, batch, share, batch.count, noise, spread=True)
+        return new._replace(count=jnp.minimum(new.count, jnp.finfo(new.count.dtype).max))
 
 
 def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
@@ -200,13 +197,13 @@ def _average(
     running: Moments,
     batch: Moments,
     share: _Share,
-    count: jax.Array,
+    counted: jax.Array,
     noise: jax.Array | None,
     *,
     unbiased: bool = False,
     spread: bool = False,
 ) -> Moments:
-    """Averages the running moments and a batch's, and adds the spread between the two if wanted.
+    """Averages the running moments and a batch's, with the spread between the two if wanted, and counts.
 
     It goes from the one that counts more towards the other, so that nothing moves where the two are the same,
     and the result is exactly one of the two where the other counts nothing, whatever that one holds.
@@ -220,10 +217,17 @@ def _average(
         near, far = select(is_old, far, near), select(is_old, near, far)
         far = select(w > 0, far, near)
 
-    def towards(near, far, more=0):
+    def step(near, far):
         v = w.astype(near.dtype)
-        return add(near, v * far - v * near + more, noise)
+        return v * far - v * near
 
-    between = (1 - w) * w * abs_squared(far.mean - near.mean) if spread else 0
-    new = Moments(towards(near.mean, far.mean), towards(near.var, far.var, between), count)
+    steps = step(near.mean, far.mean), step(near.var, far.var), counted
+    if spread:
+        between = (1 - w) * w * abs_squared(far.mean - near.mean)
+        steps = steps[0], steps[1] + between, counted
+    new = Moments(*add((near.mean, near.var, running.count), steps, noise))
     return select(batch.count > (1 if unbiased else 0), new, running)
+
+
+def _noise(running, batch):
+    return random_numbers(running.count, running.mean, batch.mean, batch.var)

@@ -125,21 +125,22 @@ def in_one_pass_if_exact(reduced):
         if unit is not None:
             exact, usable = (condition & jnp.all(unit == 1) for condition in (exact, usable))
 
-        def about_the_mean():
-            parts = _parts(x, weights)
-            if weights is not None and weights.dtype == bool and weights.shape == x.shape:
-                # CPUs convert a Boolean for each sample more slowly than they choose by it, once.
-                parts = _parts(_unshared(jnp.where(weights, _wide(x), mean)), None)
-            return merge_about(where_finite(mean), parts, count, total, unshare=_unshared)
-
-        def from_the_start():
-            return about_a_sixteenth((), reduced, x, weights, count, unit, unshare=_unshared)
+        def about(centre, parts):
+            return merge_about(centre, parts, count, total, unshare=_unshared)
 
         def again():
-            # A NaN that is counted is in the result either way.
-            return (
-                about_the_mean() if weights is None else jax.lax.cond(usable, about_the_mean, from_the_start)
+            if weights is None:
+                return about(where_finite(mean), _parts(x, None))
+            if weights.dtype == bool:
+                # CPUs choose once faster than they convert Booleans twice. What is hidden is the centre.
+                share = ratio(jnp.ones_like(count), count)
+                rough = lambda: total(_wide(where_counted(x, weights)) * share)
+                centre = jax.lax.cond(usable, lambda: mean, rough)
+                return about(centre, _parts(_unshared(jnp.where(weights, _wide(x), centre)), None))
+            from_the_start = partial(
+                about_a_sixteenth, (), reduced, x, weights, count, unit, unshare=_unshared
             )
+            return jax.lax.cond(usable, lambda: about(mean, _parts(x, weights)), from_the_start)
 
         return jax.lax.cond(exact, lambda: Part(mean, jnp.zeros_like(mean), var, count), again)
 

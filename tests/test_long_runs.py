@@ -56,7 +56,7 @@ def exact(rule):
     [
         (jbn.ema(0.9), 4e-7),
         (jbn.ema(0.99), 4e-6),
-        (jbn.ema(0.999), 4e-6),
+        (jbn.ema(0.999), 4e-5),
         (jbn.ema(0.99999), 3e-5),
         (jbn.ema(0.99999, debias=True), 3e-5),
         (jbn.cumulative(), 1e-4),
