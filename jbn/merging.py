@@ -92,7 +92,8 @@ def merge_named(part: Part, over: NamedAxes) -> Part:
 def _merge_by(total, largest, parts):
     unit = parts.unit
     if unit is not None:
-        unit = largest(unit)
+        # That of members that count something: the weights of the others are 0 in any unit.
+        unit = largest(jnp.where(parts.count > 0, unit, jnp.finfo(unit.dtype).tiny))
         parts = parts._replace(count=parts.count * (parts.unit / unit))
     count = total(parts.count)
     # A part that is all there is comes out as it is; XLA multiplies by 1 / count, and that may be just off 1.

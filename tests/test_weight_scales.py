@@ -124,6 +124,18 @@ def test_weights_may_differ_in_size_between_features_and_devices():
         assert_allclose(leaf, wanted, rtol=2e-5)
 
 
+@pytest.mark.parametrize("way", ["devices", "vmap", "ghosts"])
+def test_members_without_weight_have_no_say_in_the_size_of_the_others(way):
+    w = np.where(np.arange(16)[:, None, None] < 10, WEIGHTS[16, 5, 1], 0)
+    f = quick_jit(
+        jax.grad(lambda x, scale: jnp.sum(jnp.sin(WAYS[way](x, w * scale)[0]) * TARGET, where=w > 0))
+    )
+    expected = f(X, np.float32(1))
+    for scale in (1e-36, 1e37):
+        actual = f(X, np.float32(scale))
+        assert_allclose(actual, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max(), err_msg=scale)
+
+
 @pytest.mark.parametrize("scale", [1e-35, 1e-20, 1e20, 1e30, 1e38])
 def test_moments_of_any_count_merge_by_their_shares(scale):
     rng = np.random.RandomState(1)
