@@ -20,7 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbn.checks import as_decay
-from jbn.dtypes import arithmetic_dtype
+from jbn.dtypes import arithmetic_dtype, real_dtype
 from jbn.merging import abs_squared, ratio
 from jbn.rounding import add, random_numbers
 from jbn.spelling import explain_names
@@ -49,7 +49,8 @@ class ema:  # lower case, like the other rules: to its user it is a function
       unbiased: keep the unbiased variance n/(n-1) * var, as PyTorch does, n being the batch's total weight
         (and leave a feature with n <= 1 unchanged).
       debias: divide out the initial values, as Adam does. The running `count` then holds
-        1 - prod(decay); otherwise it counts batches.
+        1 - prod(decay); otherwise it counts batches. Give moments from elsewhere, a checkpoint of Flax say,
+        a count of 1, which takes them for complete: with 0 the first batch replaces them.
 
     Raises:
       TypeError: `decay` is no number.
@@ -77,7 +78,7 @@ class ema:  # lower case, like the other rules: to its user it is a function
         object.__setattr__(self, "decay", as_decay("decay", self.decay))
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
-        running = with_count_per_feature(running)
+        running, batch = _alike(running, batch)
         # Subtracted before it is rounded: 1 - float32(0.99) is off by 1e-6 of itself.
         decay, new = (jnp.asarray(weight, running.count.dtype) for weight in (self.decay, 1 - self.decay))
         small = isinstance(self.decay, jax.core.Tracer) or 1 - self.decay < 1 / 1024
@@ -119,7 +120,7 @@ class cumulative:
     unbiased: bool = False
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
-        running = with_count_per_feature(running)
+        running, batch = _alike(running, batch)
         one = jnp.ones_like(running.count)
         share, noise = _share(running.count, one), _noise(running, batch)
         return _average(running, batch, share, one, noise, unbiased=self.unbiased)
@@ -144,7 +145,7 @@ class pooled:
     """
 
     def __call__(self, running: Moments, batch: Moments) -> Moments:
-        running, batch = with_count_per_feature(running), with_count_per_feature(batch)
+        running, batch = _alike(running, batch)
         share, noise = _share(running.count, batch.count), _noise(running, batch)
         new = _average(running, batch, share, batch.count, noise, spread=True)
         return new._replace(count=jnp.minimum(new.count, jnp.finfo(new.count.dtype).max))
@@ -227,6 +228,15 @@ def _average(
         steps = steps[0], steps[1] + between, counted
     new = Moments(*add((near.mean, near.var, running.count), steps, noise))
     return select(batch.count > (1 if unbiased else 0), new, running)
+
+
+def _alike(running: Moments, batch: Moments) -> tuple[Moments, Moments]:
+    """Gives both a count for each feature, and one dtype to both where they differ."""
+    both = with_count_per_feature(running), with_count_per_feature(batch)
+    if len({real_dtype(leaf.dtype) for moments in both for leaf in moments}) == 1:
+        return both
+    wide = arithmetic_dtype(running.mean, running.var, batch.mean, batch.var)
+    return cast(both[0], wide), cast(both[1], wide)
 
 
 def _noise(running, batch):

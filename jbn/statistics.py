@@ -108,7 +108,10 @@ def in_units(weights: jax.Array | None, unit: jax.Array | None, axes: tuple[int,
 
 def in_ones(m: Moments, unit: jax.Array | None) -> Moments:
     """Counts in ones what was counted in a unit; beyond the dtype's range that is its largest number."""
-    return m if unit is None else m._replace(count=jnp.minimum(m.count * unit, jnp.finfo(unit.dtype).max))
+    if unit is None:
+        return m
+    count = m.count * unit.astype(m.count.dtype)
+    return m._replace(count=jnp.minimum(count, jnp.finfo(count.dtype).max))
 
 
 def merge(*parts: Moments) -> Moments:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_public_names_are_those_of_the_interface():
-    names = "Moments Params batch_norm cumulative ema init merge moments normalize pooled"
+    names = "Moments OneValueWarning Params batch_norm cumulative ema init merge moments normalize pooled"
     assert sorted(jbn.__all__) == names.split()
 
 

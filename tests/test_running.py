@@ -204,3 +204,14 @@ def test_weight_of_the_new_value_is_rounded_once():
     _, running = jbn.init(1)
     batch = jbn.Moments(jnp.array([4.5]), jnp.array([1.0]), jnp.array([8.0]))
     assert jbn.ema(0.99)(running, batch).mean == np.float32(0.01) * np.float32(4.5)
+
+
+@pytest.mark.parametrize("rule", RULES + UNBIASED)
+def test_rules_take_moments_of_different_dtypes(x64, rule):
+    first, second = batches(2)
+    wide = jbn.Moments(*(np.float64(leaf) for leaf in second))
+    expected = rule(first, second)
+    for running, batch in ((first, wide), (jbn.Moments(*(jnp.float64(leaf) for leaf in first)), second)):
+        for leaf, wanted in zip(rule(running, batch), expected):
+            assert leaf.dtype == jnp.float64
+            assert_allclose(leaf, wanted, rtol=1e-6)

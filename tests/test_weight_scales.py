@@ -166,3 +166,13 @@ def test_weights_too_large_for_the_dtype_are_refused():
 def test_integer_weights_count_exactly():
     w = RNG.randint(0, 5, (16, 5, 1))
     assert_array_equal(jbn.moments(X, mask=w).count, np.full(3, w.sum()))
+
+
+def test_units_go_with_running_moments_that_are_wider(x64):
+    running = jbn.init(3, dtype=jnp.float64)[1]
+    for scale in (1e-35, 1.0):
+        w = WEIGHTS[16, 5, 1] * np.float32(scale)
+        _, new = jbn.batch_norm(X, None, running, train=True, mask=w, update=jbn.pooled())
+        for leaf, wanted in zip(new, reference.moments(X, mask=w)):
+            assert leaf.dtype == jnp.float64
+            assert_allclose(leaf, wanted, rtol=2e-5)
