@@ -5,9 +5,15 @@ import tempfile
 
 import pytest
 
-# Jobs that the tests train, in this process and in others, compile the same programs again and again.
-_cache = tempfile.TemporaryDirectory(prefix="jbn-tests-")
-os.environ |= {"JAX_COMPILATION_CACHE_DIR": _cache.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+# Jobs that the tests train, in this process and in others, compile the same programs again and again. Workers
+# share the cache of the process that starts them; with a size given, JAX locks it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="jbn-tests-")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": _cache.name,
+        "JAX_COMPILATION_CACHE_MAX_SIZE": str(2**31),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
 
 import jax  # noqa: E402  (reads the environment above)
 
