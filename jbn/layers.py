@@ -25,6 +25,7 @@ from jbn.statistics import Moments
 class Layer(Protocol):
     """The options that both modules have, under the same names."""
 
+    use_running_average: bool | None
     axis: Axes
     momentum: ArrayLike
     epsilon: float
@@ -51,28 +52,32 @@ def result_dtype(layer: Layer, *values: ArrayLike) -> np.dtype:
 
 
 def check_options(layer: Layer) -> None:
-    """Checks what a constructor can: the momentum, which another rule makes unnecessary.
+    """Checks what a constructor can: the mode, and the momentum, which another rule makes unnecessary.
 
     Raises:
-      TypeError, ValueError: it is no number in [0, 1].
+      TypeError: the mode is no Boolean, or the momentum is no number.
+      ValueError: the momentum is outside [0, 1].
     """
+    check_mode(layer.use_running_average)
     if layer.momentum is not None or layer.update is None:
         as_decay("momentum", layer.momentum)
 
 
 def check_mode(use_running_average: Any) -> None:
-    """Raises a TypeError unless it is a Boolean, traced or not, or None."""
+    """Raises a TypeError unless it is a Boolean, traced or not, or None; 0 and 1 are Booleans."""
     shape, dtype = np.shape(use_running_average), getattr(use_running_average, "dtype", None)
-    if (shape, dtype) != ((), bool) and not isinstance(use_running_average, bool | int | None):
-        what = (
-            type(use_running_average).__name__
-            if dtype is None
-            else f"array of dtype {dtype} and shape {shape}"
-        )
-        raise TypeError(
-            f"use_running_average, the second argument of the call, is a {what}; expected True, False, or a "
-            "traced Boolean scalar. Arrays are given by name: mask=, scale=, bias=."
-        )
+    if use_running_average is None or (shape, dtype) == ((), bool):
+        return
+    if isinstance(use_running_average, int) and use_running_average in (0, 1):
+        return
+    what = (
+        f"={use_running_average!r}" if dtype is None else f" is an array of dtype {dtype} and shape {shape}"
+    )
+    raise TypeError(
+        f"use_running_average{what}; expected True, False, or a traced Boolean scalar. It is the second "
+        "argument of a call, where arrays are given by name (mask=, scale=, bias=), and the first of a Linen "
+        "layer, which takes no number of features."
+    )
 
 
 def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Array:

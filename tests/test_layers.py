@@ -422,7 +422,7 @@ def test_traced_mode_has_to_be_one_boolean(flavour):
     x = random((8, 4, 3))
     layer = flavour(flavour.ours, x)
     with pytest.raises(
-        TypeError, match="use_running_average, the second argument .*; expected True, False, or a traced"
+        TypeError, match="use_running_average is an array of .*; expected True, False, or a traced"
     ):
         jax.jit(lambda train: layer.call(layer.params, layer.stats, x, train))(np.array([True, False]))
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import quick_jit
+from jax.experimental import jet
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
@@ -138,3 +139,11 @@ def test_pairs_of_transforms(x64, outer, inner):
     actual = run(ALL[outer](ALL[inner](ours)))
     expected = derivative_of_plain(*(name if name in DERIVATIVES else "none" for name in (outer, inner)))
     assert_allclose(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_jet_does_not_work_yet():
+    # When it does, its line in the docstring of jbn.batch_norm can go.
+    x = jnp.asarray(data()["x"], jnp.float32)
+    f = lambda x: jbn.batch_norm(x, None, jbn.init(FEATURES)[1], train=True)[0]
+    with pytest.raises(Exception, match="JetTracer|process_custom_jvp_call"):
+        jet.jet(f, (x,), ((x, x),))
