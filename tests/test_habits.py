@@ -132,9 +132,6 @@ def test_an_array_as_second_argument_is_named(flavour):
         assert_allclose(y, driver.infer(X))
 
 
-# Warnings.
-
-
 @both
 def test_the_warning_of_one_value_has_a_class_of_its_own(flavour):
     driver, one = flavour(flavour.ours, X), X[:1]
@@ -147,9 +144,6 @@ def test_the_warning_of_one_value_has_a_class_of_its_own(flavour):
             warnings.simplefilter("ignore", jbn.OneValueWarning)
             call()
     assert issubclass(jbn.OneValueWarning, UserWarning)
-
-
-# Transforms that do not work.
 
 
 def test_a_number_of_features_is_no_mode():
