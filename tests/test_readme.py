@@ -23,7 +23,7 @@ def blocks(language):
 
 def test_python_blocks_run_one_after_the_other(standard_promotion):
     names = {}
-    assert len(blocks("python")) == 10
+    assert len(blocks("python")) == 11
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
     assert isinstance(names["running"], names["jbn"].Moments)
