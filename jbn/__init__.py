@@ -3,11 +3,11 @@
 Flax users import `jbn.linen` or `jbn.nnx`.
 """
 
-from jbn.checks import OneValueWarning
-from jbn.functional import batch_norm, init, normalize
-from jbn.normalization import Params
-from jbn.running import cumulative, ema, pooled
-from jbn.statistics import Moments, merge, moments
+from jbn._checks import OneValueWarning
+from jbn._functional import batch_norm, init, normalize
+from jbn._normalization import Params
+from jbn._running import cumulative, ema, pooled
+from jbn._statistics import Moments, merge, moments
 
 __all__ = [
     "Moments",

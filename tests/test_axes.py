@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import pytest
 from numpy.testing import assert_array_equal
 
-from jbn.axes import expand, feature_axes, other_axes
+from jbn._axes import expand, feature_axes, other_axes
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
-from jbn.checks import as_samples, as_weights
+from jbn._checks import as_samples, as_weights
 
 X = jnp.zeros((4, 2, 3))
 

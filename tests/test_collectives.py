@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
-from jbn.collectives import NamedAxes, named_axes, smallest_group
+from jbn._collectives import NamedAxes, named_axes, smallest_group
 
 MESH = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 ROWS, FEATURES = 16, 3

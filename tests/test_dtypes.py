@@ -8,7 +8,7 @@ from flax_layers import NNX, Linen
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
-from jbn.dtypes import arithmetic_dtype, promote, real_dtype
+from jbn._dtypes import arithmetic_dtype, promote, real_dtype
 
 # All that JAX has and XLA for CPUs computes with.
 NARROW = [

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
-from jbn.merging import Part, merge_parts, merge_rows, ratio, where_counted
+from jbn._merging import Part, merge_parts, merge_rows, ratio, where_counted
 
 
 def add_up(values):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from jbn.samples import about_a_sixteenth, in_one_pass_if_exact, measure_samples, unshared
+from jbn._samples import about_a_sixteenth, in_one_pass_if_exact, measure_samples, unshared
 
 REDUCED = (0, 1)
 WAYS = {

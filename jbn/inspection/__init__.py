@@ -5,11 +5,11 @@ model come from `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and th
 `nnx.merge(graph, params, rest, copy=True)`.
 """
 
-from jbn.inspection.distributions import mean_slope, movement, percentiles
-from jbn.inspection.identity import identity_params
-from jbn.inspection.landscape import Landscape, along_gradient
-from jbn.inspection.layers import Layers, split_layers
-from jbn.inspection.shift import GradientShift, gradient_shift
+from jbn.inspection._distributions import mean_slope, movement, percentiles
+from jbn.inspection._identity import identity_params
+from jbn.inspection._landscape import Landscape, along_gradient
+from jbn.inspection._layers import Layers, split_layers
+from jbn.inspection._shift import GradientShift, gradient_shift
 
 __all__ = [
     "GradientShift",

@@ -1,5 +1,5 @@
 """Flax Linen modules."""
 
-from jbn.linen.normalization import BatchNorm
+from jbn.linen._normalization import BatchNorm
 
 __all__ = ["BatchNorm"]

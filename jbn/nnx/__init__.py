@@ -1,5 +1,5 @@
 """Flax NNX modules."""
 
-from jbn.nnx.normalization import BatchNorm
+from jbn.nnx._normalization import BatchNorm
 
 __all__ = ["BatchNorm"]

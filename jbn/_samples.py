@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn.dtypes import arithmetic_dtype, real_dtype
-from jbn.merging import (
+from jbn._dtypes import arithmetic_dtype, real_dtype
+from jbn._merging import (
     Part,
     abs_squared,
     merge_about,

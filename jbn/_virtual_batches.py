@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
-from jbn.axes import expand, other_axes, shard_like
+from jbn._axes import expand, other_axes, shard_like
 
 
 def count_parts(x: jax.Array, axes: tuple[int, ...], virtual_batch_size: int | None) -> int | None:

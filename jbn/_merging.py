@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbn.collectives import NamedAxes, gather, largest, split_devices, total
+from jbn._collectives import NamedAxes, gather, largest, split_devices, total
 
 
 class Part(NamedTuple):

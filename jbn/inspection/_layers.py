@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jbn.inspection.first_use import order_of_use
+from jbn.inspection._first_use import order_of_use
 
 
 @dataclass(frozen=True)

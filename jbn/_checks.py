@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import feature_shape, other_axes
-from jbn.collectives import NamedAxes, smallest_group
-from jbn.dtypes import arithmetic_dtype, real_dtype
+from jbn._axes import feature_shape, other_axes
+from jbn._collectives import NamedAxes, smallest_group
+from jbn._dtypes import arithmetic_dtype, real_dtype
 
 
 class OneValueWarning(UserWarning):

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, expand, feature_axes, other_axes
-from jbn.checks import as_samples, as_weights
-from jbn.collectives import AxisName, NamedAxes, named_axes
-from jbn.dtypes import arithmetic_dtype, real_dtype
-from jbn.merging import Part, merge_named, merge_rows, power_of_two
-from jbn.samples import measure_samples
+from jbn._axes import Axes, expand, feature_axes, other_axes
+from jbn._checks import as_samples, as_weights
+from jbn._collectives import AxisName, NamedAxes, named_axes
+from jbn._dtypes import arithmetic_dtype, real_dtype
+from jbn._merging import Part, merge_named, merge_rows, power_of_two
+from jbn._samples import measure_samples
 
 
 class Moments(NamedTuple):
@@ -43,7 +43,7 @@ def moments(
         var   = sum(mask * |x - mean|^2) / count
 
     A large mean costs no accuracy: one pass over `x` measures both where that is as exact as two, up to 10
-    times the rounding of a sum, and two passes where it is not (`jbn/samples.py`). Where `count` is 0 all
+    times the rounding of a sum, and two passes where it is not (`jbn/_samples.py`). Where `count` is 0 all
     three are 0, the identity of `jbn.merge`. A variance beyond the dtype's range is infinite, and its
     mean finite.
 

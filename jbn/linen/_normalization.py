@@ -11,12 +11,12 @@ from flax.errors import ModifyScopeVariableError
 from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
 
-from jbn.axes import Axes, feature_axes, feature_shape
-from jbn.checks import as_array
-from jbn.collectives import AxisName
-from jbn.dtypes import arithmetic_dtype
-from jbn.functional import normalize
-from jbn.layers import (
+from jbn._axes import Axes, feature_axes, feature_shape
+from jbn._checks import as_array
+from jbn._collectives import AxisName
+from jbn._dtypes import arithmetic_dtype
+from jbn._functional import normalize
+from jbn._layers import (
     apply_layer,
     as_inexact,
     check_mode,
@@ -29,10 +29,10 @@ from jbn.layers import (
     running_moments,
     statistics_of,
 )
-from jbn.normalization import Params
-from jbn.running import UpdateRule
-from jbn.spelling import explain_names
-from jbn.statistics import cast, moments
+from jbn._normalization import Params
+from jbn._running import UpdateRule
+from jbn._spelling import explain_names
+from jbn._statistics import cast, moments
 
 IMMUTABLE = (
     'BatchNorm updates its running statistics in training: pass mutable=["batch_stats"] to apply, which then '

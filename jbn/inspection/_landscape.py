@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jbn.dtypes import arithmetic_dtype
-from jbn.inspection.vectors import as_vector, norm, subtract
+from jbn._dtypes import arithmetic_dtype
+from jbn.inspection._vectors import as_vector, norm, subtract
 
 
 class Landscape(NamedTuple):

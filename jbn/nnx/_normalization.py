@@ -14,11 +14,11 @@ from flax.nnx.nn.dtypes import promote_dtype as promote_to_one_dtype
 from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
 
-from jbn.axes import Axes, feature_axes, feature_shape
-from jbn.checks import as_array
-from jbn.collectives import AxisName
-from jbn.dtypes import arithmetic_dtype, is_narrow
-from jbn.layers import (
+from jbn._axes import Axes, feature_axes, feature_shape
+from jbn._checks import as_array
+from jbn._collectives import AxisName
+from jbn._dtypes import arithmetic_dtype, is_narrow
+from jbn._layers import (
     apply_layer,
     as_inexact,
     check_mode,
@@ -31,9 +31,9 @@ from jbn.layers import (
     running_moments,
     statistics_of,
 )
-from jbn.normalization import Params
-from jbn.running import UpdateRule
-from jbn.spelling import explain_names
+from jbn._normalization import Params
+from jbn._running import UpdateRule
+from jbn._spelling import explain_names
 
 NOT_AN_ARGUMENT = (
     "BatchNorm updates its running statistics in training, and JAX returns updates only to arguments of the "

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes, feature_axes, shard_like
-from jbn.checks import (
+from jbn._axes import Axes, feature_axes, shard_like
+from jbn._checks import (
     as_epsilon,
     as_samples,
     as_weights,
@@ -20,14 +20,14 @@ from jbn.checks import (
     result_dtype,
     warn_of_one_value,
 )
-from jbn.collectives import AxisName, NamedAxes, named_axes, split_devices
-from jbn.conditional import split_affine
-from jbn.dtypes import arithmetic_dtype, real_dtype
-from jbn.normalization import Params, normalize_batch, normalize_by
-from jbn.running import UpdateRule, absorb, ema
-from jbn.spelling import explain_names
-from jbn.statistics import Moments, in_ones, merge_stacked, select, with_count_per_feature
-from jbn.virtual_batches import count_parts, map_parts
+from jbn._collectives import AxisName, NamedAxes, named_axes, split_devices
+from jbn._conditional import split_affine
+from jbn._dtypes import arithmetic_dtype, real_dtype
+from jbn._normalization import Params, normalize_batch, normalize_by
+from jbn._running import UpdateRule, absorb, ema
+from jbn._spelling import explain_names
+from jbn._statistics import Moments, in_ones, merge_stacked, select, with_count_per_feature
+from jbn._virtual_batches import count_parts, map_parts
 
 
 @explain_names

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn.axes import expand, feature_shape
-from jbn.dtypes import arithmetic_dtype
-from jbn.normalization import Params
+from jbn._axes import expand, feature_shape
+from jbn._dtypes import arithmetic_dtype
+from jbn._normalization import Params
 
 
 def split_affine(

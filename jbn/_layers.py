@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn.axes import Axes
-from jbn.checks import as_decay
-from jbn.collectives import AxisName
-from jbn.dtypes import promote
-from jbn.functional import batch_norm, init
-from jbn.normalization import Params
-from jbn.running import UpdateRule, ema
-from jbn.statistics import Moments
+from jbn._axes import Axes
+from jbn._checks import as_decay
+from jbn._collectives import AxisName
+from jbn._dtypes import promote
+from jbn._functional import batch_norm, init
+from jbn._normalization import Params
+from jbn._running import UpdateRule, ema
+from jbn._statistics import Moments
 
 
 class Layer(Protocol):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jbn.dtypes import arithmetic_dtype
+from jbn._dtypes import arithmetic_dtype
 
 
 def as_vector(name: str, tree: Any) -> Any:

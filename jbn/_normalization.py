@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jbn.axes import expand, other_axes, shard_like
-from jbn.collectives import NamedAxes, total, vary_like
-from jbn.dtypes import arithmetic_dtype
-from jbn.merging import ratio, weigh, where_counted
-from jbn.samples import unshared
-from jbn.statistics import Moments, cast, finite_centre, in_units, measure, select
+from jbn._axes import expand, other_axes, shard_like
+from jbn._collectives import NamedAxes, total, vary_like
+from jbn._dtypes import arithmetic_dtype
+from jbn._merging import ratio, weigh, where_counted
+from jbn._samples import unshared
+from jbn._statistics import Moments, cast, finite_centre, in_units, measure, select
 
 
 class Params(NamedTuple):

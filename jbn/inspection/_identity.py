@@ -2,10 +2,10 @@
 
 import jax.numpy as jnp
 
-from jbn.checks import as_epsilon
-from jbn.dtypes import arithmetic_dtype
-from jbn.normalization import Params
-from jbn.statistics import Moments, cast
+from jbn._checks import as_epsilon
+from jbn._dtypes import arithmetic_dtype
+from jbn._normalization import Params
+from jbn._statistics import Moments, cast
 
 
 def identity_params(moments: Moments, *, epsilon: float = 1e-5) -> Params:

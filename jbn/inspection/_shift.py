@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbn.dtypes import arithmetic_dtype
-from jbn.inspection.vectors import as_vector, cosine, norm, subtract
+from jbn._dtypes import arithmetic_dtype
+from jbn.inspection._vectors import as_vector, cosine, norm, subtract
 
 
 class GradientShift(NamedTuple):

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jbn.axes import Axes, feature_axes, feature_shape
-from jbn.dtypes import arithmetic_dtype
-from jbn.inspection.vectors import norm_over
+from jbn._axes import Axes, feature_axes, feature_shape
+from jbn._dtypes import arithmetic_dtype
+from jbn.inspection._vectors import norm_over
 
 
 def percentiles(x: ArrayLike, percentages: ArrayLike = (15, 50, 85), *, axis: Axes = -1) -> jax.Array:
