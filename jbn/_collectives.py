@@ -110,13 +110,16 @@ def gather(values: jax.Array, over: NamedAxes) -> tuple[jax.Array, jax.Array]:
     return rows, jnp.expand_dims(group_of == group_of[member], range(1, rows.ndim))
 
 
-def vary_like(values: jax.Array, x: jax.Array) -> jax.Array:
+def vary_like(values: Sequence[jax.Array], x: jax.Array) -> Sequence[jax.Array]:
     """Marks values that are the same on all devices as varying over those that `x` varies over.
 
     JAX does so itself, once for each use of each value, and the backward pass then has a collective for each.
     Where it is done first, for stacked values, there is one.
     """
-    return values + jnp.zeros_like(x, shape=(), dtype=values.dtype)
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return values
+    stacked = jnp.stack(values)
+    return stacked + jnp.zeros_like(x, shape=(), dtype=stacked.dtype)
 
 
 def _combined(collective, of_rows, values, over):

@@ -23,7 +23,7 @@ from jbn._checks import (
 from jbn._collectives import AxisName, NamedAxes, named_axes, split_devices
 from jbn._conditional import split_affine
 from jbn._dtypes import arithmetic_dtype, real_dtype
-from jbn._normalization import Params, normalize_batch, normalize_by
+from jbn._normalization import Options, Params, derived_normalize_batch, normalize_batch, normalize_by
 from jbn._running import UpdateRule, absorb, ema
 from jbn._spelling import explain_names
 from jbn._statistics import Moments, in_ones, merge_stacked, select, with_count_per_feature
@@ -133,6 +133,7 @@ def batch_norm(
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     virtual_batch_size: int | None = None,
+    exact: bool = True,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
     """Normalizes each feature: with the batch's own moments in training, with the running ones in inference.
@@ -222,14 +223,13 @@ def batch_norm(
         return affine(normalize_by(running, axes, epsilon, dtype, x, params, weights)), running
     over = named_axes(axis_name, axis_index_groups)
     warn_of_one_value(x, axes, parts, over)
-    train = jnp.asarray(train)
-    f = normalize_batch
+    train = None if isinstance(train, bool | np.bool_) else jnp.asarray(train)
+    options = Options(axes, over if parts is None else NamedAxes(), epsilon, exact, dtype)
+    f = partial(normalize_batch, options)
     if parts is None and split_devices(over)[0].names:
         # JAX forgets a vmap's axis name in a custom rule that jit stages inside it. So there autodiff
         # derives the function without its rule, and what it would keep is computed again.
-        f = jax.checkpoint(normalize_batch.__wrapped__, prevent_cse=False, static_argnums=(0, 1, 2, 3))
-
-    f = partial(f, axes, over if parts is None else NamedAxes(), epsilon, dtype)
+        f = jax.checkpoint(partial(derived_normalize_batch, options), prevent_cse=False)
     if parts is None:
         y, used, unit = f(x, params, running, weights, train)
     else:
@@ -237,4 +237,5 @@ def batch_norm(
         used, unit = merge_stacked(*used, over)
     used = in_ones(used, unit)
     used = jax.tree.map(shard_like, used, running)
-    return affine(y), select(train, absorb(update, running, used), running)
+    new = absorb(update, running, used)
+    return affine(y), new if train is None else select(train, new, running)

@@ -32,6 +32,7 @@ class Layer(Protocol):
     dtype: DTypeLike | None
     axis_name: AxisName | None
     axis_index_groups: Sequence[Sequence[int]] | None
+    use_fast_variance: bool
     update: UpdateRule | None
     virtual_batch_size: int | None
     initial_count: float
@@ -158,6 +159,7 @@ def apply_layer(
         axis_name=layer.axis_name,
         axis_index_groups=layer.axis_index_groups,
         virtual_batch_size=layer.virtual_batch_size,
+        exact=not layer.use_fast_variance,
         dtype=dtype,
     )
 

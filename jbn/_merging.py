@@ -1,6 +1,6 @@
 """The one formula: how sets of samples merge, be they samples, parts of a batch, or what devices hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -8,62 +8,70 @@ import jax
 import jax.numpy as jnp
 
 from jbn._collectives import NamedAxes, gather, largest, split_devices, total
+from jbn._dtypes import arithmetic_dtype
 
 
 class Part(NamedTuple):
     """A set of samples by its moments. Its mean is `mean + rest`, a sum that is not rounded to one number."""
 
     mean: jax.Array  # (..., features...), the mean up to rounding; of a sample, x in its own dtype
-    rest: jax.Array  # broadcasts to mean; what rounding took from it
-    var: jax.Array  # broadcasts to mean; real
+    rest: jax.Array | None  # broadcasts to mean; what rounding took from it; None for 0
+    var: jax.Array | None  # broadcasts to mean; real; None for 0, that of a sample
     count: jax.Array | None  # broadcasts to mean; real or Boolean; None counts every part as 1
     unit: jax.Array | None = None  # in the count's shape; the total weight is count * unit; None is 1
 
 
+Sums = Callable[..., Sequence[jax.Array]]  # adds up each of its arguments: over axes, rows, or members of a `vmap`
+
+
 def merge_parts(
-    parts: Part,
-    count: jax.Array,
-    total: Callable[[jax.Array], jax.Array],
-    *,
-    unshare: Callable = lambda values, level: values,
+    parts: Part, count: jax.Array, sums: Sums, *, copy: Callable = lambda values: values, divide_first: bool = True
 ) -> Part:
     """Merges parts that have means, variances and counts, whatever a part is: a sample has variance 0.
 
-    `total` adds up: over axes, over rows, over the members of a `vmap`. What has count 0 must be finite.
+    What has count 0 must be finite.
     """
-    mean, weights, of_all = unshare((parts.mean, parts.count, count), level=2)
-    rough = _apart(parts._replace(mean=mean), jnp.zeros_like(parts.rest), 1)
-    rough = _average(rough, weights, of_all, total)
-    return merge_about(rough, parts, count, total, unshare=unshare)
+    copied = copy(copy(parts))
+    rough = _wide(copied.mean) if parts.rest is None else copied.mean + copied.rest
+    (rough,) = sums(weigh(rough, copied.count) * _share(count, rough))
+    return merge_about(rough, parts, count, sums, copy=copy, divide_first=divide_first)
 
 
 def merge_about(
-    centre: jax.Array,
+    shift: jax.Array,
     parts: Part,
     count: jax.Array,
-    total: Callable[[jax.Array], jax.Array],
+    sums: Sums,
     *,
-    unshare: Callable = lambda values, level: values,
+    copy: Callable = lambda values: values,
+    divide_first: bool = True,
 ) -> Part:
-    """The one formula, about any centre; the nearer that is to the mean, the less is rounded away.
+    """The one formula, about any shift; the nearer that is to the mean, the less is rounded away.
 
-        mean = centre + rest;  rest = sum(count_i * (mean_i - centre)) / count
-        var  = sum(count_i * (var_i + |mean_i - centre|^2)) / count - |rest|^2
+        mean = shift + rest;  rest = sum(count_i * (mean_i - shift)) / count
+        var  = sum(count_i * (var_i + |mean_i - shift|^2)) / count - |rest|^2
 
-    `unshare` hides from the compiler that the sums read the same.
+    Rounding counts 1 + |rest|^2 / var times to the variance. `copy` returns the same parts, of which the compiler
+    is not to know that they are the same.
     """
-    # No gradient, for any centre gives the same mean and variance.
-    centre = jax.lax.stop_gradient(centre)
-    # Halves, for the difference of two finite numbers may overflow.
-    rest = 2 * _average(_apart(parts, centre, 0.5), parts.count, count, total)
-    mean, weights, about = unshare((parts.mean, parts.count, centre), level=1)
-    apart = _apart(parts._replace(mean=mean), about, 1)
+    # No gradient, for any shift gives the same mean and variance.
+    shift = jax.lax.stop_gradient(shift)
+    apart = _apart(parts, shift)
+    rest, share = weigh(apart, parts.count), _share(count, apart)
+    # Divided before they are added up, no average of finite numbers overflows.
+    rest = rest * share if divide_first else rest
+    copied, about = copy((parts, shift))
+    apart = _apart(copied, about)
     # Weighed before it is squared, for a square that overflows is NaN where the weight is 0.
-    squares = jnp.real(jnp.conj(apart) * weigh(apart, weights)) + weigh(parts.var, weights)
+    squares = jnp.real(jnp.conj(apart) * weigh(apart, copied.count))
+    if parts.var is not None:
+        squares = squares + weigh(parts.var, parts.count)
+    rest, square = sums(rest, squares)
+    rest = rest if divide_first else rest * share
     # Where even this overflows, the variance is infinite and not NaN; where it is rounded below 0, it is 0,
     # with the derivative that it has.
-    var = ratio(total(squares), count) - where_finite(abs_squared(rest))
-    return Part(centre, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)
+    var = square * _share(count, square) - where_finite(abs_squared(rest))
+    return Part(shift, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)
 
 
 def merge_rows(parts: Part) -> Part:
@@ -100,7 +108,9 @@ def _merge_by(total, largest, parts):
     share = jnp.where((parts.count == count) & (count > 0), 1, ratio(parts.count, count))
     # What counts nothing may hold anything.
     mean, rest, var = (where_counted(leaf, share) for leaf in (parts.mean, parts.rest, parts.var))
-    whole = merge_parts(Part(mean, rest, var, share), jnp.ones_like(count), total)
+    whole = merge_parts(
+        Part(mean, rest, var, share), jnp.ones_like(count), lambda *values: [total(value) for value in values]
+    )
     return whole._replace(count=count, unit=unit)
 
 
@@ -139,11 +149,14 @@ def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     return values if weights is None else values * weights.astype(values.dtype)
 
 
-def _apart(parts, centre, scale):
-    return parts.mean.astype(parts.rest.dtype) * scale - centre * scale + parts.rest * scale
+def _apart(parts, shift):
+    apart = _wide(parts.mean) - shift
+    return apart if parts.rest is None else apart + parts.rest
 
 
-def _average(values, weights, count, total):
-    """Divides the weights before adding up, so that no average of finite numbers overflows."""
-    share = ratio(jnp.ones_like(count), count).astype(values.dtype)
-    return total(weigh(values, weights) * share)
+def _share(count, values):
+    return ratio(jnp.ones_like(count), count).astype(values.dtype)
+
+
+def _wide(x):
+    return x.astype(arithmetic_dtype(x))

@@ -1,5 +1,6 @@
 """Normalization with given moments, and with a batch's own: the one derivative rule."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -12,8 +13,8 @@ from jbn._axes import expand, other_axes, shard_like
 from jbn._collectives import NamedAxes, total, vary_like
 from jbn._dtypes import arithmetic_dtype
 from jbn._merging import ratio, weigh, where_counted
-from jbn._samples import unshared
 from jbn._statistics import Moments, cast, finite_centre, in_units, measure, select
+from jbn._xla import unshared_on_cpu
 
 
 class Params(NamedTuple):
@@ -60,100 +61,119 @@ def _inverse_sd_jvp(epsilon, primals, tangents):
     return inv, -0.5 * (inv * (inv * (inv * tangents[0])))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def normalize_batch(
-    axes: tuple[int, ...],
-    over: NamedAxes,
-    epsilon: float,
-    dtype: np.dtype,
+class Options(NamedTuple):
+    """What is known while tracing, and is no array."""
+
+    axes: tuple[int, ...]  # of the features
+    over: NamedAxes
+    epsilon: float
+    exact: bool
+    dtype: np.dtype  # of the result
+
+
+def derived_normalize_batch(
+    options: Options,
     x: jax.Array,
     params: Params,
     running: Moments,
     weights: jax.Array | None,
-    train: jax.Array,
+    train: jax.Array | None,
 ) -> tuple[jax.Array, Moments, jax.Array | None]:
-    """Returns the normalized samples, the moments used, the batch's if `train`, else the running ones, and
-    the unit of the batch's count."""
-    batch, unit = measure(x, axes, weights, over)
+    """Returns the normalized samples, the moments used, and the unit of the batch's count.
+
+    The moments used are the batch's if `train` is None or holds, else the running ones. Automatic
+    differentiation derives this as it is written here.
+    """
+    used, unit = _moments_to_use(options, x, running, weights, train)
+    return normalize_by(used, options.axes, options.epsilon, options.dtype, x, params, weights), used, unit
+
+
+def _moments_to_use(options, x, running, weights, train):
+    axes, over, epsilon, exact, _ = options
+    batch, unit = measure(x, axes, weights, over, shift=(running.mean, running.var), exact=exact, epsilon=epsilon)
     wide = arithmetic_dtype(batch.mean, running.mean)
     batch = cast(batch, wide)
-    used = select(train, batch, jax.tree.map(shard_like, cast(running, wide), batch))
-    return normalize_by(used, axes, epsilon, dtype, x, params, weights), used, unit
+    if train is None:
+        return batch, unit
+    return select(train, batch, jax.tree.map(shard_like, cast(running, wide), batch)), unit
+
+
+# The same function, with the one derivative rule.
+normalize_batch = jax.custom_jvp(derived_normalize_batch, nondiff_argnums=(0,))
 
 
 @normalize_batch.defjvp
-def _normalize_batch_jvp(axes, over, epsilon, dtype, primals, tangents):
+def _normalize_batch_jvp(options, primals, tangents):
     """The derivative in closed form, grouped per feature.
 
-        c = x - mean;  a = scale * inv
-        P = dbias - a*mean(dx);  Q = inv*dscale - a*inv^2*mean(Re(conj(c)*dx))
-        dy = a*dx + c*Q + P
+        x^ = (x - mean) * inv;  a = scale * inv
+        P = dbias - a*mean(dx);  Q = dscale - a*mean(Re(conj(x^)*dx))
+        dy = a*dx + x^*Q + P
 
     JAX transposes these two reductions into the two of the backward pass, summed over devices in one
     collective, from which the gradients of scale and bias come too. The rule is plain JAX code, in which
-    `used` has the derivative that this same rule gives it, so every further derivative follows.
+    `used` has the derivative that measuring gives it, so every further derivative follows.
     """
-    x, params, _, weights, train = primals
+    x, params, running, weights, train = primals
     dx, dparams, *_ = tangents
-    _, used, unit = normalize_batch(axes, over, epsilon, dtype, *primals)
+    used, unit = _moments_to_use(options, x, running, weights, train)
     # A policy of `jax.checkpoint` that keeps what has this name has y made from it again, without measuring.
     used = checkpoint_name(used, "batch_norm_moments")
-    y = normalize_by(used, axes, epsilon, dtype, x, params, weights)
-
+    y = normalize_by(used, options.axes, options.epsilon, options.dtype, x, params, weights)
     # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
-    @partial(jax.checkpoint, prevent_cse=False)
-    def tangent(x, params, used, weights, unit, train, dx, dparams):
-        def per_sample(values):
-            return expand(values, x.ndim, axes)
-
-        def sum_of(samples):
-            counted = where_counted(samples, weights)
-            return jnp.sum(weigh(counted, in_units(weights, unit, axes)), other_axes(x.ndim, axes))
-
-        def or_constant(leaf, value):
-            return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)
-
-        wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
-        used = finite_centre(cast(used, wide))
-        scale = or_constant(params.scale, 1)
-        dparams = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
-        dscale, dbias = vary_like(jnp.stack(dparams), used.mean)
-
-        def centred(x, weights, mean, inv):
-            c = _centred(x, mean, weights)
-            return c * inv if in_sd else c
-
-        inv = _inverse_sd(epsilon, used.var).astype(wide)
-        # For the smallest epsilon the square of 1/sd overflows. There c is in units of sd, which is one more
-        # multiplication in a sum, and takes CPUs up to a tenth longer.
-        in_sd = epsilon < 1e-12
-        per_c = jnp.ones_like(inv) if in_sd else inv
-        per_feature = per_sample(used.mean), per_sample(inv)
-        dx = _where_usable(x, weights, dx.astype(wide))
-        cdx = jnp.real(jnp.conj(centred(x, weights, *per_feature)) * dx).astype(wide)
-        sums = total(jnp.stack([sum_of(dx), sum_of(cdx)]), over)
-        # The moments move with x only in training, and an infinite variance not at all.
-        in_range = ~jnp.isinf(used.var)
-        mean_dx, mean_cdx = jnp.where((train & in_range)[None], ratio(sums, used.count[None]), 0)
-
-        a = inv * scale
-        P = dbias - a * mean_dx
-        Q = jnp.where(in_range, per_c * dscale - a * per_c**2 * mean_cdx, 0)
-        P, Q = vary_like(jnp.stack([P, Q]), x)
-        # What multiplies Q is summed in the backward pass; measuring has levels 1 and 2. Weights stand for an
-        # x in which they may hide NaN, for checks would see it pass.
-        if weights is None:
-            c = centred(*unshared((x, None, *per_feature), level=3))
-        else:
-            c = centred(x, *unshared((weights, *per_feature), level=3))
-        dy = per_sample(a) * dx + c * per_sample(Q) + per_sample(P)
-        dvar = 2 * jnp.real(mean_cdx)
-        if in_sd:
-            dvar = dvar * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)
-        return dy.astype(dtype), Moments(mean_dx, dvar, jnp.zeros_like(used.count))
-
-    dy, dused = tangent(x, params, used, weights, unit, train, dx, dparams)
+    tangent = jax.checkpoint(_tangent, prevent_cse=False, static_argnums=0)
+    dy, dused = tangent(options, x, params, used, weights, unit, train, dx, dparams)
     return (y, used, unit), (dy, cast(dused, used.mean.dtype), None if unit is None else jnp.zeros_like(unit))
+
+
+def _tangent(options, x, params, used, weights, unit, train, dx, dparams):
+    axes, over, epsilon, _, dtype = options
+    wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
+    used = finite_centre(cast(used, wide))
+    inv = _inverse_sd(epsilon, used.var).astype(wide)
+    reduced = other_axes(x.ndim, axes)
+    mean_of_x, inv_of_x = (expand(values, x.ndim, axes) for values in (used.mean, inv))
+
+    def add_up(samples):
+        return jnp.sum(weigh(where_counted(samples, weights), in_units(weights, unit, axes)), reduced)
+
+    def or_constant(leaf, value):
+        return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)
+
+    dx = _where_usable(x, weights, dx.astype(wide))
+    normal = _centred(x, mean_of_x, weights) * inv_of_x
+    sums = add_up(dx), add_up(jnp.real(jnp.conj(normal) * dx).astype(wide))
+    if over.names:
+        sums = total(jnp.stack(sums), over)
+    share = ratio(jnp.ones_like(used.count), used.count).astype(wide)
+    if weights is None and not over.names:
+        share = jnp.ones((), wide) / jnp.asarray(math.prod(x.shape[axis] for axis in reduced), wide)
+    mean_dx, mean_ndx = (part * share for part in sums)
+    if train is not None:  # the moments move with x only in training
+        mean_dx, mean_ndx = jnp.where(train, mean_dx, 0), jnp.where(train, mean_ndx, 0)
+
+    a = inv * or_constant(params.scale, 1)
+    dscale, dbias = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
+    # What multiplies Q is summed in the backward pass. Weights stand for an x in which they may hide NaN, for
+    # checks would see it pass.
+    if weights is None:
+        again = _centred(unshared_on_cpu(x), unshared_on_cpu(mean_of_x), None)
+    else:
+        again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
+    again = again * unshared_on_cpu(inv_of_x)
+    per_sample = lambda values: expand(values, x.ndim, axes)
+    if x.dtype.itemsize == 2:
+        # An H100 then fuses ReLU's derivative with one of the sums, which saves the bytes of x.
+        mean_dx_of_x, Q, P = vary_like((mean_dx, dscale - a * mean_ndx, dbias), x)
+        dy = per_sample(a) * (dx - per_sample(mean_dx_of_x)) + again * per_sample(Q) + per_sample(P)
+    else:
+        P, Q = vary_like((dbias - a * mean_dx, dscale - a * mean_ndx), x)
+        dy = per_sample(a) * dx + again * per_sample(Q) + per_sample(P)
+    # An infinite variance does not move at all.
+    in_range = ~jnp.isinf(used.var)
+    dvar = 2 * jnp.real(mean_ndx) * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)
+    dmean, dvar = jnp.where(in_range, mean_dx, 0), jnp.where(in_range, dvar, 0)
+    return dy.astype(dtype), Moments(dmean, dvar, jnp.zeros_like(used.count))
 
 
 def _centred(x: jax.Array, mean: jax.Array, weights: jax.Array | None) -> jax.Array:

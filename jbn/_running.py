@@ -159,6 +159,12 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
     leaf as it was.
     """
     batch = jax.lax.stop_gradient(batch)
+    if isinstance(update, ema | cumulative | pooled) and not isinstance(getattr(update, "decay", 0), jax.Array):
+        return _absorb_once(update, running, batch)
+    return _absorb(update, running, batch)
+
+
+def _absorb(update, running, batch):
     if jnp.iscomplexobj(batch.mean) and not jnp.iscomplexobj(running.mean):
         raise ValueError(
             f"running.mean has dtype {running.mean.dtype}, but x is complex; wanted a complex one, as made "
@@ -178,6 +184,10 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
         )
     new = jax.tree.map(lambda leaf, old: jnp.asarray(leaf).astype(old.dtype), new, running)
     return select(usable & jnp.isfinite(new.mean) & jnp.isfinite(new.var), new, running)
+
+
+# Traced once for all layers of one shape.
+_absorb_once = jax.jit(_absorb, static_argnums=0)
 
 
 class _Share(NamedTuple):

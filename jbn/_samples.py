@@ -1,7 +1,7 @@
 """Moments of the samples at hand, in as few passes over memory as the platform allows."""
 
+import math
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,36 +18,53 @@ from jbn._merging import (
     where_counted,
     where_finite,
 )
+from jbn._xla import Target, decided_at_lowering, prevent_cse, sum_together
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-@partial(jax.jit, static_argnums=0)
-def measure_samples(reduced: tuple[int, ...], x: jax.Array, weights: jax.Array | None) -> Part:
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def measure_samples(
+    reduced: tuple[int, ...],
+    exact: bool,
+    epsilon: float,
+    x: jax.Array,
+    weights: jax.Array | None,
+    shift: tuple[jax.Array, jax.Array] | None,
+) -> Part:
     """Returns the moments over the axes `reduced`, in the shape of the others.
 
-    What real weights count is in a unit, for they and their sum may be of any size.
+    What real weights count is in a unit, for they and their sum may be of any size. Any `shift`, in the shape
+    of the result, gives the same moments; one near the mean saves a pass. `exact` and `epsilon` are those of
+    `jbn.batch_norm`.
     """
-    count = _count(weights, x, reduced)
-    unit = None if weights is None or weights.dtype == bool else _unit(count)
-    measure = partial(about_a_sixteenth, reduced[1:], reduced)
-    on_cpu = measure if jnp.iscomplexobj(x) else in_one_pass_if_exact(reduced)
-    whole = jax.lax.platform_dependent(x, weights, count, unit, cpu=on_cpu, default=measure)
-    whole = whole._replace(
-        count=jnp.zeros_like(whole.var) + whole.count,
-        unit=None if unit is None else jnp.zeros_like(whole.var) + unit,
-    )
+    count, unit = _count(weights, x, reduced), None
+    if weights is not None and weights.dtype != bool:
+        unit = _unit(count)
+        weights = weights * (1 / unit)
+        count = _count(weights, x, reduced)
+    given = [] if weights is None else [weights, count]
+    if shift is not None:
+        wide = arithmetic_dtype(x)
+        mean, var = shift
+        mean = mean if jnp.issubdtype(wide, jnp.complexfloating) else jnp.real(mean)
+        shift = jax.lax.stop_gradient((mean.astype(wide), var.astype(real_dtype(wide))))
+        given += [jnp.expand_dims(leaf, reduced) for leaf in shift]
+    options = {"weighted": weights is not None, "reduced": reduced, "exact": exact, "epsilon": epsilon}
+    mean, rest, var = _measure(x, *given, **options)
+    spread = jnp.zeros_like(var)
+    whole = Part(mean, rest, var, spread + count, None if unit is None else spread + unit)
     return jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole)
 
 
 @measure_samples.defjvp
-def _measure_samples_jvp(reduced, primals, tangents):
+def _measure_samples_jvp(reduced, exact, epsilon, primals, tangents):
     """In closed form, whichever way the moments were measured.
 
     dmean = sum(weights * dx) / count;  dvar = 2 sum(weights * Re(conj(x - mean) * dx)) / count
     """
-    (x, weights), (dx, _) = primals, tangents
-    part = measure_samples(reduced, x, weights)
-    x, dx = (_wide(where_counted(values, weights)) for values in (x, dx))
+    (x, weights, shift), (dx, *_) = primals, tangents
+    part = measure_samples(reduced, exact, epsilon, x, weights, shift)
+    wide = arithmetic_dtype(x)
+    x, dx = (where_counted(values, weights).astype(wide) for values in (x, dx))
     if part.unit is not None:
         weights = weights * jnp.expand_dims(1 / part.unit, reduced)
 
@@ -59,109 +76,124 @@ def _measure_samples_jvp(reduced, primals, tangents):
     return part, jax.tree.map(jnp.zeros_like, part)._replace(rest=dmean, var=2 * half_dvar)
 
 
-def unshared(values: Any, *, level: int = 1) -> Any:
-    """Returns the same values, of which the compiler for CPUs does not know that they are the same.
+def measure_on(
+    target: Target | None,
+    x: jax.Array,
+    *given: jax.Array,
+    weighted: bool,
+    reduced: tuple[int, ...],
+    exact: bool,
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Chooses what is best on a target; returns mean, rest and variance, whose reduced axes have size 1.
 
-    It fuses each reduction with the arithmetic before it, but what a reduction shares with something else it
-    first writes out: `x - mean`, the mean broadcast to the shape of `x`, or merely `x` in float32. Other
-    compilers fuse what shares, and must know. Values of one level are known to be the same.
+    | where | unmasked | with weights |
+    |---|---|---|
+    | CPU | about 0 or the shift, until that is exact | the same |
+    | GPU; TPU if `exact` | about a pilot | in two passes |
+    | these, spread over devices by the compiler | about the shift, and if that is not exact, in two passes | the same |
+    | TPU if not `exact` | about 0 and the shift; the nearer counts | the same |
+
+    A pilot is the mean of few samples; the compiler would have to send it to all devices. On a TPU the sums are
+    fused into the matrix product that makes `x` if their shift is known before `x` is.
     """
-    on_cpu = partial(_unshared, level=level)
-    return jax.lax.platform_dependent(values, cpu=on_cpu, default=lambda values: values)
+    weights = given[0] if weighted else None
+    count = given[1] if weighted else _count(None, x, reduced)
+    zero = jnp.zeros((1,) * x.ndim, arithmetic_dtype(x))
+    shift, spread = given[2 * weighted :] or (zero, jnp.real(zero))
+    platform, sharded = target or Target("cpu", False)
+    if platform in ("cuda", "rocm") and not sharded:
+        sums = partial(sum_together, axes=reduced)
+    else:
+        sums = lambda *arrays: [jnp.sum(array, reduced, keepdims=True) for array in arrays]
+    copy = prevent_cse if platform == "cpu" else lambda values: values
+    # A GPU's compiler writes out x - shift before it adds up; divided too, it would be two such arrays.
+    how = {"copy": copy, "divide_first": platform not in ("cuda", "rocm")}
+
+    def about(shift, x):
+        return _of_one_shape(merge_about(shift, Part(x, None, None, weights), count, sums, **how))
+
+    def about_zero():
+        (x1, weights1), (x2, weights2) = copy((x, weights)), copy(copy((x, weights)))
+        mean, square = sums(weigh(_wide(x1), weights1), weigh(abs_squared(_wide(x2)), weights2))
+        mean, square = ratio(mean, count), ratio(square, count)
+        return mean, jnp.zeros_like(mean), square - abs_squared(mean)
+
+    def in_two_passes():
+        parts = Part(where_counted(x, weights), None, None, weights)
+        return _of_one_shape(merge_parts(parts, count, sums, **how))
+
+    def is_exact(rest, var):
+        # Rounding counts 1 + |rest|^2 / var times, 10 at most, or nothing beside epsilon. What a mask hides
+        # from the weights, NaN times 0, fails the test.
+        return jnp.all(abs_squared(rest) <= 9 * (var + epsilon))
+
+    if target is None:
+        return about(shift, x)
+    if platform == "tpu" and not exact:
+        counted = where_counted(x, weights)
+        near_zero, near_shift = about(zero, counted), about(shift, counted)
+        nearer = abs_squared(near_shift[1]) <= abs_squared(near_zero[1])
+        return jax.tree.map(partial(jnp.where, nearer), near_shift, near_zero)
+    if sharded:
+        found = about(shift, x)
+        return jax.lax.cond(is_exact(*found[1:]), lambda: found, in_two_passes)
+    if platform == "cpu":
+        # To subtract a shift takes a CPU half as long again as to add up.
+        mean, rest, var = about_zero()
+        again = in_two_passes if weighted else lambda: about(where_finite(mean), x)
+        return jax.lax.cond(is_exact(mean, var), lambda: (mean, rest, var), again)
+    if weighted or x.size == 0:
+        return in_two_passes()
+    return about(_pilot(x, reduced), x)
 
 
-def _unshared(values, *, level=1):
-    for _ in range(level):
-        # One by one, for in a `shard_map` some may vary over devices and others not.
-        values = jax.tree.map(jax.lax.optimization_barrier, values)
-    return values
-
-
-def about_a_sixteenth(axes, reduced, x, weights, count, unit=None, *, unshare=lambda values, level: values):
-    """Takes one pass, about the mean of a sixteenth of the samples, or two about that of all of them.
-
-    The mean of a share f of the samples is nearer to that of all than sqrt((1 - f) / f) standard
-    deviations, whichever samples they are; so to the variance a sum's rounding counts at most 16 times,
-    and hardly more than once if the samples are in no order. Weighted samples take two passes, for the
-    sixteenth might have no weight. It lies along the longest of `axes` whose size is not symbolic and
-    that is not sharded on an explicit mesh.
-    """
-    total = partial(jnp.sum, axis=reduced, keepdims=True)
-    spec = jax.typeof(x).sharding.spec
-    sizes = {axis: x.shape[axis] for axis in axes if isinstance(x.shape[axis], int) and spec[axis] is None}
-    if weights is not None or not sizes or not max(sizes.values()):
-        # Written out once for CPUs, where no reduction is fused with a choice.
-        x = unshare(where_counted(x, weights), level=1)
-        if unit is not None:
-            weights = weights * (1 / unit)
-            count = _count(weights, x, reduced)
-        return merge_parts(_parts(x, weights), count, total, unshare=unshare)
-    axis = max(sizes, key=sizes.get)
-    some = jax.lax.slice_in_dim(x, 0, -(-sizes[axis] // 16), axis=axis)
-    centre = merge_parts(_parts(some, None), _count(None, some, reduced), total)
-    return merge_about(centre.mean + centre.rest, _parts(x, None), count, total, unshare=unshare)
-
-
-def in_one_pass_if_exact(reduced):
-    """Makes a function that adds up x and |x|^2, sees whether that was exact, and else takes a second pass.
-
-    To their difference a sum's rounding counts 1 + |mean|^2 / var times: 10 at most, or it is not taken.
-    What is not finite fails the test. Where a mask hides it, multiplied by 0 here, or where weights need a
-    unit, all is measured anew, masked before anything is computed. Under `vmap` there is no such choice, for
-    each member would go all ways.
-    """
-    total = partial(jnp.sum, axis=reduced, keepdims=True)
-
-    @jax.custom_batching.custom_vmap
-    def measure(x, weights, count, unit):
-        (x1, weights1), (x2, weights2) = _unshared((x, weights)), _unshared((x, weights), level=2)
-        mean = ratio(total(weigh(_wide(x1), weights1)), count)
-        square = ratio(total(weigh(abs_squared(_wide(x2)), weights2)), count)
-        var = square - abs_squared(mean)
-        # Of the 53 layers of a new ResNet-50, 4 have a feature whose mean is more than 3 standard deviations,
-        # and 31 one with more than 2.
-        exact = jnp.all(abs_squared(mean) <= 9 * var)
-        usable = jnp.all(jnp.isfinite(mean))
-        if unit is not None:
-            exact, usable = (condition & jnp.all(unit == 1) for condition in (exact, usable))
-
-        def about(centre, parts):
-            return merge_about(centre, parts, count, total, unshare=_unshared)
-
-        def again():
-            if weights is None:
-                return about(where_finite(mean), _parts(x, None))
-            if weights.dtype == bool:
-                # CPUs choose once faster than they convert Booleans twice. What is hidden is the centre.
-                share = ratio(jnp.ones_like(count), count)
-                rough = lambda: total(_wide(where_counted(x, weights)) * share)
-                centre = jax.lax.cond(usable, lambda: mean, rough)
-                return about(centre, _parts(_unshared(jnp.where(weights, _wide(x), centre)), None))
-            from_the_start = partial(
-                about_a_sixteenth, (), reduced, x, weights, count, unit, unshare=_unshared
-            )
-            return jax.lax.cond(usable, lambda: about(mean, _parts(x, weights)), from_the_start)
-
-        return jax.lax.cond(exact, lambda: Part(mean, jnp.zeros_like(mean), var, count), again)
-
-    @measure.def_vmap
-    def measure_members(size, batched, *args):
-        of_members = any(jax.tree.leaves(batched))  # if none is, JAX is about to map a derivative
-        axes = jax.tree.map(lambda batched: 0 if batched else None, batched)
-        member = partial(about_a_sixteenth, reduced, reduced, unshare=_unshared)
-        mapped = jax.vmap(member, tuple(axes), axis_size=size) if of_members else member
-        return mapped(*args), Part(*[of_members] * 4)
-
-    return measure
+def _of_one_shape(part):
+    return part._replace(mean=jnp.zeros_like(part.rest) + part.mean)[:3]
 
 
 def _wide(x):
     return x.astype(arithmetic_dtype(x))
 
 
-def _parts(x, weights):
-    zero = jnp.zeros((1,) * x.ndim, arithmetic_dtype(x))
-    return Part(x, zero, jnp.real(zero), weights)
+def _pilot(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """Averages 64 samples or fewer, from the middle of each axis.
+
+    Of a share f of the samples the mean is nearer to that of all than sqrt((1 - f) / f) standard deviations,
+    whichever they are: to the variance a sum's rounding counts at most 1 / f times, and hardly more than once
+    if the samples are in no order.
+    """
+    side = round(64 ** (1 / max(len(reduced), 1)))
+    starts, limits = [0] * x.ndim, list(x.shape)
+    for axis in reduced:
+        size = x.shape[axis]
+        taken = min(side, size) if isinstance(size, int) else 1  # it may be symbolic, in `jax.export`
+        starts[axis] = (size - taken) // 2 if isinstance(size, int) else 0
+        limits[axis] = starts[axis] + taken
+    some = jax.lax.slice(x, starts, limits).astype(arithmetic_dtype(x))
+    taken = math.prod(some.shape[axis] for axis in reduced)
+    return jnp.sum(some * (1 / taken), reduced, keepdims=True)
+
+
+def _batch(bind, arrays, axes, **options):
+    """Makes of the members of a `vmap` one more axis that is kept, so that none takes a branch of its own."""
+    samples = 1 + 2 * options["weighted"]
+    if all(axis is None for axis in axes[:samples]):
+        # With each shift the moments are the same.
+        shift = [
+            shift if axis is None else jax.lax.index_in_dim(shift, 0, axis, keepdims=False)
+            for shift, axis in zip(arrays[samples:], axes[samples:])
+        ]
+        return bind(*arrays[:samples], *shift, **options), [None] * 3
+    arrays = [
+        jnp.expand_dims(array, 0) if axis is None else jnp.moveaxis(array, axis, 0)
+        for array, axis in zip(arrays, axes)
+    ]
+    options["reduced"] = tuple(axis + 1 for axis in options["reduced"])
+    return bind(*arrays, **options), [0] * 3
+
+
+_measure = decided_at_lowering(measure_on, batch=_batch)
 
 
 def _unit(count: jax.Array) -> jax.Array:
@@ -172,12 +204,13 @@ def _unit(count: jax.Array) -> jax.Array:
 
 def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     """Adds up the weights over some axes of `x`; they keep size 1, as do feature axes that share a weight."""
+    dtype = real_dtype(arithmetic_dtype(x))
     if weights is None:
-        weights = jnp.ones((1,) * x.ndim, bool)
-    count = jnp.sum(weights, reduced, dtype=real_dtype(arithmetic_dtype(x)), keepdims=True)
-    for a in reduced:
+        sizes, count = [x.shape[axis] for axis in reduced], jnp.ones((1,) * x.ndim, dtype)
+    else:
         # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
-        # float32 can count one by one. The size may be symbolic, in `jax.export`.
-        if weights.shape[a] == 1:
-            count = count * jnp.asarray(x.shape[a], count.dtype)
-    return count
+        # float32 can count one by one.
+        sizes = [x.shape[axis] for axis in reduced if weights.shape[axis] == 1]
+        count = jnp.sum(weights, reduced, dtype=dtype, keepdims=True)
+    size = math.prod(sizes)  # which may be symbolic, in `jax.export`
+    return count if isinstance(size, int) and size == 1 else count * jnp.asarray(size, dtype)

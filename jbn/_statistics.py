@@ -89,15 +89,23 @@ def moments(
 
 
 def measure(
-    x: jax.Array, axes: tuple[int, ...], weights: jax.Array | None, over: NamedAxes = NamedAxes()
+    x: jax.Array,
+    axes: tuple[int, ...],
+    weights: jax.Array | None,
+    over: NamedAxes = NamedAxes(),
+    *,
+    shift: tuple[jax.Array, jax.Array] | None = None,
+    exact: bool = True,
+    epsilon: float = 0.0,
 ) -> tuple[Moments, jax.Array | None]:
-    """Does the work of `moments`, for arguments that were checked.
+    """Does the work of `moments`, for arguments that were checked; the options are those of `measure_samples`.
 
     Returns:
       The moments, whose count is that of `in_units(weights, unit, axes)`, and this unit, in the features'
       shape; None for 1.
     """
-    part = merge_named(measure_samples(other_axes(x.ndim, axes), x, weights), over)
+    part = measure_samples(other_axes(x.ndim, axes), exact, epsilon, x, weights, shift)
+    part = merge_named(part, over)
     return _moments(part), part.unit
 
 

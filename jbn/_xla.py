@@ -1,0 +1,114 @@
+"""What compilers are told. Nothing here changes a value; all of it was found by reading compiled programs.
+
+What is best depends on what is known only when a program is lowered: the platform, and whether the compiler is
+to spread arrays over devices. So the functions made here decide then, each as one primitive of JAX, which
+takes less time to trace and to lower than branches that `jax.lax.platform_dependent` chooses from.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+
+class Target(NamedTuple):
+    """Where a program is to run."""
+
+    platform: str | None  # "cpu", "cuda", "rocm", "tpu"; None for others
+    sharded: bool  # whether the compiler spreads arrays over several devices
+
+
+def decided_at_lowering(f: Callable[..., Any], *, batch: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function `(*arrays, **static)` of `f(target, *arrays, **static)`, which returns a tuple of arrays.
+
+    `f` returns the same shapes for each target, and for None, which is asked what they are. `batch` is what
+    `vmap` does: `(bind, arrays, axes, **static) -> (arrays, axes)`.
+    """
+    primitive = Primitive(f.__name__)
+    primitive.multiple_results = True
+    staged = jax.jit(lambda static, target, *arrays: f(target, *arrays, **dict(static)), static_argnums=(0, 1))
+
+    def bind(*arrays, **static):
+        return tuple(primitive.bind(*arrays, **static))
+
+    @lru_cache(maxsize=1024)
+    def shapes(static, *avals):
+        return jax.make_jaxpr(lambda *arrays: f(None, *arrays, **dict(static)))(*avals).out_avals
+
+    def lower(platform, context, *values, **static):
+        target = Target(platform, _is_sharded(context.module_context.axis_context))
+        staged_here = partial(staged, tuple(static.items()), target)
+        return mlir.lower_fun(staged_here, multiple_results=True)(context, *values)
+
+    primitive.def_abstract_eval(lambda *avals, **static: shapes(tuple(static.items()), *avals))
+    primitive.def_impl(
+        lambda *arrays, **static: jax.jit(lambda *arrays: bind(*arrays, **static))(*arrays)
+    )
+    batching.primitive_batchers[primitive] = partial(batch, bind)
+    for platform in ("cpu", "cuda", "rocm", "tpu", None):
+        mlir.register_lowering(primitive, partial(lower, platform), platform=platform)
+    return bind
+
+
+def _is_sharded(axis_context: Any) -> bool:
+    manual = getattr(axis_context, "manual_axes", None)
+    if manual is not None:
+        return set(manual) != set(axis_context.mesh.axis_names)
+    return getattr(axis_context, "num_devices", 1) > 1
+
+
+def prevent_cse(values: Any, *, times: int = 1) -> Any:
+    """Returns values that the compiler cannot know to be the same, unless they are so as many `times`.
+
+    XLA for CPU fuses a reduction with the arithmetic before it, but what two reductions share it first writes
+    out. So `sum(x - c)` and `sum((x - c)**2)` take one pass to write `x - c`, and two to read it;
+
+        fusion.1 = fusion(x, c), calls=subtract        ->   fusion.1 = fusion(x, c), calls=subtract_reduce
+        fusion.2 = fusion(fusion.1), calls=reduce           fusion.2 = fusion(x, c), calls=subtract_multiply_reduce
+        fusion.3 = fusion(fusion.1), calls=multiply_reduce
+
+    where they do not know that they share, two to read `x`. Other compilers compute both at once, if they know.
+    """
+    for _ in range(times):
+        # One by one, for in a `shard_map` some may vary over devices and others not.
+        values = jax.tree.map(jax.lax.optimization_barrier, values)
+    return values
+
+
+def unshared_on_cpu(x: jax.Array) -> jax.Array:
+    """Returns `x`, of which XLA for CPU does not know that what the gradient sums is made of the same `x`."""
+    return _unshared_p.bind(x)
+
+
+# With X_FOR_SQUARES = 1 and X_FOR_MEAN = 2 in `_merging.py`, all copies differ.
+_TIMES_IN_GRADIENT = 3
+_unshared_p = Primitive("unshared_on_cpu")
+_unshared_p.def_impl(lambda x: x)
+_unshared_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(_unshared_p, lambda cotangent, _: [cotangent])
+batching.defvectorized(_unshared_p)
+mlir.register_lowering(_unshared_p, lambda _, x: [x])
+mlir.register_lowering(
+    _unshared_p,
+    mlir.lower_fun(partial(prevent_cse, times=_TIMES_IN_GRADIENT), multiple_results=False),
+    platform="cpu",
+)
+
+
+def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Adds up arrays over the same axes, which keep size 1, in one reduction of XLA.
+
+    XLA for GPUs splits the reduction of many rows in two, and fuses the first halves of several. Of one
+    reduction of several arrays the second half is one kernel, too:
+
+        input_reduce_fusion.1 = (f32[128,128], f32[128,128]) fusion(x)        first half
+        input_reduce_fusion.2 = f32[128] fusion(...)                     ->   (f32[128], f32[128]) fusion(...)
+        input_reduce_fusion.3 = f32[128] fusion(...)
+    """
+    zeros = [jax.numpy.zeros((), array.dtype) for array in arrays]
+    add = lambda a, b: tuple(p + q for p, q in zip(a, b))
+    sums = jax.lax.reduce(arrays, tuple(zeros), add, axes)
+    return tuple(jax.numpy.expand_dims(total, axes) for total in sums)
