@@ -21,53 +21,46 @@ class Part(NamedTuple):
     unit: jax.Array | None = None  # in the count's shape; the total weight is count * unit; None is 1
 
 
-Sums = Callable[..., Sequence[jax.Array]]  # adds up each of its arguments: over axes, rows, or members of a `vmap`
+class Way(NamedTuple):
+    """How to add up parts, and what their compiler is told."""
+
+    sums: Callable[..., Sequence[jax.Array]]  # adds up each argument: over axes, rows, or members of a `vmap`
+    expand: Callable[[jax.Array], jax.Array] = lambda total: total  # makes a sum broadcast to the parts
+    copy: Callable = lambda values: values  # hides from the compiler that they are the same
+    divide_first: bool = True  # before adding up, so that no average of finite numbers overflows
 
 
-def merge_parts(
-    parts: Part, count: jax.Array, sums: Sums, *, copy: Callable = lambda values: values, divide_first: bool = True
-) -> Part:
+def merge_parts(parts: Part, count: jax.Array, way: Way) -> Part:
     """Merges parts that have means, variances and counts, whatever a part is: a sample has variance 0.
 
     What has count 0 must be finite.
     """
-    copied = copy(copy(parts))
-    rough = _wide(copied.mean) if parts.rest is None else copied.mean + copied.rest
-    (rough,) = sums(weigh(rough, copied.count) * _share(count, rough))
-    return merge_about(rough, parts, count, sums, copy=copy, divide_first=divide_first)
+    mean, rest, _, weights, _ = way.copy(way.copy(parts))
+    rough = weigh(_wide(mean) if rest is None else mean + rest, weights)
+    (rough,) = way.sums(rough * way.expand(_share(count, rough)))
+    return merge_about(rough, parts, count, way)
 
 
-def merge_about(
-    shift: jax.Array,
-    parts: Part,
-    count: jax.Array,
-    sums: Sums,
-    *,
-    copy: Callable = lambda values: values,
-    divide_first: bool = True,
-) -> Part:
+def merge_about(shift: jax.Array, parts: Part, count: jax.Array, way: Way) -> Part:
     """The one formula, about any shift; the nearer that is to the mean, the less is rounded away.
 
         mean = shift + rest;  rest = sum(count_i * (mean_i - shift)) / count
         var  = sum(count_i * (var_i + |mean_i - shift|^2)) / count - |rest|^2
 
-    Rounding counts 1 + |rest|^2 / var times to the variance. `copy` returns the same parts, of which the compiler
-    is not to know that they are the same.
+    To the variance, rounding counts 1 + |rest|^2 / var times.
     """
     # No gradient, for any shift gives the same mean and variance.
     shift = jax.lax.stop_gradient(shift)
-    apart = _apart(parts, shift)
-    rest, share = weigh(apart, parts.count), _share(count, apart)
-    # Divided before they are added up, no average of finite numbers overflows.
-    rest = rest * share if divide_first else rest
-    copied, about = copy((parts, shift))
+    rest = weigh(_apart(parts, way.expand(shift)), parts.count)
+    share = _share(count, rest)
+    copied, about = way.copy((parts, way.expand(shift)))
     apart = _apart(copied, about)
     # Weighed before it is squared, for a square that overflows is NaN where the weight is 0.
     squares = jnp.real(jnp.conj(apart) * weigh(apart, copied.count))
     if parts.var is not None:
         squares = squares + weigh(parts.var, parts.count)
-    rest, square = sums(rest, squares)
-    rest = rest if divide_first else rest * share
+    rest, square = way.sums(rest * way.expand(share) if way.divide_first else rest, squares)
+    rest = rest if way.divide_first else rest * share
     # Where even this overflows, the variance is infinite and not NaN; where it is rounded below 0, it is 0,
     # with the derivative that it has.
     var = square * _share(count, square) - where_finite(abs_squared(rest))
@@ -108,9 +101,8 @@ def _merge_by(total, largest, parts):
     share = jnp.where((parts.count == count) & (count > 0), 1, ratio(parts.count, count))
     # What counts nothing may hold anything.
     mean, rest, var = (where_counted(leaf, share) for leaf in (parts.mean, parts.rest, parts.var))
-    whole = merge_parts(
-        Part(mean, rest, var, share), jnp.ones_like(count), lambda *values: [total(value) for value in values]
-    )
+    way = Way(lambda *values: [total(value) for value in values])
+    whole = merge_parts(Part(mean, rest, var, share), jnp.ones_like(count), way)
     return whole._replace(count=count, unit=unit)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._merging import (
     Part,
+    Way,
     abs_squared,
     merge_about,
     merge_parts,
@@ -39,7 +40,7 @@ def measure_samples(
     count, unit = _count(weights, x, reduced), None
     if weights is not None and weights.dtype != bool:
         unit = _unit(count)
-        weights = weights * (1 / unit)
+        weights = weights * jnp.expand_dims(1 / unit, reduced)
         count = _count(weights, x, reduced)
     given = [] if weights is None else [weights, count]
     if shift is not None:
@@ -47,12 +48,11 @@ def measure_samples(
         mean, var = shift
         mean = mean if jnp.issubdtype(wide, jnp.complexfloating) else jnp.real(mean)
         shift = jax.lax.stop_gradient((mean.astype(wide), var.astype(real_dtype(wide))))
-        given += [jnp.expand_dims(leaf, reduced) for leaf in shift]
+        given += shift
     options = {"weighted": weights is not None, "reduced": reduced, "exact": exact, "epsilon": epsilon}
     mean, rest, var = _measure(x, *given, **options)
     spread = jnp.zeros_like(var)
-    whole = Part(mean, rest, var, spread + count, None if unit is None else spread + unit)
-    return jax.tree.map(lambda leaf: jnp.squeeze(leaf, reduced), whole)
+    return Part(mean, rest, var, spread + count, None if unit is None else spread + unit)
 
 
 @measure_samples.defjvp
@@ -85,7 +85,7 @@ def measure_on(
     exact: bool,
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Chooses what is best on a target; returns mean, rest and variance, whose reduced axes have size 1.
+    """Chooses what is best on a target; returns mean, rest and variance.
 
     | where | unmasked | with weights |
     |---|---|---|
@@ -99,29 +99,32 @@ def measure_on(
     """
     weights = given[0] if weighted else None
     count = given[1] if weighted else _count(None, x, reduced)
-    zero = jnp.zeros((1,) * x.ndim, arithmetic_dtype(x))
+    zero = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x))
     shift, spread = given[2 * weighted :] or (zero, jnp.real(zero))
     platform, sharded = target or Target("cpu", False)
-    if platform in ("cuda", "rocm") and not sharded:
-        sums = partial(sum_together, axes=reduced)
-    else:
-        sums = lambda *arrays: [jnp.sum(array, reduced, keepdims=True) for array in arrays]
-    copy = prevent_cse if platform == "cpu" else lambda values: values
-    # A GPU's compiler writes out x - shift before it adds up; divided too, it would be two such arrays.
-    how = {"copy": copy, "divide_first": platform not in ("cuda", "rocm")}
+    on_gpu = platform in ("cuda", "rocm")
+    way = Way(
+        lambda *arrays: [jnp.sum(array, reduced) for array in arrays],
+        partial(jnp.expand_dims, axis=reduced),
+        # A GPU's compiler writes out x - shift before it adds up; divided too, it would be two such arrays.
+        divide_first=not on_gpu,
+    )
+    if platform == "cpu":
+        way = way._replace(copy=prevent_cse)
+    if on_gpu and not sharded:
+        way = way._replace(sums=partial(sum_together, axes=reduced))
 
     def about(shift, x):
-        return _of_one_shape(merge_about(shift, Part(x, None, None, weights), count, sums, **how))
+        return _of_one_shape(merge_about(shift, Part(x, None, None, weights), count, way))
 
     def about_zero():
-        (x1, weights1), (x2, weights2) = copy((x, weights)), copy(copy((x, weights)))
-        mean, square = sums(weigh(_wide(x1), weights1), weigh(abs_squared(_wide(x2)), weights2))
+        (x1, weights1), (x2, weights2) = way.copy((x, weights)), way.copy(way.copy((x, weights)))
+        mean, square = way.sums(weigh(_wide(x1), weights1), weigh(abs_squared(_wide(x2)), weights2))
         mean, square = ratio(mean, count), ratio(square, count)
         return mean, jnp.zeros_like(mean), square - abs_squared(mean)
 
     def in_two_passes():
-        parts = Part(where_counted(x, weights), None, None, weights)
-        return _of_one_shape(merge_parts(parts, count, sums, **how))
+        return _of_one_shape(merge_parts(Part(where_counted(x, weights), None, None, weights), count, way))
 
     def is_exact(rest, var):
         # Rounding counts 1 + |rest|^2 / var times, 10 at most, or nothing beside epsilon. What a mask hides
@@ -172,7 +175,7 @@ def _pilot(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
         limits[axis] = starts[axis] + taken
     some = jax.lax.slice(x, starts, limits).astype(arithmetic_dtype(x))
     taken = math.prod(some.shape[axis] for axis in reduced)
-    return jnp.sum(some * (1 / taken), reduced, keepdims=True)
+    return jnp.sum(some * (1 / taken), reduced)
 
 
 def _batch(bind, arrays, axes, **options):
@@ -203,14 +206,15 @@ def _unit(count: jax.Array) -> jax.Array:
 
 
 def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Adds up the weights over some axes of `x`; they keep size 1, as do feature axes that share a weight."""
+    """Adds up the weights over some axes of `x`; feature axes that share a weight have size 1."""
     dtype = real_dtype(arithmetic_dtype(x))
     if weights is None:
-        sizes, count = [x.shape[axis] for axis in reduced], jnp.ones((1,) * x.ndim, dtype)
+        kept = x.ndim - len(reduced)
+        sizes, count = [x.shape[axis] for axis in reduced], jnp.ones((1,) * kept, dtype)
     else:
         # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
         # float32 can count one by one.
         sizes = [x.shape[axis] for axis in reduced if weights.shape[axis] == 1]
-        count = jnp.sum(weights, reduced, dtype=dtype, keepdims=True)
+        count = jnp.sum(weights, reduced, dtype=dtype)
     size = math.prod(sizes)  # which may be symbolic, in `jax.export`
     return count if isinstance(size, int) and size == 1 else count * jnp.asarray(size, dtype)

@@ -99,7 +99,7 @@ mlir.register_lowering(
 
 
 def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """Adds up arrays over the same axes, which keep size 1, in one reduction of XLA.
+    """Adds up arrays over the same axes, in one reduction of XLA.
 
     XLA for GPUs splits the reduction of many rows in two, and fuses the first halves of several. Of one
     reduction of several arrays the second half is one kernel, too:
@@ -110,5 +110,4 @@ def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, 
     """
     zeros = [jax.numpy.zeros((), array.dtype) for array in arrays]
     add = lambda a, b: tuple(p + q for p, q in zip(a, b))
-    sums = jax.lax.reduce(arrays, tuple(zeros), add, axes)
-    return tuple(jax.numpy.expand_dims(total, axes) for total in sums)
+    return jax.lax.reduce(arrays, tuple(zeros), add, axes)
