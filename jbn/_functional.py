@@ -1,5 +1,6 @@
 """Batch normalization as pure functions."""
 
+import math
 import operator
 from collections.abc import Sequence
 from functools import partial
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._axes import Axes, feature_axes, shard_like
+from jbn._axes import Axes, feature_axes, other_axes, shard_like
 from jbn._checks import (
     as_epsilon,
     as_samples,
@@ -237,5 +238,7 @@ def batch_norm(
         used, unit = merge_stacked(*used, over)
     used = in_ones(used, unit)
     used = jax.tree.map(shard_like, used, running)
-    new = absorb(update, running, used)
+    is_whole = weights is None and parts is None and not over.names
+    size = math.prod(x.shape[axis] for axis in other_axes(x.ndim, axes)) if is_whole else None
+    new = absorb(update, running, used, size)
     return affine(y), new if train is None else select(train, new, running)

@@ -151,16 +151,18 @@ class pooled:
         return new._replace(count=jnp.minimum(new.count, jnp.finfo(new.count.dtype).max))
 
 
-def absorb(update: UpdateRule, running: Moments, batch: Moments) -> Moments:
+def absorb(update: UpdateRule, running: Moments, batch: Moments, size: int | None = None) -> Moments:
     """Applies a rule as `jbn.batch_norm` does, and protects the running moments from what it is given.
 
     The rule computes in float32 at least; the result has the dtypes of `running` and carries no gradient. A
     feature that had no samples, or whose moments are not finite, the batch's or the new ones, keeps every
-    leaf as it was.
+    leaf as it was. `size` is the batch's count where that is the same for all features and known.
     """
     batch = jax.lax.stop_gradient(batch)
     if isinstance(update, ema | cumulative | pooled) and not isinstance(getattr(update, "decay", 0), jax.Array):
-        return _absorb_once(update, running, batch)
+        # One number, of which a compiler knows that it is not 0.
+        count = batch.count if size is None else jnp.asarray(size, batch.count.dtype)
+        return _absorb_once(update, running, batch._replace(count=count))
     return _absorb(update, running, batch)
 
 
@@ -232,17 +234,17 @@ def _average(
         v = w.astype(near.dtype)
         return v * far - v * near
 
-    steps = step(near.mean, far.mean), step(near.var, far.var), counted
+    steps = step(near.mean, far.mean), step(near.var, far.var), jnp.broadcast_to(counted, near.count.shape)
     if spread:
         between = (1 - w) * w * abs_squared(far.mean - near.mean)
-        steps = steps[0], steps[1] + between, counted
+        steps = steps[0], steps[1] + between, steps[2]
     new = Moments(*add((near.mean, near.var, running.count), steps, noise))
     return select(batch.count > (1 if unbiased else 0), new, running)
 
 
 def _alike(running: Moments, batch: Moments) -> tuple[Moments, Moments]:
-    """Gives both a count for each feature, and one dtype to both where they differ."""
-    both = with_count_per_feature(running), with_count_per_feature(batch)
+    """Gives the running moments a count for each feature, and one dtype to both where they differ."""
+    both = with_count_per_feature(running), Moments(*map(jnp.asarray, batch))
     if len({real_dtype(leaf.dtype) for moments in both for leaf in moments}) == 1:
         return both
     wide = arithmetic_dtype(running.mean, running.var, batch.mean, batch.var)
