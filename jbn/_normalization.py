@@ -14,7 +14,7 @@ from jbn._collectives import NamedAxes, total, vary_like
 from jbn._dtypes import arithmetic_dtype
 from jbn._merging import ratio, weigh, where_counted
 from jbn._statistics import Moments, cast, finite_centre, in_units, measure, select
-from jbn._xla import unshared_on_cpu
+from jbn._xla import spread, unshared_on_cpu
 
 
 class Params(NamedTuple):
@@ -90,7 +90,9 @@ def derived_normalize_batch(
 
 def _moments_to_use(options, x, running, weights, train):
     axes, over, epsilon, exact, _ = options
-    batch, unit = measure(x, axes, weights, over, shift=(running.mean, running.var), exact=exact, epsilon=epsilon)
+    batch, unit = measure(
+        x, axes, weights, over, shift=(running.mean, running.var), exact=exact, epsilon=epsilon
+    )
     wide = arithmetic_dtype(batch.mean, running.mean)
     batch = cast(batch, wide)
     if train is None:
@@ -162,13 +164,16 @@ def _tangent(options, x, params, used, weights, unit, train, dx, dparams):
         again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
     again = again * unshared_on_cpu(inv_of_x)
     per_sample = lambda values: expand(values, x.ndim, axes)
-    if x.dtype.itemsize == 2:
-        # An H100 then fuses ReLU's derivative with one of the sums, which saves the bytes of x.
-        mean_dx_of_x, Q, P = vary_like((mean_dx, dscale - a * mean_ndx, dbias), x)
-        dy = per_sample(a) * (dx - per_sample(mean_dx_of_x)) + again * per_sample(Q) + per_sample(P)
+    minus_mean, Q, P = vary_like((-mean_dx, dscale - a * mean_ndx, dbias), x)
+    if jnp.finfo(dtype).bits < 32:
+        dy = (
+            per_sample(a) * dx
+            + again * per_sample(Q)
+            + per_sample(P)
+            + spread(minus_mean, a, x.shape, reduced)
+        )
     else:
-        P, Q = vary_like((dbias - a * mean_dx, dscale - a * mean_ndx), x)
-        dy = per_sample(a) * dx + again * per_sample(Q) + per_sample(P)
+        dy = per_sample(a) * dx + again * per_sample(Q) + per_sample(P + a * minus_mean)
     # An infinite variance does not move at all.
     in_range = ~jnp.isinf(used.var)
     dvar = 2 * jnp.real(mean_ndx) * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +23,22 @@ from jbn._merging import (
 from jbn._xla import Target, decided_at_lowering, prevent_cse, sum_together
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
 def measure_samples(
-    reduced: tuple[int, ...],
-    exact: bool,
-    epsilon: float,
     x: jax.Array,
     weights: jax.Array | None,
-    shift: tuple[jax.Array, jax.Array] | None,
+    reduced: tuple[int, ...],
+    *,
+    shift: tuple[jax.Array, jax.Array] | None = None,
+    exact: bool = True,
+    epsilon: float = 0.0,
 ) -> Part:
     """Returns the moments over the axes `reduced`, in the shape of the others.
 
-    What real weights count is in a unit, for they and their sum may be of any size. Any `shift`, in the shape
-    of the result, gives the same moments; one near the mean saves a pass. `exact` and `epsilon` are those of
-    `jbn.batch_norm`.
+    What real weights count is in a unit, for they and their sum may be of any size. Any `shift`, a mean and a
+    variance in the shape of the result, gives the same moments; near those it saves a pass. `exact` and
+    `epsilon` are those of `jbn.batch_norm`.
     """
+    weights, shift = jax.lax.stop_gradient((weights, shift))
     count, unit = _count(weights, x, reduced), None
     if weights is not None and weights.dtype != bool:
         unit = _unit(count)
@@ -47,43 +49,46 @@ def measure_samples(
         wide = arithmetic_dtype(x)
         mean, var = shift
         mean = mean if jnp.issubdtype(wide, jnp.complexfloating) else jnp.real(mean)
-        shift = jax.lax.stop_gradient((mean.astype(wide), var.astype(real_dtype(wide))))
-        given += shift
-    options = {"weighted": weights is not None, "reduced": reduced, "exact": exact, "epsilon": epsilon}
-    mean, rest, var = _measure(x, *given, **options)
+        given += mean.astype(wide), var.astype(real_dtype(wide))
+    options = Options(weights is not None, reduced, exact, epsilon)
+    mean, rest, var = _measure(x, *given, options=options)
     spread = jnp.zeros_like(var)
     return Part(mean, rest, var, spread + count, None if unit is None else spread + unit)
 
 
-@measure_samples.defjvp
-def _measure_samples_jvp(reduced, exact, epsilon, primals, tangents):
+class Options(NamedTuple):
+    """What is known while tracing."""
+
+    weighted: bool  # whether weights and their sum are given
+    reduced: tuple[int, ...]  # axes of x
+    exact: bool
+    epsilon: float
+    members: bool = False  # whether other axes are of a `vmap`
+
+
+def _derivative(arrays, dx, results, *, options):
     """In closed form, whichever way the moments were measured.
 
     dmean = sum(weights * dx) / count;  dvar = 2 sum(weights * Re(conj(x - mean) * dx)) / count
     """
-    (x, weights, shift), (dx, *_) = primals, tangents
-    part = measure_samples(reduced, exact, epsilon, x, weights, shift)
-    wide = arithmetic_dtype(x)
-    x, dx = (where_counted(values, weights).astype(wide) for values in (x, dx))
-    if part.unit is not None:
-        weights = weights * jnp.expand_dims(1 / part.unit, reduced)
+    weighted, reduced, *_ = options
+    x, weights = arrays[0], arrays[1] if weighted else None
+    count = arrays[2] if weighted else _count(None, x, reduced)
+    mean, rest, _ = results
+    x, dx = (_wide(where_counted(values, weights)) for values in (x, dx))
 
     def average(samples):
-        return ratio(jnp.sum(weigh(samples, weights), reduced), part.count)
+        return ratio(jnp.sum(weigh(samples, weights), reduced), count)
 
-    c = x - jnp.expand_dims(part.mean + part.rest, reduced)
-    dmean, half_dvar = average(dx), average(jnp.real(jnp.conj(c) * dx))
-    return part, jax.tree.map(jnp.zeros_like, part)._replace(rest=dmean, var=2 * half_dvar)
+    c = x - jnp.expand_dims(mean + rest, reduced)
+    return jnp.zeros_like(mean), average(dx), 2 * average(jnp.real(jnp.conj(c) * dx))
 
 
 def measure_on(
     target: Target | None,
     x: jax.Array,
     *given: jax.Array,
-    weighted: bool,
-    reduced: tuple[int, ...],
-    exact: bool,
-    epsilon: float,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Chooses what is best on a target; returns mean, rest and variance.
 
@@ -97,6 +102,7 @@ def measure_on(
     A pilot is the mean of few samples; the compiler would have to send it to all devices. On a TPU the sums are
     fused into the matrix product that makes `x` if their shift is known before `x` is.
     """
+    weighted, reduced, exact, epsilon, members = options
     weights = given[0] if weighted else None
     count = given[1] if weighted else _count(None, x, reduced)
     zero = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x))
@@ -138,10 +144,10 @@ def measure_on(
         near_zero, near_shift = about(zero, counted), about(shift, counted)
         nearer = abs_squared(near_shift[1]) <= abs_squared(near_zero[1])
         return jax.tree.map(partial(jnp.where, nearer), near_shift, near_zero)
-    if sharded:
+    if sharded and not members:
         found = about(shift, x)
         return jax.lax.cond(is_exact(*found[1:]), lambda: found, in_two_passes)
-    if platform == "cpu":
+    if platform == "cpu" and not sharded and not jnp.iscomplexobj(x):
         # To subtract a shift takes a CPU half as long again as to add up.
         mean, rest, var = about_zero()
         again = in_two_passes if weighted else lambda: about(where_finite(mean), x)
@@ -178,25 +184,25 @@ def _pilot(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     return jnp.sum(some * (1 / taken), reduced)
 
 
-def _batch(bind, arrays, axes, **options):
+def _batch(measure, arrays, axes, *, options):
     """Makes of the members of a `vmap` one more axis that is kept, so that none takes a branch of its own."""
-    samples = 1 + 2 * options["weighted"]
+    samples = 1 + 2 * options.weighted
     if all(axis is None for axis in axes[:samples]):
         # With each shift the moments are the same.
         shift = [
             shift if axis is None else jax.lax.index_in_dim(shift, 0, axis, keepdims=False)
             for shift, axis in zip(arrays[samples:], axes[samples:])
         ]
-        return bind(*arrays[:samples], *shift, **options), [None] * 3
+        return measure(*arrays[:samples], *shift, options=options), [None] * 3
     arrays = [
         jnp.expand_dims(array, 0) if axis is None else jnp.moveaxis(array, axis, 0)
         for array, axis in zip(arrays, axes)
     ]
-    options["reduced"] = tuple(axis + 1 for axis in options["reduced"])
-    return bind(*arrays, **options), [0] * 3
+    reduced = tuple(axis + 1 for axis in options.reduced)
+    return measure(*arrays, options=options._replace(reduced=reduced, members=True)), [0] * 3
 
 
-_measure = decided_at_lowering(measure_on, batch=_batch)
+_measure = decided_at_lowering(measure_on, derivative=_derivative, batch=_batch)
 
 
 def _unit(count: jax.Array) -> jax.Array:

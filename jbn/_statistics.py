@@ -104,7 +104,7 @@ def measure(
       The moments, whose count is that of `in_units(weights, unit, axes)`, and this unit, in the features'
       shape; None for 1.
     """
-    part = measure_samples(other_axes(x.ndim, axes), exact, epsilon, x, weights, shift)
+    part = measure_samples(x, weights, other_axes(x.ndim, axes), shift=shift, exact=exact, epsilon=epsilon)
     part = merge_named(part, over)
     return _moments(part), part.unit
 

@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -21,15 +22,20 @@ class Target(NamedTuple):
     sharded: bool  # whether the compiler spreads arrays over several devices
 
 
-def decided_at_lowering(f: Callable[..., Any], *, batch: Callable[..., Any]) -> Callable[..., Any]:
+def decided_at_lowering(
+    f: Callable[..., Any], *, derivative: Callable[..., Any], batch: Callable[..., Any]
+) -> Callable[..., Any]:
     """Makes a function `(*arrays, **static)` of `f(target, *arrays, **static)`, which returns a tuple of arrays.
 
-    `f` returns the same shapes for each target, and for None, which is asked what they are. `batch` is what
-    `vmap` does: `(bind, arrays, axes, **static) -> (arrays, axes)`.
+    `f` returns the same shapes for each target, and for None, which is asked what they are. `derivative` is its
+    derivative for a change of the first array: `(arrays, change, results, **static) -> changes of the results`.
+    `batch` is what `vmap` does: `(function, arrays, axes, **static) -> (arrays, axes)`.
     """
     primitive = Primitive(f.__name__)
     primitive.multiple_results = True
-    staged = jax.jit(lambda static, target, *arrays: f(target, *arrays, **dict(static)), static_argnums=(0, 1))
+    staged = jax.jit(
+        lambda static, target, *arrays: f(target, *arrays, **dict(static)), static_argnums=(0, 1)
+    )
 
     def bind(*arrays, **static):
         return tuple(primitive.bind(*arrays, **static))
@@ -43,10 +49,15 @@ def decided_at_lowering(f: Callable[..., Any], *, batch: Callable[..., Any]) -> 
         staged_here = partial(staged, tuple(static.items()), target)
         return mlir.lower_fun(staged_here, multiple_results=True)(context, *values)
 
+    def jvp(arrays, changes, **static):
+        results = bind(*arrays, **static)
+        if isinstance(changes[0], ad.Zero):
+            return results, [ad.Zero.from_primal_value(result) for result in results]
+        return results, derivative(arrays, changes[0], results, **static)
+
     primitive.def_abstract_eval(lambda *avals, **static: shapes(tuple(static.items()), *avals))
-    primitive.def_impl(
-        lambda *arrays, **static: jax.jit(lambda *arrays: bind(*arrays, **static))(*arrays)
-    )
+    primitive.def_impl(lambda *arrays, **static: jax.jit(lambda *arrays: bind(*arrays, **static))(*arrays))
+    ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = partial(batch, bind)
     for platform in ("cpu", "cuda", "rocm", "tpu", None):
         mlir.register_lowering(primitive, partial(lower, platform), platform=platform)
@@ -80,21 +91,75 @@ def prevent_cse(values: Any, *, times: int = 1) -> Any:
 
 def unshared_on_cpu(x: jax.Array) -> jax.Array:
     """Returns `x`, of which XLA for CPU does not know that what the gradient sums is made of the same `x`."""
-    return _unshared_p.bind(x)
+    return _unshared.bind(x)
 
 
-# With X_FOR_SQUARES = 1 and X_FOR_MEAN = 2 in `_merging.py`, all copies differ.
-_TIMES_IN_GRADIENT = 3
-_unshared_p = Primitive("unshared_on_cpu")
-_unshared_p.def_impl(lambda x: x)
-_unshared_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(_unshared_p, lambda cotangent, _: [cotangent])
-batching.defvectorized(_unshared_p)
-mlir.register_lowering(_unshared_p, lambda _, x: [x])
+_unshared = Primitive("unshared_on_cpu")
+_unshared.def_impl(lambda x: x)
+_unshared.def_abstract_eval(lambda x: x)
+ad.deflinear2(_unshared, lambda cotangent, _: [cotangent])
+batching.defvectorized(_unshared)
+mlir.register_lowering(_unshared, lambda _, x: [x])
+# Three times, for measuring copies once and twice.
 mlir.register_lowering(
-    _unshared_p,
-    mlir.lower_fun(partial(prevent_cse, times=_TIMES_IN_GRADIENT), multiple_results=False),
-    platform="cpu",
+    _unshared, mlir.lower_fun(partial(prevent_cse, times=3), multiple_results=False), platform="cpu"
+)
+
+
+def spread(values: jax.Array, scale: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
+    """Broadcasts `values * scale` along new axes. Its derivative is a sum that GPUs take of scaled samples.
+
+    XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it then
+    writes it out, and reads it twice more. Of three sums, two read nothing else, and the third is alone:
+
+        fusion.1 = select(y > 0, dy, 0)                    fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
+        fusion.2 = sum(fusion.1), sum(fusion.1 * x^)  ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
+    """
+    return _spread.bind(values, scale, shape=shape, axes=axes)
+
+
+def _make_bilinear(name, f, **of_platform):
+    primitive = Primitive(name)
+    shapes = lru_cache(1024)(
+        lambda static, *avals: jax.make_jaxpr(partial(f, **dict(static)))(*avals).out_avals[0]
+    )
+    primitive.def_impl(f)
+    primitive.def_abstract_eval(lambda *avals, **static: shapes(tuple(static.items()), *avals))
+    batching.primitive_batchers[primitive] = lambda arrays, dims, **static: (
+        jax.vmap(partial(f, **static), dims)(*arrays),
+        0,
+    )
+    for platform, lowered in {None: f, **of_platform}.items():
+        mlir.register_lowering(primitive, mlir.lower_fun(lowered, multiple_results=False), platform=platform)
+    return primitive
+
+
+def _sum_scaled(samples, scale, *, shape, axes):
+    return jax.numpy.sum(samples * jax.numpy.expand_dims(scale, axes), axes)
+
+
+_spread = _make_bilinear(
+    "spread",
+    lambda values, scale, *, shape, axes: jax.numpy.broadcast_to(
+        jax.numpy.expand_dims(values * scale, axes), shape
+    ),
+)
+_total = _make_bilinear(
+    "scaled_sum",
+    lambda samples, scale, *, shape, axes: jax.numpy.sum(samples, axes) * scale,
+    cuda=_sum_scaled,
+    rocm=_sum_scaled,
+)
+# Each is the other's transpose.
+ad.defbilinear(
+    _spread,
+    lambda cotangent, _, scale, **static: _total.bind(cotangent, scale, **static),
+    lambda cotangent, values, _, **static: _total.bind(cotangent, values, **static),
+)
+ad.defbilinear(
+    _total,
+    lambda cotangent, _, scale, **static: _spread.bind(cotangent, scale, **static),
+    lambda cotangent, samples, _, **static: _total.bind(samples, cotangent, **static),
 )
 
 
