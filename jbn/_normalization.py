@@ -170,7 +170,7 @@ def _tangent(options, x, params, used, weights, unit, train, dx, dparams):
             per_sample(a) * dx
             + again * per_sample(Q)
             + per_sample(P)
-            + spread(minus_mean, a, x.shape, reduced)
+            + spread(minus_mean, a, shape=x.shape, axes=reduced)
         )
     else:
         dy = per_sample(a) * dx + again * per_sample(Q) + per_sample(P + a * minus_mean)

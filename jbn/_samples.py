@@ -51,7 +51,7 @@ def measure_samples(
         mean = mean if jnp.issubdtype(wide, jnp.complexfloating) else jnp.real(mean)
         given += mean.astype(wide), var.astype(real_dtype(wide))
     options = Options(weights is not None, reduced, exact, epsilon)
-    mean, rest, var = _measure(x, *given, options=options)
+    mean, rest, var = _measure(options, x, *given)
     spread = jnp.zeros_like(var)
     return Part(mean, rest, var, spread + count, None if unit is None else spread + unit)
 
@@ -66,7 +66,7 @@ class Options(NamedTuple):
     members: bool = False  # whether other axes are of a `vmap`
 
 
-def _derivative(arrays, dx, results, *, options):
+def _derivative(options, arrays, dx, results):
     """In closed form, whichever way the moments were measured.
 
     dmean = sum(weights * dx) / count;  dvar = 2 sum(weights * Re(conj(x - mean) * dx)) / count
@@ -85,10 +85,7 @@ def _derivative(arrays, dx, results, *, options):
 
 
 def measure_on(
-    target: Target | None,
-    x: jax.Array,
-    *given: jax.Array,
-    options: Options,
+    target: Target | None, options: Options, x: jax.Array, *given: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Chooses what is best on a target; returns mean, rest and variance.
 
@@ -184,7 +181,7 @@ def _pilot(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     return jnp.sum(some * (1 / taken), reduced)
 
 
-def _batch(measure, arrays, axes, *, options):
+def _batch(measure, options, arrays, axes):
     """Makes of the members of a `vmap` one more axis that is kept, so that none takes a branch of its own."""
     samples = 1 + 2 * options.weighted
     if all(axis is None for axis in axes[:samples]):
@@ -193,13 +190,13 @@ def _batch(measure, arrays, axes, *, options):
             shift if axis is None else jax.lax.index_in_dim(shift, 0, axis, keepdims=False)
             for shift, axis in zip(arrays[samples:], axes[samples:])
         ]
-        return measure(*arrays[:samples], *shift, options=options), [None] * 3
+        return measure(options, *arrays[:samples], *shift), [None] * 3
     arrays = [
         jnp.expand_dims(array, 0) if axis is None else jnp.moveaxis(array, axis, 0)
         for array, axis in zip(arrays, axes)
     ]
     reduced = tuple(axis + 1 for axis in options.reduced)
-    return measure(*arrays, options=options._replace(reduced=reduced, members=True)), [0] * 3
+    return measure(options._replace(reduced=reduced, members=True), *arrays), [0] * 3
 
 
 _measure = decided_at_lowering(measure_on, derivative=_derivative, batch=_batch)

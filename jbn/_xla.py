@@ -1,87 +1,95 @@
-"""What compilers are told. Nothing here changes a value; all of it was found by reading compiled programs.
+"""What compilers are told. No value depends on it; all of it comes from reading compiled programs.
 
-What is best depends on what is known only when a program is lowered: the platform, and whether the compiler is
-to spread arrays over devices. So the functions made here decide then, each as one primitive of JAX, which
-takes less time to trace and to lower than branches that `jax.lax.platform_dependent` chooses from.
+What is best depends on what is known only when a program is lowered: the platform, and whether the compiler
+spreads arrays over devices. So what is here decides then, as primitives of JAX, which take less time to trace
+and to lower than branches that `jax.lax.platform_dependent` chooses from. The programs are those that jax
+0.10.2 makes; `python -m benchmarks compiled` shows whether a later one still needs to be told.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu", None)  # None: any other
 
 
 class Target(NamedTuple):
     """Where a program is to run."""
 
-    platform: str | None  # "cpu", "cuda", "rocm", "tpu"; None for others
+    platform: str | None  # one of PLATFORMS
     sharded: bool  # whether the compiler spreads arrays over several devices
 
 
 def decided_at_lowering(
     f: Callable[..., Any], *, derivative: Callable[..., Any], batch: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Makes a function `(*arrays, **static)` of `f(target, *arrays, **static)`, which returns a tuple of arrays.
+    """Makes a function of `f(target, options, *arrays)` that is called without the target.
 
-    `f` returns the same shapes for each target, and for None, which is asked what they are. `derivative` is its
-    derivative for a change of the first array: `(arrays, change, results, **static) -> changes of the results`.
-    `batch` is what `vmap` does: `(function, arrays, axes, **static) -> (arrays, axes)`.
+    Args:
+      f: returns a tuple of arrays, of the same shapes for each target, and for None, which only asks for them;
+        `options` are hashable.
+      derivative: that for a change of the first array: `(options, arrays, change, results) -> changes`.
+      batch: what `vmap` does: `(function, options, arrays, axes) -> (results, axes)`.
     """
-    primitive = Primitive(f.__name__)
-    primitive.multiple_results = True
-    staged = jax.jit(
-        lambda static, target, *arrays: f(target, *arrays, **dict(static)), static_argnums=(0, 1)
-    )
+    primitive = _primitive(f.__name__, partial(f, None), many=True)
+    bind = lambda options, *arrays: tuple(primitive.bind(*arrays, options=options))
+    # By jit, layers of one shape share what was traced and lowered.
+    lowered = jax.jit(f, static_argnums=(0, 1))
+    eager = jax.jit(bind, static_argnums=0)
 
-    def bind(*arrays, **static):
-        return tuple(primitive.bind(*arrays, **static))
+    def run(*arrays, options):
+        # Where `jax_debug_nans` finds some, it runs a function again without jit, and would come back here.
+        with jax.debug_nans(False), jax.debug_infs(False):
+            return eager(options, *arrays)
 
-    @lru_cache(maxsize=1024)
-    def shapes(static, *avals):
-        return jax.make_jaxpr(lambda *arrays: f(None, *arrays, **dict(static)))(*avals).out_avals
-
-    def lower(platform, context, *values, **static):
-        target = Target(platform, _is_sharded(context.module_context.axis_context))
-        staged_here = partial(staged, tuple(static.items()), target)
-        return mlir.lower_fun(staged_here, multiple_results=True)(context, *values)
-
-    def jvp(arrays, changes, **static):
-        results = bind(*arrays, **static)
+    def jvp(arrays, changes, *, options):
+        results = bind(options, *arrays)
         if isinstance(changes[0], ad.Zero):
             return results, [ad.Zero.from_primal_value(result) for result in results]
-        return results, derivative(arrays, changes[0], results, **static)
+        return results, derivative(options, arrays, changes[0], results)
 
-    primitive.def_abstract_eval(lambda *avals, **static: shapes(tuple(static.items()), *avals))
-    primitive.def_impl(lambda *arrays, **static: jax.jit(lambda *arrays: bind(*arrays, **static))(*arrays))
+    def lower(platform, context, *values, options):
+        target = Target(platform, _is_sharded(context.module_context.axis_context))
+        return mlir.lower_fun(partial(lowered, target, options), multiple_results=True)(context, *values)
+
+    primitive.def_impl(run)
     ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = partial(batch, bind)
-    for platform in ("cpu", "cuda", "rocm", "tpu", None):
+    batching.primitive_batchers[primitive] = lambda arrays, axes, *, options: batch(
+        bind, options, arrays, axes
+    )
+    for platform in PLATFORMS:
         mlir.register_lowering(primitive, partial(lower, platform), platform=platform)
     return bind
 
 
-def _is_sharded(axis_context: Any) -> bool:
-    manual = getattr(axis_context, "manual_axes", None)
-    if manual is not None:
-        return set(manual) != set(axis_context.mesh.axis_names)
-    return getattr(axis_context, "num_devices", 1) > 1
+def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
+    """Adds up arrays over the same axes, in one reduction of XLA.
+
+    XLA for GPUs splits the reduction of many rows in two, and fuses the first halves of several. Of one
+    reduction of several arrays the second half is one kernel, too:
+
+        fusion.1 = f32[128,128], f32[128,128] fusion(x)       fusion.1 = f32[128,128], f32[128,128] fusion(x)
+        fusion.2 = f32[128] fusion(fusion.1)             ->   fusion.2 = f32[128], f32[128] fusion(fusion.1)
+        fusion.3 = f32[128] fusion(fusion.1)
+    """
+    zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
+    return jax.lax.reduce(arrays, zeros, lambda a, b: tuple(p + q for p, q in zip(a, b)), axes)
 
 
 def prevent_cse(values: Any, *, times: int = 1) -> Any:
     """Returns values that the compiler cannot know to be the same, unless they are so as many `times`.
 
     XLA for CPU fuses a reduction with the arithmetic before it, but what two reductions share it first writes
-    out. So `sum(x - c)` and `sum((x - c)**2)` take one pass to write `x - c`, and two to read it;
+    out. If it does not know that they share, sum(x - c) and sum((x - c)**2) are two passes that read `x`:
 
-        fusion.1 = fusion(x, c), calls=subtract        ->   fusion.1 = fusion(x, c), calls=subtract_reduce
-        fusion.2 = fusion(fusion.1), calls=reduce           fusion.2 = fusion(x, c), calls=subtract_multiply_reduce
-        fusion.3 = fusion(fusion.1), calls=multiply_reduce
-
-    where they do not know that they share, two to read `x`. Other compilers compute both at once, if they know.
+        fusion.1 = x - c                        fusion.1 = sum(x - c)
+        fusion.2 = sum(fusion.1)          ->    fusion.2 = sum((x' - c')**2)
+        fusion.3 = sum(fusion.1**2)
     """
     for _ in range(times):
         # One by one, for in a `shard_map` some may vary over devices and others not.
@@ -94,85 +102,94 @@ def unshared_on_cpu(x: jax.Array) -> jax.Array:
     return _unshared.bind(x)
 
 
-_unshared = Primitive("unshared_on_cpu")
-_unshared.def_impl(lambda x: x)
-_unshared.def_abstract_eval(lambda x: x)
-ad.deflinear2(_unshared, lambda cotangent, _: [cotangent])
-batching.defvectorized(_unshared)
-mlir.register_lowering(_unshared, lambda _, x: [x])
-# Three times, for measuring copies once and twice.
-mlir.register_lowering(
-    _unshared, mlir.lower_fun(partial(prevent_cse, times=3), multiple_results=False), platform="cpu"
-)
+def spread(
+    values: jax.Array, scale: jax.Array, *, shape: tuple[int, ...], axes: tuple[int, ...]
+) -> jax.Array:
+    """Broadcasts `values * scale` along new axes. Its transpose is a sum that GPUs take of scaled samples.
 
+    XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it writes it
+    out, and reads it twice more. Of three sums, two read nothing else, and it is fused with the third:
 
-def spread(values: jax.Array, scale: jax.Array, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
-    """Broadcasts `values * scale` along new axes. Its derivative is a sum that GPUs take of scaled samples.
-
-    XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it then
-    writes it out, and reads it twice more. Of three sums, two read nothing else, and the third is alone:
-
-        fusion.1 = select(y > 0, dy, 0)                    fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
-        fusion.2 = sum(fusion.1), sum(fusion.1 * x^)  ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
+        fusion.1 = select(y > 0, dy, 0)                     fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
+        fusion.2 = sum(fusion.1), sum(fusion.1 * x^)   ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
     """
     return _spread.bind(values, scale, shape=shape, axes=axes)
 
 
-def _make_bilinear(name, f, **of_platform):
+def _primitive(name: str, f: Callable[..., Any], *, many: bool = False) -> Primitive:
+    """Makes a primitive that returns arrays like those of a function, whatever it is lowered to."""
     primitive = Primitive(name)
-    shapes = lru_cache(1024)(
-        lambda static, *avals: jax.make_jaxpr(partial(f, **dict(static)))(*avals).out_avals[0]
+    primitive.multiple_results = many
+
+    @lru_cache(maxsize=1024)
+    def results_of(avals, static):
+        # Traced, they have the sharding, and the devices over which they vary in a `shard_map`.
+        results = jax.make_jaxpr(partial(f, *static) if many else partial(f, **dict(static)))(
+            *avals
+        ).out_avals
+        return results if many else results[0]
+
+    primitive.def_abstract_eval(
+        lambda *avals, **static: results_of(avals, tuple(static.values() if many else static.items()))
     )
+    return primitive
+
+
+def _linear_identity(name, **of_platform):
+    primitive = _primitive(name, lambda x: x)
+    primitive.def_impl(lambda x: x)
+    ad.deflinear2(primitive, lambda cotangent, _: [cotangent])
+    batching.defvectorized(primitive)
+    return _lower(primitive, lambda x: x, of_platform)
+
+
+def _bilinear(name, f, **of_platform):
+    primitive = _primitive(name, f)
     primitive.def_impl(f)
-    primitive.def_abstract_eval(lambda *avals, **static: shapes(tuple(static.items()), *avals))
-    batching.primitive_batchers[primitive] = lambda arrays, dims, **static: (
-        jax.vmap(partial(f, **static), dims)(*arrays),
+    batching.primitive_batchers[primitive] = lambda arrays, axes, **static: (
+        jax.vmap(partial(f, **static), axes)(*arrays),
         0,
     )
+    return _lower(primitive, f, of_platform)
+
+
+def _lower(primitive, f, of_platform):
     for platform, lowered in {None: f, **of_platform}.items():
         mlir.register_lowering(primitive, mlir.lower_fun(lowered, multiple_results=False), platform=platform)
     return primitive
 
 
-def _sum_scaled(samples, scale, *, shape, axes):
-    return jax.numpy.sum(samples * jax.numpy.expand_dims(scale, axes), axes)
+def _broadcast(values, scale, *, shape, axes):
+    return jnp.broadcast_to(jnp.expand_dims(values * scale, axes), shape)
 
 
-_spread = _make_bilinear(
-    "spread",
-    lambda values, scale, *, shape, axes: jax.numpy.broadcast_to(
-        jax.numpy.expand_dims(values * scale, axes), shape
-    ),
-)
-_total = _make_bilinear(
-    "scaled_sum",
-    lambda samples, scale, *, shape, axes: jax.numpy.sum(samples, axes) * scale,
-    cuda=_sum_scaled,
-    rocm=_sum_scaled,
-)
+def _sum_and_scale(samples, scale, *, shape, axes):
+    return jnp.sum(samples, axes) * scale
+
+
+def _scale_and_sum(samples, scale, *, shape, axes):
+    return jnp.sum(samples * jnp.expand_dims(scale, axes), axes)
+
+
+# Three times, for measuring copies once and twice.
+_unshared = _linear_identity("unshared_on_cpu", cpu=partial(prevent_cse, times=3))
+_spread = _bilinear("spread", _broadcast)
+_summed = _bilinear("summed", _sum_and_scale, cuda=_scale_and_sum, rocm=_scale_and_sum)
 # Each is the other's transpose.
 ad.defbilinear(
     _spread,
-    lambda cotangent, _, scale, **static: _total.bind(cotangent, scale, **static),
-    lambda cotangent, values, _, **static: _total.bind(cotangent, values, **static),
+    lambda cotangent, values, scale, **static: _summed.bind(cotangent, scale, **static),
+    lambda cotangent, values, scale, **static: _summed.bind(cotangent, values, **static),
 )
 ad.defbilinear(
-    _total,
-    lambda cotangent, _, scale, **static: _spread.bind(cotangent, scale, **static),
-    lambda cotangent, samples, _, **static: _total.bind(samples, cotangent, **static),
+    _summed,
+    lambda cotangent, samples, scale, **static: _spread.bind(cotangent, scale, **static),
+    lambda cotangent, samples, scale, **static: _summed.bind(samples, cotangent, **static),
 )
 
 
-def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """Adds up arrays over the same axes, in one reduction of XLA.
-
-    XLA for GPUs splits the reduction of many rows in two, and fuses the first halves of several. Of one
-    reduction of several arrays the second half is one kernel, too:
-
-        input_reduce_fusion.1 = (f32[128,128], f32[128,128]) fusion(x)        first half
-        input_reduce_fusion.2 = f32[128] fusion(...)                     ->   (f32[128], f32[128]) fusion(...)
-        input_reduce_fusion.3 = f32[128] fusion(...)
-    """
-    zeros = [jax.numpy.zeros((), array.dtype) for array in arrays]
-    add = lambda a, b: tuple(p + q for p, q in zip(a, b))
-    return jax.lax.reduce(arrays, tuple(zeros), add, axes)
+def _is_sharded(axis_context: Any) -> bool:
+    manual = getattr(axis_context, "manual_axes", None)
+    if manual is None:
+        return getattr(axis_context, "num_devices", 1) > 1
+    return set(manual) != set(axis_context.mesh.axis_names)

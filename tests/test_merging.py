@@ -8,11 +8,10 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
-from jbn._merging import Part, merge_parts, merge_rows, ratio, where_counted
+from jbn._merging import Part, Way, merge_parts, merge_rows, ratio, where_counted
 
 
-def add_up(values):
-    return jnp.sum(values, 0, keepdims=True)
+OF_ROWS = Way(lambda *values: [jnp.sum(value, 0, keepdims=True) for value in values])
 
 
 def test_a_mean_in_two_numbers_loses_nothing():
@@ -35,8 +34,8 @@ def test_a_lone_part_comes_out_as_it_is(mean, rest, var):
 
 
 def test_samples_are_parts_without_variance():
-    x, zero = jnp.array([1.0, 2.0, 6.0]), jnp.zeros(1)
-    whole = merge_parts(Part(x, zero, zero, None), jnp.array([3.0]), add_up)
+    x = jnp.array([1.0, 2.0, 6.0])
+    whole = merge_parts(Part(x, None, None, None), jnp.array([3.0]), OF_ROWS)
     assert_allclose([whole.mean + whole.rest, whole.var], [[3], [14 / 3]], rtol=1e-6)
 
 
