@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks [layers|models|training|devices]`."""
+"""The command: `python -m benchmarks [layers|models|training|devices|compiled]`."""
 
 import argparse
 from importlib import import_module
@@ -14,18 +14,22 @@ def main() -> None:
         "benchmark",
         nargs="?",
         default="layers",
-        choices=["layers", "models", "training", "devices"],
-        help="one layer (the default), ResNets, the training program, or the cost of many devices",
+        choices=["layers", "models", "training", "devices", "compiled"],
+        help="one layer (the default), ResNets, the training program, the cost of many devices, "
+        "or programs compiled for an H100 and a TPU v5e",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, and no speed")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="of layers, the tables with TEXT in their name"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="of layers, the tables with TEXT in their name; of compiled, the programs, as in 'models cuda'",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results"), help="where results are written"
     )
     options = parser.parse_args()
-    some = {"only": options.only} if options.benchmark == "layers" else {}
+    some = {"only": options.only} if options.benchmark in ("layers", "compiled") else {}
     import_module(f"benchmarks.{options.benchmark}").main(options.out, options.quick, **some)
 
 
