@@ -30,18 +30,18 @@ class Way(NamedTuple):
     divide_first: bool = True  # before adding up, so that no average of finite numbers overflows
 
 
-def merge_parts(parts: Part, count: jax.Array, way: Way) -> Part:
+def merge_parts(parts: Part, count: jax.Array | int, way: Way) -> Part:
     """Merges parts that have means, variances and counts, whatever a part is: a sample has variance 0.
 
     What has count 0 must be finite.
     """
     mean, rest, _, weights, _ = way.copy(way.copy(parts))
     rough = weigh(_wide(mean) if rest is None else mean + rest, weights)
-    (rough,) = way.sums(rough * way.expand(_share(count, rough)))
+    (rough,) = way.sums(rough * _expanded(share_of(count, rough), way))
     return merge_about(rough, parts, count, way)
 
 
-def merge_about(shift: jax.Array, parts: Part, count: jax.Array, way: Way) -> Part:
+def merge_about(shift: jax.Array, parts: Part, count: jax.Array | int, way: Way) -> Part:
     """The one formula, about any shift; the nearer that is to the mean, the less is rounded away.
 
         mean = shift + rest;  rest = sum(count_i * (mean_i - shift)) / count
@@ -52,18 +52,18 @@ def merge_about(shift: jax.Array, parts: Part, count: jax.Array, way: Way) -> Pa
     # No gradient, for any shift gives the same mean and variance.
     shift = jax.lax.stop_gradient(shift)
     rest = weigh(_apart(parts, way.expand(shift)), parts.count)
-    share = _share(count, rest)
+    share = share_of(count, rest)
     copied, about = way.copy((parts, way.expand(shift)))
     apart = _apart(copied, about)
     # Weighed before it is squared, for a square that overflows is NaN where the weight is 0.
     squares = jnp.real(jnp.conj(apart) * weigh(apart, copied.count))
     if parts.var is not None:
         squares = squares + weigh(parts.var, parts.count)
-    rest, square = way.sums(rest * way.expand(share) if way.divide_first else rest, squares)
+    rest, square = way.sums(rest * _expanded(share, way) if way.divide_first else rest, squares)
     rest = rest if way.divide_first else rest * share
     # Where even this overflows, the variance is infinite and not NaN; where it is rounded below 0, it is 0,
     # with the derivative that it has.
-    var = square * _share(count, square) - where_finite(abs_squared(rest))
+    var = square * share_of(count, square) - where_finite(abs_squared(rest))
     return Part(shift, rest, var - jax.lax.stop_gradient(jnp.minimum(var, 0)), count)
 
 
@@ -121,6 +121,13 @@ def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return numerator / jnp.where(denominator > 0, denominator, 1).astype(numerator.dtype)
 
 
+def share_of(count: jax.Array | int, values: jax.Array) -> jax.Array | float:
+    """Returns what each of `count` counts, to multiply values by."""
+    if isinstance(count, int):
+        return 1 / max(count, 1)
+    return ratio(jnp.ones_like(count), count).astype(values.dtype)
+
+
 def abs_squared(x: jax.Array) -> jax.Array:
     """Computes |x|^2, which is real for complex `x` too."""
     return jnp.real(x * jnp.conj(x))
@@ -146,8 +153,8 @@ def _apart(parts, shift):
     return apart if parts.rest is None else apart + parts.rest
 
 
-def _share(count, values):
-    return ratio(jnp.ones_like(count), count).astype(values.dtype)
+def _expanded(share, way):
+    return share if isinstance(share, float) else way.expand(share)
 
 
 def _wide(x):

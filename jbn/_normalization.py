@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jbn._axes import expand, other_axes, shard_like
 from jbn._collectives import NamedAxes, total, vary_like
 from jbn._dtypes import arithmetic_dtype
-from jbn._merging import ratio, weigh, where_counted
+from jbn._merging import share_of, weigh, where_counted
 from jbn._statistics import Moments, cast, finite_centre, in_units, measure, select
 from jbn._xla import spread, unshared_on_cpu
 
@@ -39,13 +39,14 @@ def normalize_by(
     """Normalizes with given moments, and with the mean in place of what is neither counted nor finite."""
     wide = arithmetic_dtype(x, *jax.tree.leaves((used, params)))
     used = finite_centre(cast(used, wide))
-    multiplier = _inverse_sd(epsilon, used.var).astype(wide)
-    if params.scale is not None:
-        multiplier = multiplier * params.scale.astype(wide)
-    mean = expand(used.mean, x.ndim, axes)
-    y = _centred(x, mean, weights) * expand(multiplier, x.ndim, axes)
+    return _normalize(used.mean, _inverse_sd(epsilon, used.var).astype(wide), axes, dtype, x, params, weights)
+
+
+def _normalize(mean, inv, axes, dtype, x, params, weights):
+    multiplier = inv if params.scale is None else inv * params.scale.astype(inv.dtype)
+    y = _centred(x, expand(mean, x.ndim, axes), weights) * expand(multiplier, x.ndim, axes)
     if params.bias is not None:
-        y = y + expand(params.bias.astype(wide), x.ndim, axes)
+        y = y + expand(params.bias.astype(inv.dtype), x.ndim, axes)
     return y.astype(dtype)
 
 
@@ -121,19 +122,19 @@ def _normalize_batch_jvp(options, primals, tangents):
     used, unit = _moments_to_use(options, x, running, weights, train)
     # A policy of `jax.checkpoint` that keeps what has this name has y made from it again, without measuring.
     used = checkpoint_name(used, "batch_norm_moments")
-    y = normalize_by(used, options.axes, options.epsilon, options.dtype, x, params, weights)
+    wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
+    finite = finite_centre(cast(used, wide))
+    inv = _inverse_sd(options.epsilon, finite.var).astype(wide)
+    y = _normalize(finite.mean, inv, options.axes, options.dtype, x, params, weights)
     # Recomputed in the backward pass, which then keeps x in its own dtype and not x - mean in float32.
     tangent = jax.checkpoint(_tangent, prevent_cse=False, static_argnums=0)
-    dy, dused = tangent(options, x, params, used, weights, unit, train, dx, dparams)
+    dy, dused = tangent(options, x, params, finite, inv, weights, unit, train, dx, dparams)
     return (y, used, unit), (dy, cast(dused, used.mean.dtype), None if unit is None else jnp.zeros_like(unit))
 
 
-def _tangent(options, x, params, used, weights, unit, train, dx, dparams):
+def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
     axes, over, epsilon, _, dtype = options
-    wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
-    used = finite_centre(cast(used, wide))
-    inv = _inverse_sd(epsilon, used.var).astype(wide)
-    reduced = other_axes(x.ndim, axes)
+    wide, reduced = inv.dtype, other_axes(x.ndim, axes)
     mean_of_x, inv_of_x = (expand(values, x.ndim, axes) for values in (used.mean, inv))
 
     def add_up(samples):
@@ -147,35 +148,35 @@ def _tangent(options, x, params, used, weights, unit, train, dx, dparams):
     sums = add_up(dx), add_up(jnp.real(jnp.conj(normal) * dx).astype(wide))
     if over.names:
         sums = total(jnp.stack(sums), over)
-    share = ratio(jnp.ones_like(used.count), used.count).astype(wide)
-    if weights is None and not over.names:
-        share = jnp.ones((), wide) / jnp.asarray(math.prod(x.shape[axis] for axis in reduced), wide)
+    size = math.prod(x.shape[axis] for axis in reduced)
+    share = share_of(size if weights is None and not over.names else used.count, dx)
     mean_dx, mean_ndx = (part * share for part in sums)
     if train is not None:  # the moments move with x only in training
         mean_dx, mean_ndx = jnp.where(train, mean_dx, 0), jnp.where(train, mean_ndx, 0)
 
     a = inv * or_constant(params.scale, 1)
     dscale, dbias = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
-    # What multiplies Q is summed in the backward pass. Weights stand for an x in which they may hide NaN, for
+    # What multiplies Q is summed in the backward pass, from a third copy: measuring has two. Weights stand for an x in which they may hide NaN, for
     # checks would see it pass.
     if weights is None:
-        again = _centred(unshared_on_cpu(x), unshared_on_cpu(mean_of_x), None)
+        again = _centred(unshared_on_cpu(x, times=3), unshared_on_cpu(mean_of_x), None)
     else:
         again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
     again = again * unshared_on_cpu(inv_of_x)
     per_sample = lambda values: expand(values, x.ndim, axes)
-    minus_mean, Q, P = vary_like((-mean_dx, dscale - a * mean_ndx, dbias), x)
     if jnp.finfo(dtype).bits < 32:
+        minus_mean, Q, P = vary_like((-mean_dx, dscale - a * mean_ndx, dbias), x)
         dy = (
             per_sample(a) * dx
             + again * per_sample(Q)
             + per_sample(P)
-            + spread(minus_mean, a, shape=x.shape, axes=reduced)
+            + spread(minus_mean, a, shape=x.shape, new_axes=reduced)
         )
     else:
-        dy = per_sample(a) * dx + again * per_sample(Q) + per_sample(P + a * minus_mean)
+        P, Q = vary_like((dbias - a * mean_dx, dscale - a * mean_ndx), x)
+        dy = per_sample(a) * dx + again * per_sample(Q) + per_sample(P)
     # An infinite variance does not move at all.
-    in_range = ~jnp.isinf(used.var)
+    in_range = used.var < jnp.inf
     dvar = 2 * jnp.real(mean_ndx) * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)
     dmean, dvar = jnp.where(in_range, mean_dx, 0), jnp.where(in_range, dvar, 0)
     return dy.astype(dtype), Moments(dmean, dvar, jnp.zeros_like(used.count))

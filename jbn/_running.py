@@ -86,7 +86,13 @@ class ema:  # lower case, like the other rules: to its user it is a function
         if self.debias:
             share, counted = _share(decay * running.count, new), new - new * running.count
         else:
-            share, counted = _Share(jnp.minimum(decay, new), self.decay < 0.5), jnp.ones_like(running.count)
+            lesser = (
+                jnp.minimum(decay, new)
+                if isinstance(self.decay, jax.Array)
+                else min(self.decay, 1 - self.decay)
+            )
+            share = _Share(jnp.asarray(lesser, running.count.dtype), self.decay < 0.5)
+            counted = jnp.ones_like(running.count)
         return _average(running, batch, share, counted, noise, unbiased=self.unbiased)
 
 

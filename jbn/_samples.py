@@ -15,7 +15,7 @@ from jbn._merging import (
     merge_about,
     merge_parts,
     power_of_two,
-    ratio,
+    share_of,
     weigh,
     where_counted,
     where_finite,
@@ -52,8 +52,8 @@ def measure_samples(
         given += mean.astype(wide), var.astype(real_dtype(wide))
     options = Options(weights is not None, reduced, exact, epsilon)
     mean, rest, var = _measure(options, x, *given)
-    spread = jnp.zeros_like(var)
-    return Part(mean, rest, var, spread + count, None if unit is None else spread + unit)
+    zero = jnp.zeros_like(var)
+    return Part(mean, rest, var, zero + count, None if unit is None else zero + unit)
 
 
 class Options(NamedTuple):
@@ -78,7 +78,7 @@ def _derivative(options, arrays, dx, results):
     x, dx = (_wide(where_counted(values, weights)) for values in (x, dx))
 
     def average(samples):
-        return ratio(jnp.sum(weigh(samples, weights), reduced), count)
+        return jnp.sum(weigh(samples, weights), reduced) * share_of(count, samples)
 
     c = x - jnp.expand_dims(mean + rest, reduced)
     return jnp.zeros_like(mean), average(dx), 2 * average(jnp.real(jnp.conj(c) * dx))
@@ -120,11 +120,11 @@ def measure_on(
     def about(shift, x):
         return _of_one_shape(merge_about(shift, Part(x, None, None, weights), count, way))
 
-    def about_zero():
+    def about_zero(x):
         (x1, weights1), (x2, weights2) = way.copy((x, weights)), way.copy(way.copy((x, weights)))
         mean, square = way.sums(weigh(_wide(x1), weights1), weigh(abs_squared(_wide(x2)), weights2))
-        mean, square = ratio(mean, count), ratio(square, count)
-        return mean, jnp.zeros_like(mean), square - abs_squared(mean)
+        mean, square = mean * share_of(count, mean), square * share_of(count, square)
+        return jnp.zeros_like(mean), mean, jnp.maximum(square - abs_squared(mean), 0)
 
     def in_two_passes():
         return _of_one_shape(merge_parts(Part(where_counted(x, weights), None, None, weights), count, way))
@@ -138,7 +138,7 @@ def measure_on(
         return about(shift, x)
     if platform == "tpu" and not exact:
         counted = where_counted(x, weights)
-        near_zero, near_shift = about(zero, counted), about(shift, counted)
+        near_zero, near_shift = about_zero(counted), about(shift, counted)
         nearer = abs_squared(near_shift[1]) <= abs_squared(near_zero[1])
         return jax.tree.map(partial(jnp.where, nearer), near_shift, near_zero)
     if sharded and not members:
@@ -146,16 +146,19 @@ def measure_on(
         return jax.lax.cond(is_exact(*found[1:]), lambda: found, in_two_passes)
     if platform == "cpu" and not sharded and not jnp.iscomplexobj(x):
         # To subtract a shift takes a CPU half as long again as to add up.
-        mean, rest, var = about_zero()
+        zeros, mean, var = about_zero(x)
         again = in_two_passes if weighted else lambda: about(where_finite(mean), x)
-        return jax.lax.cond(is_exact(mean, var), lambda: (mean, rest, var), again)
+        return jax.lax.cond(is_exact(mean, var), lambda: (zeros, mean, var), again)
     if weighted or x.size == 0:
         return in_two_passes()
     return about(_pilot(x, reduced), x)
 
 
 def _of_one_shape(part):
-    return part._replace(mean=jnp.zeros_like(part.rest) + part.mean)[:3]
+    mean = (
+        part.mean if jax.typeof(part.mean) == jax.typeof(part.rest) else jnp.zeros_like(part.rest) + part.mean
+    )
+    return mean, part.rest, part.var
 
 
 def _wide(x):
@@ -208,16 +211,17 @@ def _unit(count: jax.Array) -> jax.Array:
     return jnp.where(usual, 1, power_of_two(count))
 
 
-def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Adds up the weights over some axes of `x`; feature axes that share a weight have size 1."""
+def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array | int:
+    """Adds up the weights over some axes of `x`; feature axes that share a weight have size 1.
+
+    Without weights it is a number; an array if that is symbolic, in `jax.export`.
+    """
     dtype = real_dtype(arithmetic_dtype(x))
     if weights is None:
-        kept = x.ndim - len(reduced)
-        sizes, count = [x.shape[axis] for axis in reduced], jnp.ones((1,) * kept, dtype)
-    else:
-        # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
-        # float32 can count one by one.
-        sizes = [x.shape[axis] for axis in reduced if weights.shape[axis] == 1]
-        count = jnp.sum(weights, reduced, dtype=dtype)
-    size = math.prod(sizes)  # which may be symbolic, in `jax.export`
+        size = math.prod(x.shape[axis] for axis in reduced)
+        return size if isinstance(size, int) else jnp.full((1,) * (x.ndim - len(reduced)), size, dtype)
+    # A weight that is shared along an axis is summed once and multiplied: exact for more samples than float32
+    # can count one by one.
+    size = math.prod(x.shape[axis] for axis in reduced if weights.shape[axis] == 1)
+    count = jnp.sum(weights, reduced, dtype=dtype)
     return count if isinstance(size, int) and size == 1 else count * jnp.asarray(size, dtype)

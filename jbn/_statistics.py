@@ -196,7 +196,7 @@ def cast(m: Moments, dtype: DTypeLike) -> Moments:
 
 def finite_centre(m: Moments) -> Moments:
     """Centres at 0 what has an infinite variance, so that finite samples over its root are 0 and not NaN."""
-    return m._replace(mean=jnp.where(jnp.isinf(m.var), 0, m.mean))
+    return m._replace(mean=jnp.where(m.var == jnp.inf, 0, m.mean))
 
 
 def select(condition: ArrayLike, a: Moments, b: Moments) -> Moments:

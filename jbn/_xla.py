@@ -6,7 +6,7 @@ and to lower than branches that `jax.lax.platform_dependent` chooses from. The p
 0.10.2 makes; `python -m benchmarks compiled` shows whether a later one still needs to be told.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -97,13 +97,13 @@ def prevent_cse(values: Any, *, times: int = 1) -> Any:
     return values
 
 
-def unshared_on_cpu(x: jax.Array) -> jax.Array:
+def unshared_on_cpu(x: jax.Array, *, times: int = 1) -> jax.Array:
     """Returns `x`, of which XLA for CPU does not know that what the gradient sums is made of the same `x`."""
-    return _unshared.bind(x)
+    return _unshared.bind(x, times=times)
 
 
 def spread(
-    values: jax.Array, scale: jax.Array, *, shape: tuple[int, ...], axes: tuple[int, ...]
+    values: jax.Array, scale: jax.Array, *, shape: tuple[int, ...], new_axes: tuple[int, ...]
 ) -> jax.Array:
     """Broadcasts `values * scale` along new axes. Its transpose is a sum that GPUs take of scaled samples.
 
@@ -113,7 +113,7 @@ def spread(
         fusion.1 = select(y > 0, dy, 0)                     fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
         fusion.2 = sum(fusion.1), sum(fusion.1 * x^)   ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
     """
-    return _spread.bind(values, scale, shape=shape, axes=axes)
+    return _spread.bind(values, scale, shape=shape, new_axes=new_axes)
 
 
 def _primitive(name: str, f: Callable[..., Any], *, many: bool = False) -> Primitive:
@@ -136,11 +136,11 @@ def _primitive(name: str, f: Callable[..., Any], *, many: bool = False) -> Primi
 
 
 def _linear_identity(name, **of_platform):
-    primitive = _primitive(name, lambda x: x)
-    primitive.def_impl(lambda x: x)
-    ad.deflinear2(primitive, lambda cotangent, _: [cotangent])
+    primitive = _primitive(name, lambda x, **_: x)
+    primitive.def_impl(lambda x, **_: x)
+    ad.deflinear2(primitive, lambda cotangent, _, **__: [cotangent])
     batching.defvectorized(primitive)
-    return _lower(primitive, lambda x: x, of_platform)
+    return _lower(primitive, lambda x, **_: x, of_platform)
 
 
 def _bilinear(name, f, **of_platform):
@@ -159,20 +159,19 @@ def _lower(primitive, f, of_platform):
     return primitive
 
 
-def _broadcast(values, scale, *, shape, axes):
-    return jnp.broadcast_to(jnp.expand_dims(values * scale, axes), shape)
+def _broadcast(values, scale, *, shape, new_axes):
+    return jnp.broadcast_to(jnp.expand_dims(values * scale, new_axes), shape)
 
 
-def _sum_and_scale(samples, scale, *, shape, axes):
-    return jnp.sum(samples, axes) * scale
+def _sum_and_scale(samples, scale, *, shape, new_axes):
+    return jnp.sum(samples, new_axes) * scale
 
 
-def _scale_and_sum(samples, scale, *, shape, axes):
-    return jnp.sum(samples * jnp.expand_dims(scale, axes), axes)
+def _scale_and_sum(samples, scale, *, shape, new_axes):
+    return jnp.sum(samples * jnp.expand_dims(scale, new_axes), new_axes)
 
 
-# Three times, for measuring copies once and twice.
-_unshared = _linear_identity("unshared_on_cpu", cpu=partial(prevent_cse, times=3))
+_unshared = _linear_identity("unshared_on_cpu", cpu=prevent_cse)
 _spread = _bilinear("spread", _broadcast)
 _summed = _bilinear("summed", _sum_and_scale, cuda=_scale_and_sum, rocm=_scale_and_sum)
 # Each is the other's transpose.
