@@ -95,9 +95,7 @@ def gather(values: jax.Array, over: NamedAxes) -> tuple[jax.Array, jax.Array]:
 
     A sum of arrays in which each member fills its own row is the same for all, and `shard_map` knows that; it
     would not know it of an `all_gather`. Four float32 values for C features on D devices take 16 C D bytes:
-    32 KB for 256 features on 8 devices, 4 MB on 1024. Two collectives of 16 C bytes would be better where
-    moving the rows takes longer than waiting for one more: at 100 GB/s and 20 microseconds, in a ring, from
-    C D = 6e4. `python -m benchmarks devices` has the numbers.
+    32 KB for 256 features on 8 devices. `python -m benchmarks devices` has the numbers.
 
     Returns:
       An array with the values of each member along a new first axis, and Booleans along the same axis.

@@ -42,14 +42,15 @@ def moments(
         mean  = sum(mask * x) / count
         var   = sum(mask * |x - mean|^2) / count
 
-    A large mean costs no accuracy: one pass over `x` measures both where that is as exact as two, up to 10
-    times the rounding of a sum, and two passes where it is not (`jbn/_samples.py`). Where `count` is 0 all
-    three are 0, the identity of `jbn.merge`. A variance beyond the dtype's range is infinite, and its
-    mean finite.
+    A large mean costs no accuracy. Both are measured about a shift c, and the rounding of the sums counts
+    1 + (mean - c)^2 / var times, in units of two passes: at most 10 times on a CPU (about 0, or else about the
+    mean of a first pass); elsewhere hardly more than twice for samples in no order, and at most N/64 times in
+    any order (about the mean of 64 of N samples). See `jbn/_samples.py`. Where `count` is 0 all three are 0,
+    the identity of `jbn.merge`. A variance beyond the dtype's range is infinite.
 
     With `axis_name`, moments are those of all devices' samples together: each device measures its own, and
     `jbn.merge` merges them, by count, so that unequal masks and empty shards are exact. It takes one
-    collective of 4 D values per feature for D devices.
+    collective of 4 D values per feature for D devices, or three of fewer values where that is cheaper.
 
     Args:
       x: samples, of any shape; floating point or complex.
