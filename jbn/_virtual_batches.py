@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 from jbn._axes import expand, other_axes, shard_like
+from jbn._xla import for_each_part
 
 
 def count_parts(x: jax.Array, axes: tuple[int, ...], virtual_batch_size: int | None) -> int | None:
@@ -63,11 +64,12 @@ def map_parts(f: Callable[..., Any], parts: int, axes: tuple[int, ...]) -> Calla
         shared = weights is None or weights.shape[axis] == 1
         if not shared:
             weights = _shard_examples_like(weights, x, axis)
-        f_of_parts = jax.vmap(f, (axis, None, None, None if shared else axis, None), (axis, 0, 0))
+        f_of_parts = jax.vmap(f, (axis, 0, None, None if shared else axis, None), (axis, 0, 0))
 
         def of_one_size(parts, x, weights):
             weights = weights if shared else _split(weights, parts, axis)
-            y, *moments = f_of_parts(_split(x, parts, axis), params, running, weights, train)
+            of_parts = jax.tree.map(lambda leaf: for_each_part(leaf, parts), params)
+            y, *moments = f_of_parts(_split(x, parts, axis), of_parts, running, weights, train)
             return y.reshape(x.shape), moments
 
         def finished(y):

@@ -102,6 +102,18 @@ def unshared_on_cpu(x: jax.Array, *, times: int = 1) -> jax.Array:
     return _unshared.bind(x, times=times)
 
 
+def for_each_part(values: jax.Array, parts: int) -> jax.Array:
+    """Repeats values along a new first axis, so that their gradient is a sum of the sums of each part.
+
+    XLA makes one sum of a sum of sums, and then has two over all samples, for both of which it writes out what
+    they add up:
+
+        fusion.1 = dy * x^, sum(dy * x^, of each part)     fusion.1 = sum(dy * x^, of each part)
+        fusion.2 = sum(dy * x^)                       ->   fusion.2 = sum(fusion.1)
+    """
+    return jax.lax.optimization_barrier(jnp.broadcast_to(values, (parts, *values.shape)))
+
+
 def spread(
     values: jax.Array, scale: jax.Array, *, shape: tuple[int, ...], new_axes: tuple[int, ...]
 ) -> jax.Array:
@@ -146,10 +158,16 @@ def _linear_identity(name, **of_platform):
 def _bilinear(name, f, **of_platform):
     primitive = _primitive(name, f)
     primitive.def_impl(f)
-    batching.primitive_batchers[primitive] = lambda arrays, axes, **static: (
-        jax.vmap(partial(f, **static), axes)(*arrays),
-        0,
-    )
+
+    def batch(arrays, axes, *, shape, new_axes):
+        size = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
+        arrays = [
+            jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
+            for array, axis in zip(arrays, axes)
+        ]
+        return primitive.bind(*arrays, shape=(size, *shape), new_axes=tuple(axis + 1 for axis in new_axes)), 0
+
+    batching.primitive_batchers[primitive] = batch
     return _lower(primitive, f, of_platform)
 
 
