@@ -173,12 +173,12 @@ def batch_norm(
         itself; the running moments absorb the merge of all parts, over `axis_name` too. Under plain `jit`, N
         over the number of devices gives local statistics. For `jax.export`, a symbolic N must be a multiple
         of the size, like "4*parts". It has no effect in inference.
-      exact: whether the moments are as exact as those of two passes wherever the program runs, as `jbn.moments`
-        tells. If False, a TPU takes one pass about 0 and about the running mean, whichever is nearer, feature by
-        feature; its compiler fuses such sums into the matrix product that makes `x`. The error of the variance
-        is then that of two passes times 1 + min(mean^2, (mean - running mean)^2) / var: exact as soon as the
-        running mean is near, never worse than E[x^2] - E[x]^2, which is Flax's default, and never negative.
-        CPUs and GPUs are always exact, for there it costs nothing.
+      exact: whether the moments are as exact as those of two passes wherever the program runs, as
+        `jbn.moments` tells. If False, a TPU takes one pass about 0 and about the running mean, and of each
+        feature the nearer counts; its compiler fuses such sums into the matrix product that makes `x`. The
+        error of the variance is then that of two passes times 1 + min(mean^2, (mean - running mean)^2) / var:
+        exact as soon as the running mean is near, never worse than E[x^2] - E[x]^2, which is Flax's default,
+        and never negative. CPUs and GPUs are always exact, for there it costs nothing.
       dtype: the dtype of `y`; that of `x` if None. The arithmetic is in float32 at least.
 
     Returns:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jbn._collectives import NamedAxes, axis_size, gather, largest, split_devices, total
 from jbn._dtypes import arithmetic_dtype
 
-
 # Features times devices. A row of 16 bytes a feature for each device takes 32 bytes on the wire, at 100 GB/s;
 # from here on that is more than two more collectives of 20 microseconds.
 MOST_IN_ROWS = 125_000
@@ -79,7 +78,7 @@ def merge_rows(parts: Part) -> Part:
 
 
 def merge_named(part: Part, over: NamedAxes) -> Part:
-    """Merges the parts of all members of one's group: in one collective between devices, or the cheaper three."""
+    """Merges the parts of all members of one's group, in one collective of devices or in cheaper ones."""
     if not over.names:
         return part
     vectorized, devices = split_devices(over)

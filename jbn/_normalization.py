@@ -91,9 +91,7 @@ def derived_normalize_batch(
 
 def _moments_to_use(options, x, running, weights, train):
     axes, over, epsilon, exact, _ = options
-    batch, unit = measure(
-        x, axes, weights, over, shift=(running.mean, running.var), exact=exact, epsilon=epsilon
-    )
+    batch, unit = measure(x, axes, weights, over, shift=running.mean, exact=exact, epsilon=epsilon)
     wide = arithmetic_dtype(batch.mean, running.mean)
     batch = cast(batch, wide)
     if train is None:
@@ -156,8 +154,8 @@ def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
 
     a = inv * or_constant(params.scale, 1)
     dscale, dbias = or_constant(dparams.scale, 0), or_constant(dparams.bias, 0)
-    # What multiplies Q is summed in the backward pass, from a third copy: measuring has two. Weights stand for an x in which they may hide NaN, for
-    # checks would see it pass.
+    # What multiplies Q is summed in the backward pass, from a third copy: measuring has two. Weights stand
+    # for an x in which they may hide NaN, for checks would see it pass.
     if weights is None:
         again = _centred(unshared_on_cpu(x, times=3), unshared_on_cpu(mean_of_x), None)
     else:

@@ -6,8 +6,8 @@ with the same options are equal and hash alike, and `jit` compiles once for both
 Each is a weighted average of two, `running + w * (batch - running)`. Where w is small, float32 has no room
 for most of a step: rounded to the nearest, an average stops up to 3e-8 / w of its value short of its limit,
 4e-6 for w = 0.01 and 4e-3 for w = 1e-5. So below w = 1/1024 each step is rounded up or down at random, in
-proportion (`jbn/_rounding.py`), and the average stays within about 4e-8 / sqrt(w) of its value. What is random
-are bits of the data and of the count; without a count, batches that are all the same have none.
+proportion (`jbn/_rounding.py`), and the average stays within about 4e-8 / sqrt(w) of its value. What is
+random are bits of the data and of the count; without a count, batches that are all the same have none.
 """
 
 from collections.abc import Callable

@@ -28,15 +28,15 @@ def measure_samples(
     weights: jax.Array | None,
     reduced: tuple[int, ...],
     *,
-    shift: tuple[jax.Array, jax.Array] | None = None,
+    shift: jax.Array | None = None,
     exact: bool = True,
     epsilon: float = 0.0,
 ) -> Part:
     """Returns the moments over the axes `reduced`, in the shape of the others.
 
-    What real weights count is in a unit, for they and their sum may be of any size. Any `shift`, a mean and a
-    variance in the shape of the result, gives the same moments; near those it saves a pass. `exact` and
-    `epsilon` are those of `jbn.batch_norm`.
+    What real weights count is in a unit, for they and their sum may be of any size. Any `shift`, in the shape
+    of the result, gives the same moments; near the mean it saves a pass. `exact` and `epsilon` are those of
+    `jbn.batch_norm`.
     """
     weights, shift = jax.lax.stop_gradient((weights, shift))
     count, unit = _count(weights, x, reduced), None
@@ -46,10 +46,8 @@ def measure_samples(
         count = _count(weights, x, reduced)
     given = [] if weights is None else [weights, count]
     if shift is not None:
-        wide = arithmetic_dtype(x)
-        mean, var = shift
-        mean = mean if jnp.issubdtype(wide, jnp.complexfloating) else jnp.real(mean)
-        given += mean.astype(wide), var.astype(real_dtype(wide))
+        is_complex = jnp.iscomplexobj(x)
+        given.append((shift if is_complex else jnp.real(shift)).astype(arithmetic_dtype(x)))
     options = Options(weights is not None, reduced, exact, epsilon)
     mean, rest, var = _measure(options, x, *given)
     zero = jnp.zeros_like(var)
@@ -87,23 +85,24 @@ def _derivative(options, arrays, dx, results):
 def measure_on(
     target: Target | None, options: Options, x: jax.Array, *given: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Chooses what is best on a target; returns mean, rest and variance.
+    """Returns mean, rest and variance, measured about the shift that is best on a target.
 
-    | where | unmasked | with weights |
+    | target | without weights | with weights |
     |---|---|---|
-    | CPU | about 0 or the shift, until that is exact | the same |
-    | GPU; TPU if `exact` | about a pilot | in two passes |
-    | these, spread over devices by the compiler | about the shift, and if that is not exact, in two passes | the same |
-    | TPU if not `exact` | about 0 and the shift; the nearer counts | the same |
+    | CPU | 0; if that was not exact, the mean found | 0; if that was not exact, two passes |
+    | GPU; TPU if `exact` | a pilot | two passes |
+    | TPU if not `exact` | 0 and the running mean; the nearer counts | the same |
+    | spread over devices by the compiler | the running mean; if that was not exact, two passes | the same |
 
-    A pilot is the mean of few samples; the compiler would have to send it to all devices. On a TPU the sums are
-    fused into the matrix product that makes `x` if their shift is known before `x` is.
+    A CPU adds up fastest about 0. A pilot is the mean of few samples; the compiler would send it to all
+    devices. A TPU fuses sums into the matrix product that makes `x`, if their shift is known before `x` is.
     """
     weighted, reduced, exact, epsilon, members = options
     weights = given[0] if weighted else None
     count = given[1] if weighted else _count(None, x, reduced)
-    zero = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x))
-    shift, spread = given[2 * weighted :] or (zero, jnp.real(zero))
+    shift = (
+        given[-1] if len(given) > 2 * weighted else jnp.zeros((1,) * (x.ndim - len(reduced)), _wide(x).dtype)
+    )
     platform, sharded = target or Target("cpu", False)
     on_gpu = platform in ("cuda", "rocm")
     way = Way(
@@ -145,7 +144,6 @@ def measure_on(
         found = about(shift, x)
         return jax.lax.cond(is_exact(*found[1:]), lambda: found, in_two_passes)
     if platform == "cpu" and not sharded and not jnp.iscomplexobj(x):
-        # To subtract a shift takes a CPU half as long again as to add up.
         zeros, mean, var = about_zero(x)
         again = in_two_passes if weighted else lambda: about(where_finite(mean), x)
         return jax.lax.cond(is_exact(mean, var), lambda: (zeros, mean, var), again)

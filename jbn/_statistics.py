@@ -43,10 +43,10 @@ def moments(
         var   = sum(mask * |x - mean|^2) / count
 
     A large mean costs no accuracy. Both are measured about a shift c, and the rounding of the sums counts
-    1 + (mean - c)^2 / var times, in units of two passes: at most 10 times on a CPU (about 0, or else about the
-    mean of a first pass); elsewhere hardly more than twice for samples in no order, and at most N/64 times in
-    any order (about the mean of 64 of N samples). See `jbn/_samples.py`. Where `count` is 0 all three are 0,
-    the identity of `jbn.merge`. A variance beyond the dtype's range is infinite.
+    1 + (mean - c)^2 / var times, in units of two passes: at most 10 times on a CPU (about 0, or else about
+    the mean of a first pass); elsewhere hardly more than twice for samples in no order, and at most N/64
+    times in any order (about the mean of 64 of N samples). See `jbn/_samples.py`. Where `count` is 0 all
+    three are 0, the identity of `jbn.merge`. A variance beyond the dtype's range is infinite.
 
     With `axis_name`, moments are those of all devices' samples together: each device measures its own, and
     `jbn.merge` merges them, by count, so that unequal masks and empty shards are exact. It takes one
@@ -95,11 +95,11 @@ def measure(
     weights: jax.Array | None,
     over: NamedAxes = NamedAxes(),
     *,
-    shift: tuple[jax.Array, jax.Array] | None = None,
+    shift: jax.Array | None = None,
     exact: bool = True,
     epsilon: float = 0.0,
 ) -> tuple[Moments, jax.Array | None]:
-    """Does the work of `moments`, for arguments that were checked; the options are those of `measure_samples`.
+    """Does the work of `moments` for arguments that were checked, with the options of `measure_samples`.
 
     Returns:
       The moments, whose count is that of `in_units(weights, unit, axes)`, and this unit, in the features'

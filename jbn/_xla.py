@@ -31,8 +31,8 @@ def decided_at_lowering(
     """Makes a function of `f(target, options, *arrays)` that is called without the target.
 
     Args:
-      f: returns a tuple of arrays, of the same shapes for each target, and for None, which only asks for them;
-        `options` are hashable.
+      f: returns a tuple of arrays, of the same shapes for each target, and for None, which only asks for
+        them; `options` are hashable.
       derivative: that for a change of the first array: `(options, arrays, change, results) -> changes`.
       batch: what `vmap` does: `(function, options, arrays, axes) -> (results, axes)`.
     """
@@ -105,8 +105,8 @@ def unshared_on_cpu(x: jax.Array, *, times: int = 1) -> jax.Array:
 def for_each_part(values: jax.Array, parts: int) -> jax.Array:
     """Repeats values along a new first axis, so that their gradient is a sum of the sums of each part.
 
-    XLA makes one sum of a sum of sums, and then has two over all samples, for both of which it writes out what
-    they add up:
+    XLA makes one sum of a sum of sums, and then has two over all samples, for which it writes out what both
+    add up:
 
         fusion.1 = dy * x^, sum(dy * x^, of each part)     fusion.1 = sum(dy * x^, of each part)
         fusion.2 = sum(dy * x^)                       ->   fusion.2 = sum(fusion.1)
@@ -119,8 +119,8 @@ def spread(
 ) -> jax.Array:
     """Broadcasts `values * scale` along new axes. Its transpose is a sum that GPUs take of scaled samples.
 
-    XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it writes it
-    out, and reads it twice more. Of three sums, two read nothing else, and it is fused with the third:
+    XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it writes
+    it out, and reads it twice more. Of three sums, two read nothing else, and it is fused with the third:
 
         fusion.1 = select(y > 0, dy, 0)                     fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
         fusion.2 = sum(fusion.1), sum(fusion.1 * x^)   ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)

@@ -10,7 +10,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 import jbn
 from jbn._merging import Part, Way, merge_parts, merge_rows, ratio, where_counted
 
-
 OF_ROWS = Way(lambda *values: [jnp.sum(value, 0, keepdims=True) for value in values])
 
 
