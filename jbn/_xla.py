@@ -122,8 +122,8 @@ def spread(
     XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it writes
     it out, and reads it twice more. Of three sums, two read nothing else, and it is fused with the third:
 
-        fusion.1 = select(y > 0, dy, 0)                     fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
-        fusion.2 = sum(fusion.1), sum(fusion.1 * x^)   ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
+        fusion.1 = select(y > 0, dy, 0)                    fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
+        fusion.2 = sum(fusion.1), sum(fusion.1 * x^)  ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
     """
     return _spread.bind(values, scale, shape=shape, new_axes=new_axes)
 

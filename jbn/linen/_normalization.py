@@ -55,7 +55,7 @@ class BatchNorm(nn.Module):
 
     | case | Flax | here |
     |---|---|---|
-    | large mean beside the spread | E[x^2] - E[x]^2 cancels: wrong, or 0 | exact; on a TPU see `use_fast_variance` |
+    | large mean beside the spread | E[x^2] - E[x]^2 cancels: wrong, or 0 | exact (TPU: `use_fast_variance`) |
     | `mask` with `axis_name` | averages of averages; NaN if a device has no row | merged by count |
     | a mask that is not Boolean | what is not 0 counts as 1 | real weights |
     | NaN or inf in a batch | running statistics are NaN for ever | that feature's stay |
@@ -82,8 +82,8 @@ class BatchNorm(nn.Module):
       axis_name: name or names of the axes of `jax.shard_map` or `jax.vmap` that share one batch; not used in
         `init`. Under plain `jit`, statistics of a sharded batch are global without it.
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
-      use_fast_variance: `exact=not use_fast_variance` of `jbn.batch_norm`. CPUs and GPUs are exact either way;
-        a TPU takes one pass about the running mean if True, and always exact moments if False.
+      use_fast_variance: `exact=not use_fast_variance` of `jbn.batch_norm`. CPUs and GPUs are exact either
+        way; a TPU takes one pass about 0 and the running mean if True, and is always exact if False.
       force_float32_reductions: statistics are always float32 at least, and narrower ones of a checkpoint
         become so at the first step. False starts the running ones in `param_dtype` where that is wider.
       update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,

@@ -93,8 +93,8 @@ class BatchNorm(nnx.Module):
       axis_name: name or names of the axes of `jax.shard_map` or `jax.vmap` that share one batch. Under plain
         `jit`, statistics of a sharded batch are global without it.
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
-      use_fast_variance: `exact=not use_fast_variance` of `jbn.batch_norm`. CPUs and GPUs are exact either way;
-        a TPU takes one pass about the running mean if True, and always exact moments if False.
+      use_fast_variance: `exact=not use_fast_variance` of `jbn.batch_norm`. CPUs and GPUs are exact either
+        way; a TPU takes one pass about 0 and the running mean if True, and is always exact if False.
       promote_dtype: like `flax.nnx.nn.dtypes.promote_dtype`; it tells the result's dtype where `dtype` is
         None, from those of x, mean, var, scale and bias, and converts nothing.
       rngs: keys for the initializers.
