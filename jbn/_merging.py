@@ -32,6 +32,7 @@ class Way(NamedTuple):
     expand: Callable[[jax.Array], jax.Array] = lambda total: total  # makes a sum broadcast to the parts
     copy: Callable = lambda values: values  # hides from the compiler that they are the same
     divide_first: bool = True  # before adding up, so that no average of finite numbers overflows
+    scale: float = 0.5  # of what is added up, for the difference of two finite numbers may overflow
 
 
 def merge_parts(parts: Part, count: jax.Array | int, way: Way) -> Part:
@@ -55,16 +56,18 @@ def merge_about(shift: jax.Array, parts: Part, count: jax.Array | int, way: Way)
     """
     # No gradient, for any shift gives the same mean and variance.
     shift = jax.lax.stop_gradient(shift)
-    rest = weigh(_apart(parts, way.expand(shift)), parts.count)
+    rest = weigh(_apart(parts, way.expand(shift), way.scale), parts.count)
     share = share_of(count, rest)
     copied, about = way.copy((parts, way.expand(shift)))
-    apart = _apart(copied, about)
+    apart = _apart(copied, about, way.scale)
     # Weighed before it is squared, for a square that overflows is NaN where the weight is 0.
     squares = jnp.real(jnp.conj(apart) * weigh(apart, copied.count))
     if parts.var is not None:
-        squares = squares + weigh(parts.var, parts.count)
+        squares = squares + weigh(way.scale**2 * parts.var, parts.count)
     rest, square = way.sums(rest * _expanded(share, way) if way.divide_first else rest, squares)
     rest = rest if way.divide_first else rest * share
+    if way.scale != 1:
+        rest, square = rest / way.scale, square / way.scale**2
     # Where even this overflows, the variance is infinite and not NaN; where it is rounded below 0, it is 0,
     # with the derivative that it has.
     var = square * share_of(count, square) - where_finite(abs_squared(rest))
@@ -154,9 +157,12 @@ def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     return values if weights is None else values * weights.astype(values.dtype)
 
 
-def _apart(parts, shift):
-    apart = _wide(parts.mean) - shift
-    return apart if parts.rest is None else apart + parts.rest
+def _apart(parts, shift, scale):
+    mean, shift, rest = (
+        leaf if leaf is None or scale == 1 else leaf * scale
+        for leaf in (_wide(parts.mean), shift, parts.rest)
+    )
+    return mean - shift if rest is None else mean - shift + rest
 
 
 def _expanded(share, way):

@@ -64,11 +64,15 @@ def map_parts(f: Callable[..., Any], parts: int, axes: tuple[int, ...]) -> Calla
         shared = weights is None or weights.shape[axis] == 1
         if not shared:
             weights = _shard_examples_like(weights, x, axis)
-        f_of_parts = jax.vmap(f, (axis, 0, None, None if shared else axis, None), (axis, 0, 0))
+        # The type of what is repeated would have to be sharded like the parts.
+        repeated = None if jax.typeof(x).sharding.spec[axis] else 0
+        f_of_parts = jax.vmap(f, (axis, repeated, None, None if shared else axis, None), (axis, 0, 0))
 
         def of_one_size(parts, x, weights):
             weights = weights if shared else _split(weights, parts, axis)
-            of_parts = jax.tree.map(lambda leaf: for_each_part(leaf, parts), params)
+            of_parts = params
+            if repeated == 0:
+                of_parts = jax.tree.map(lambda leaf: for_each_part(leaf, parts), params)
             y, *moments = f_of_parts(_split(x, parts, axis), of_parts, running, weights, train)
             return y.reshape(x.shape), moments
 
