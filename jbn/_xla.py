@@ -6,6 +6,7 @@ and to lower than branches that `jax.lax.platform_dependent` chooses from. The p
 0.10.2 makes; `python -m benchmarks compiled` shows whether a later one still needs to be told.
 """
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
@@ -76,9 +77,17 @@ def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, 
         fusion.1 = f32[128,128], f32[128,128] fusion(x)       fusion.1 = f32[128,128], f32[128,128] fusion(x)
         fusion.2 = f32[128] fusion(fusion.1)             ->   fusion.2 = f32[128], f32[128] fusion(fusion.1)
         fusion.3 = f32[128] fusion(fusion.1)
+
+    Few rows it does not split, and writes out first what they share; so they are split here.
     """
+    add = lambda a, b: tuple(p + q for p, q in zip(a, b))
     zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
-    return jax.lax.reduce(arrays, zeros, lambda a, b: tuple(p + q for p, q in zip(a, b)), axes)
+    rows = [arrays[0].shape[axis] for axis in axes]
+    if len(axes) > 1 and all(isinstance(n, int) for n in rows) and math.prod(rows) <= 8192:
+        # Without a barrier, XLA would make one sum of the two.
+        arrays = prevent_cse(tuple(jax.lax.reduce(arrays, zeros, add, axes[1:])))
+        axes = axes[:1]
+    return jax.lax.reduce(arrays, zeros, add, axes)
 
 
 def prevent_cse(values: Any, *, times: int = 1) -> Any:
