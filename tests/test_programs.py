@@ -7,10 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from layers import layer, random
 from numpy.testing import assert_allclose
 
-import jbn
+import jbn.linen
+import jbn.nnx
 
 SHAPES = [(16, 14, 14, 64), (2048, 128)]
 
@@ -139,3 +141,18 @@ def test_rematerialisation_can_keep_the_moments_and_never_measures_again():
     measured = [str(jax.make_jaxpr(f)(x)).count("measure_on[") for f in (everything, moments, nothing)]
     assert measured[0] == measured[1] == measured[2] / 2
     assert_allclose(moments(x), everything(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fast, pilots", [(True, 0), (False, 1)])
+def test_modules_take_a_pilot_on_a_tpu_unless_their_variance_is_fast(fast, pilots):
+    x, *_ = inputs(SHAPES[1])
+    linen = jbn.linen.BatchNorm(use_running_average=False, use_fast_variance=fast)
+    variables = linen.init(jax.random.key(0), x)
+    layer = jbn.nnx.BatchNorm(x.shape[-1], use_fast_variance=fast, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    for f in (
+        lambda x: linen.apply(variables, x, mutable=["batch_stats"]),
+        lambda x: nnx.merge(graph, state, copy=True)(x),
+    ):
+        text = jax.jit(f).trace(x).lower(lowering_platforms=("tpu",)).as_text()
+        assert reductions_of(text, (64,)) == pilots
