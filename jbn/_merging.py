@@ -32,7 +32,7 @@ class Way(NamedTuple):
     expand: Callable[[jax.Array], jax.Array] = lambda total: total  # makes a sum broadcast to the parts
     copy: Callable = lambda values: values  # hides from the compiler that they are the same
     divide_first: bool = True  # before adding up, so that no average of finite numbers overflows
-    scale: float = 0.5  # of what is added up, for the difference of two finite numbers may overflow
+    scale: float = 0.5  # of what the mean adds up, for the difference of two finite numbers may overflow
 
 
 def merge_parts(parts: Part, count: jax.Array | int, way: Way) -> Part:
@@ -59,15 +59,14 @@ def merge_about(shift: jax.Array, parts: Part, count: jax.Array | int, way: Way)
     rest = weigh(_apart(parts, way.expand(shift), way.scale), parts.count)
     share = share_of(count, rest)
     copied, about = way.copy((parts, way.expand(shift)))
-    apart = _apart(copied, about, way.scale)
+    apart = _apart(copied, about, 1)
     # Weighed before it is squared, for a square that overflows is NaN where the weight is 0.
     squares = jnp.real(jnp.conj(apart) * weigh(apart, copied.count))
     if parts.var is not None:
-        squares = squares + weigh(way.scale**2 * parts.var, parts.count)
+        squares = squares + weigh(parts.var, parts.count)
     rest, square = way.sums(rest * _expanded(share, way) if way.divide_first else rest, squares)
     rest = rest if way.divide_first else rest * share
-    if way.scale != 1:
-        rest, square = rest / way.scale, square / way.scale**2
+    rest = rest if way.scale == 1 else rest / way.scale
     # Where even this overflows, the variance is infinite and not NaN; where it is rounded below 0, it is 0,
     # with the derivative that it has.
     var = square * share_of(count, square) - where_finite(abs_squared(rest))
