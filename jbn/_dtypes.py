@@ -23,6 +23,11 @@ def arithmetic_dtype(*values: ArrayLike | DTypeLike) -> np.dtype:
     return promote(jnp.float32, *values)
 
 
+def widen(x: jax.Array) -> jax.Array:
+    """Converts to the dtype to compute in."""
+    return x.astype(arithmetic_dtype(x))
+
+
 def real_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype of the real part: float32 for complex64, and for real dtypes the same."""
     return np.finfo(dtype).dtype if np.issubdtype(dtype, np.complexfloating) else np.dtype(dtype)

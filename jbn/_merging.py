@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._collectives import NamedAxes, axis_size, gather, largest, split_devices, total
-from jbn._dtypes import arithmetic_dtype
+from jbn._dtypes import widen
 
 # Features times devices. A row of 16 bytes a feature for each device takes 32 bytes on the wire, at 100 GB/s;
 # from here on that is more than two more collectives of 20 microseconds.
@@ -41,7 +41,7 @@ def merge_parts(parts: Part, count: jax.Array | int, way: Way) -> Part:
     What has count 0 must be finite.
     """
     mean, rest, _, weights, _ = way.copy(way.copy(parts))
-    rough = weigh(_wide(mean) if rest is None else mean + rest, weights)
+    rough = weigh(widen(mean) if rest is None else mean + rest, weights)
     (rough,) = way.sums(rough * _expanded(share_of(count, rough), way))
     return merge_about(rough, parts, count, way)
 
@@ -159,14 +159,10 @@ def weigh(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 def _apart(parts, shift, scale):
     mean, shift, rest = (
         leaf if leaf is None or scale == 1 else leaf * scale
-        for leaf in (_wide(parts.mean), shift, parts.rest)
+        for leaf in (widen(parts.mean), shift, parts.rest)
     )
     return mean - shift if rest is None else mean - shift + rest
 
 
 def _expanded(share, way):
     return share if isinstance(share, float) else way.expand(share)
-
-
-def _wide(x):
-    return x.astype(arithmetic_dtype(x))

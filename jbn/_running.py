@@ -165,9 +165,7 @@ def absorb(update: UpdateRule, running: Moments, batch: Moments, size: int | Non
     leaf as it was. `size` is the batch's count where that is the same for all features and known.
     """
     batch = jax.lax.stop_gradient(batch)
-    if isinstance(update, ema | cumulative | pooled) and not isinstance(
-        getattr(update, "decay", 0), jax.Array
-    ):
+    if type(update) in (ema, cumulative, pooled) and not isinstance(getattr(update, "decay", 0), jax.Array):
         # One number, of which a compiler knows that it is not 0.
         count = batch.count if size is None else jnp.asarray(size, batch.count.dtype)
         return _absorb_once(update, running, batch._replace(count=count))

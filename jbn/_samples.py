@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jbn._dtypes import arithmetic_dtype, real_dtype
+from jbn._dtypes import arithmetic_dtype, real_dtype, widen
 from jbn._merging import (
     Part,
     Way,
@@ -73,7 +73,7 @@ def _derivative(options, arrays, dx, results):
     x, weights = arrays[0], arrays[1] if weighted else None
     count = arrays[2] if weighted else _count(None, x, reduced)
     mean, rest, _ = results
-    x, dx = (_wide(where_counted(values, weights)) for values in (x, dx))
+    x, dx = (widen(where_counted(values, weights)) for values in (x, dx))
 
     def average(samples):
         return jnp.sum(weigh(samples, weights), reduced) * share_of(count, samples)
@@ -101,7 +101,7 @@ def measure_on(
     weights = given[0] if weighted else None
     count = given[1] if weighted else _count(None, x, reduced)
     shift = (
-        given[-1] if len(given) > 2 * weighted else jnp.zeros((1,) * (x.ndim - len(reduced)), _wide(x).dtype)
+        given[-1] if len(given) > 2 * weighted else jnp.zeros((1,) * (x.ndim - len(reduced)), widen(x).dtype)
     )
     platform, sharded = target or Target("cpu", False)
     on_gpu = platform in ("cuda", "rocm")
@@ -123,7 +123,7 @@ def measure_on(
 
     def about_zero(x):
         (x1, weights1), (x2, weights2) = way.copy((x, weights)), way.copy(way.copy((x, weights)))
-        mean, square = way.sums(weigh(_wide(x1), weights1), weigh(abs_squared(_wide(x2)), weights2))
+        mean, square = way.sums(weigh(widen(x1), weights1), weigh(abs_squared(widen(x2)), weights2))
         mean, square = mean * share_of(count, mean), square * share_of(count, square)
         return jnp.zeros_like(mean), mean, jnp.maximum(square - abs_squared(mean), 0)
 
@@ -131,9 +131,10 @@ def measure_on(
         return _of_one_shape(merge_parts(Part(where_counted(x, weights), None, None, weights), count, way))
 
     def is_exact(rest, var):
-        # Rounding counts 1 + |rest|^2 / var times, 10 at most, or nothing beside epsilon. What a mask hides
-        # from the weights, NaN times 0, fails the test.
-        return jnp.all(abs_squared(rest) <= 9 * (var + epsilon))
+        # Rounding counts 1 + |rest|^2 / var times, 10 at most, or nothing beside epsilon. Squares that add up
+        # beyond the dtype's range may be small about the mean. What a mask hides from the weights, NaN times
+        # 0, fails the test.
+        return jnp.all((abs_squared(rest) <= 9 * (var + epsilon)) & (var < jnp.inf))
 
     if target is None:
         return about(shift, x)
@@ -161,27 +162,23 @@ def _of_one_shape(part):
     return mean, part.rest, part.var
 
 
-def _wide(x):
-    return x.astype(arithmetic_dtype(x))
-
-
 def _pilot(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Averages 64 samples or fewer, from the middle of each axis.
+    """Averages 64 samples from the middle of the axes, or all of fewer.
 
     Of a share f of the samples the mean is nearer to that of all than sqrt((1 - f) / f) standard deviations,
     whichever they are: to the variance a sum's rounding counts at most 1 / f times, and hardly more than once
     if the samples are in no order.
     """
-    side = round(64 ** (1 / max(len(reduced), 1)))
     starts, limits = [0] * x.ndim, list(x.shape)
-    for axis in reduced:
-        size = x.shape[axis]
-        taken = min(side, size) if isinstance(size, int) else 1  # it may be symbolic, in `jax.export`
-        starts[axis] = (size - taken) // 2 if isinstance(size, int) else 0
-        limits[axis] = starts[axis] + taken
-    some = jax.lax.slice(x, starts, limits).astype(arithmetic_dtype(x))
-    taken = math.prod(some.shape[axis] for axis in reduced)
-    return jnp.sum(some * (1 / taken), reduced)
+    wanted, taken = 64, 1
+    # The shortest axis first, whose part the others take over. A size may be symbolic, in `jax.export`.
+    sizes = {axis: x.shape[axis] if isinstance(x.shape[axis], int) else 1 for axis in reduced}
+    for left, axis in zip(range(len(sizes), 0, -1), sorted(sizes, key=sizes.get)):
+        some = min(sizes[axis], max(round((wanted / taken) ** (1 / left)), 1))
+        starts[axis] = (sizes[axis] - some) // 2
+        limits[axis] = starts[axis] + some
+        taken *= some
+    return jnp.sum(widen(jax.lax.slice(x, starts, limits)) * (1 / taken), reduced)
 
 
 def _batch(measure, options, arrays, axes):

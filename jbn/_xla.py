@@ -37,15 +37,16 @@ def decided_at_lowering(
       derivative: that for a change of the first array: `(options, arrays, change, results) -> changes`.
       batch: what `vmap` does: `(function, options, arrays, axes) -> (results, axes)`.
     """
-    primitive = _primitive(f.__name__, partial(f, None), many=True)
+    primitive = _primitive(f.__name__, lambda *arrays, options: f(None, options, *arrays), many=True)
     bind = lambda options, *arrays: tuple(primitive.bind(*arrays, options=options))
     # By jit, layers of one shape share what was traced and lowered.
     lowered = jax.jit(f, static_argnums=(0, 1))
     eager = jax.jit(bind, static_argnums=0)
 
     def run(*arrays, options):
-        # Where `jax_debug_nans` finds some, it runs a function again without jit, and would come back here.
-        with jax.debug_nans(False), jax.debug_infs(False):
+        # `jax_disable_jit` and `jax_debug_nans`, where it finds some, run functions without jit, and would
+        # come back here.
+        with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
             return eager(options, *arrays)
 
     def jvp(arrays, changes, *, options):
@@ -145,28 +146,24 @@ def _primitive(name: str, f: Callable[..., Any], *, many: bool = False) -> Primi
     @lru_cache(maxsize=1024)
     def results_of(avals, static):
         # Traced, they have the sharding, and the devices over which they vary in a `shard_map`.
-        results = jax.make_jaxpr(partial(f, *static) if many else partial(f, **dict(static)))(
-            *avals
-        ).out_avals
+        results = jax.make_jaxpr(partial(f, **dict(static)))(*avals).out_avals
         return results if many else results[0]
 
-    primitive.def_abstract_eval(
-        lambda *avals, **static: results_of(avals, tuple(static.values() if many else static.items()))
-    )
+    primitive.def_abstract_eval(lambda *avals, **static: results_of(avals, tuple(static.items())))
     return primitive
 
 
-def _linear_identity(name, **of_platform):
-    primitive = _primitive(name, lambda x, **_: x)
-    primitive.def_impl(lambda x, **_: x)
-    ad.deflinear2(primitive, lambda cotangent, _, **__: [cotangent])
-    batching.defvectorized(primitive)
-    return _lower(primitive, lambda x, **_: x, of_platform)
+def _computed_by(name, f, **of_platform):
+    """Makes a primitive of a function, which some platforms compute in a way of their own."""
+    primitive = _primitive(name, f)
+    primitive.def_impl(f)
+    for platform, lowered in {None: f, **of_platform}.items():
+        mlir.register_lowering(primitive, mlir.lower_fun(lowered, multiple_results=False), platform=platform)
+    return primitive
 
 
 def _bilinear(name, f, **of_platform):
-    primitive = _primitive(name, f)
-    primitive.def_impl(f)
+    primitive = _computed_by(name, f, **of_platform)
 
     def batch(arrays, axes, *, shape, new_axes):
         size = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
@@ -177,12 +174,6 @@ def _bilinear(name, f, **of_platform):
         return primitive.bind(*arrays, shape=(size, *shape), new_axes=tuple(axis + 1 for axis in new_axes)), 0
 
     batching.primitive_batchers[primitive] = batch
-    return _lower(primitive, f, of_platform)
-
-
-def _lower(primitive, f, of_platform):
-    for platform, lowered in {None: f, **of_platform}.items():
-        mlir.register_lowering(primitive, mlir.lower_fun(lowered, multiple_results=False), platform=platform)
     return primitive
 
 
@@ -198,7 +189,9 @@ def _scale_and_sum(samples, scale, *, shape, new_axes):
     return jnp.sum(samples * jnp.expand_dims(scale, new_axes), new_axes)
 
 
-_unshared = _linear_identity("unshared_on_cpu", cpu=prevent_cse)
+_unshared = _computed_by("unshared_on_cpu", lambda x, *, times: x, cpu=prevent_cse)
+ad.deflinear2(_unshared, lambda cotangent, x, *, times: [cotangent])
+batching.defvectorized(_unshared)
 _spread = _bilinear("spread", _broadcast)
 _summed = _bilinear("summed", _sum_and_scale, cuda=_scale_and_sum, rocm=_scale_and_sum)
 # Each is the other's transpose.

@@ -215,3 +215,18 @@ def test_rules_take_moments_of_different_dtypes(x64, rule):
         for leaf, wanted in zip(rule(running, batch), expected):
             assert leaf.dtype == jnp.float64
             assert_allclose(leaf, wanted, rtol=1e-6)
+
+
+def test_what_a_subclass_of_a_rule_holds_counts():
+    class Moved(jbn.ema):
+        def __init__(self, by):
+            super().__init__(0.5)
+            object.__setattr__(self, "by", by)
+
+        def __call__(self, running, batch):
+            return running._replace(mean=running.mean + self.by)
+
+    x, (params, running) = jnp.ones((4, 3)), jbn.init(3)
+    for by in 1.0, 2.0:  # equal to each other, as far as `ema` knows
+        _, new = jbn.batch_norm(x, params, running, train=True, update=Moved(by))
+        assert_array_equal(new.mean, by)

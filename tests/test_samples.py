@@ -1,5 +1,6 @@
 """Each way to measure moments, for whichever target it is, against float64."""
 
+import math
 from functools import partial
 
 import jax
@@ -24,6 +25,7 @@ INPUTS = {
     "mean 2.9 sd": STANDARD + 2.9,
     "mean 3.1 sd": STANDARD - 3.1,
     "mean 1e4 sd": STANDARD + 1e4,
+    "squares that add up beyond float32": 1e14 * STANDARD + 1e18,
     "a sixteenth far from the others": np.where(np.arange(64)[:, None, None] < 4, 1e3, 0) + STANDARD,
     "the middle far from the others": np.where(abs(np.arange(64) - 32)[:, None, None] < 4, 1e3, 0) + STANDARD,
     "first columns far away": np.where(np.arange(48)[:, None] < 3, -1e3, 0) + STANDARD,
@@ -93,6 +95,19 @@ def test_fast_moments_are_never_worse_than_those_about_zero():
             error = np.abs(measured(FAST, x, shift=misled, exact=False)[1] - expected)
             about_zero = np.abs(measured(FAST, x, shift=0.0, exact=False)[1] - expected)
             assert error.max() <= 2 * about_zero.max() + 8 * EPS * expected.max()
+
+
+@pytest.mark.parametrize("target", [Target("cuda", False), Target("tpu", False)])
+def test_a_pilot_is_as_near_as_64_samples_are(target):
+    rng = np.random.RandomState(1)
+    for shape in (4096, 1, 1), (1, 64, 64), (8, 3, 200), (30, 7, 2), (5000,), (3, 2), (1,):
+        x = jnp.asarray(rng.normal(1e3, 1, (*shape, 3)), jnp.float32)
+        count = math.prod(shape)
+        pilot, rest, _ = on(target, Options(False, tuple(range(len(shape))), True, 0.0), x)
+        # Five standard deviations of a mean of so many; and of all, nothing but rounding.
+        far = 1e-3 if count <= 64 else 5 / np.sqrt(min(count, 48))
+        assert np.all(np.abs(rest) <= far), shape
+        assert np.all(np.abs(pilot + rest - x.mean(tuple(range(len(shape))))) < 1e-3)
 
 
 @settings(max_examples=40, deadline=None)

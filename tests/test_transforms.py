@@ -147,3 +147,18 @@ def test_jet_does_not_work_yet():
     f = lambda x: jbn.batch_norm(x, None, jbn.init(FEATURES)[1], train=True)[0]
     with pytest.raises(Exception, match="JetTracer|process_custom_jvp_call|process_primitive"):
         jet.jet(f, (x,), ((x, x),))
+
+
+def test_without_jit_nothing_is_another_value():
+    x = jnp.asarray(data()["x"], jnp.float32)
+    params, running = jbn.init(FEATURES)
+
+    def loss(x, params):
+        y, new = jbn.batch_norm(x, params, running, train=True)
+        return jnp.sum(jnp.sin(y)), new
+
+    derived = jax.value_and_grad(loss, (0, 1), has_aux=True)
+    with jax.disable_jit():
+        actual = derived(x, params)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(jax.jit(derived)(x, params)), strict=True):
+        assert_allclose(a, b, rtol=1e-5, atol=1e-5)
