@@ -87,12 +87,12 @@ def measure_on(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns mean, rest and variance, measured about the shift that is best on a target.
 
-    | target | without weights | with weights |
+    | the first that holds | without weights | with weights |
     |---|---|---|
+    | TPU, not `exact` | 0 and the running mean; the nearer counts | the same |
+    | sharded by the compiler | the running mean; if that was not exact, two passes | the same |
     | CPU | 0; if that was not exact, the mean found | 0; if that was not exact, two passes |
-    | GPU; TPU if `exact` | a pilot | two passes |
-    | TPU if not `exact` | 0 and the running mean; the nearer counts | the same |
-    | spread over devices by the compiler | the running mean; if that was not exact, two passes | the same |
+    | GPU, TPU | a pilot | two passes |
 
     A CPU adds up fastest about 0. A pilot is the mean of few samples; the compiler would send it to all
     devices. A TPU fuses sums into the matrix product that makes `x`, if their shift is known before `x` is.
@@ -100,9 +100,8 @@ def measure_on(
     weighted, reduced, exact, epsilon, members = options
     weights = given[0] if weighted else None
     count = given[1] if weighted else _count(None, x, reduced)
-    shift = (
-        given[-1] if len(given) > 2 * weighted else jnp.zeros((1,) * (x.ndim - len(reduced)), widen(x).dtype)
-    )
+    zero = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x))
+    shift = given[-1] if len(given) > 2 * weighted else zero
     platform, sharded = target or Target("cpu", False)
     on_gpu = platform in ("cuda", "rocm")
     way = Way(
