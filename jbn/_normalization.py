@@ -162,17 +162,9 @@ def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
         again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
     again = again * unshared_on_cpu(inv_of_x)
     per_sample = lambda values: expand(values, x.ndim, axes)
-    if jnp.finfo(dtype).bits < 32:
-        minus_mean, Q, P = vary_like((-mean_dx, dscale - a * mean_ndx, dbias), x)
-        dy = (
-            per_sample(a) * dx
-            + again * per_sample(Q)
-            + per_sample(P)
-            + spread(minus_mean, a, shape=x.shape, new_axes=reduced)
-        )
-    else:
-        P, Q = vary_like((dbias - a * mean_dx, dscale - a * mean_ndx), x)
-        dy = per_sample(a) * dx + again * per_sample(Q) + per_sample(P)
+    minus_mean, Q, dbias = vary_like((-mean_dx, dscale - a * mean_ndx, dbias), x)
+    P = per_sample(dbias) + spread(minus_mean, a, shape=x.shape, new_axes=reduced, dtype=dtype)
+    dy = per_sample(a) * dx + again * per_sample(Q) + P
     # An infinite variance does not move at all.
     in_range = used.var < jnp.inf
     dvar = 2 * jnp.real(mean_ndx) * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -83,8 +84,7 @@ def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, 
     """
     add = lambda a, b: tuple(p + q for p, q in zip(a, b))
     zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
-    rows = [arrays[0].shape[axis] for axis in axes]
-    if len(axes) > 1 and all(isinstance(n, int) for n in rows) and math.prod(rows) <= 8192:
+    if len(axes) > 1 and _are_few(arrays[0].shape, axes):
         # Without a barrier, XLA would make one sum of the two.
         arrays = prevent_cse(tuple(jax.lax.reduce(arrays, zeros, add, axes[1:])))
         axes = axes[:1]
@@ -125,17 +125,32 @@ def for_each_part(values: jax.Array, parts: int) -> jax.Array:
 
 
 def spread(
-    values: jax.Array, scale: jax.Array, *, shape: tuple[int, ...], new_axes: tuple[int, ...]
+    values: jax.Array,
+    scale: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    new_axes: tuple[int, ...],
+    dtype: np.dtype,
 ) -> jax.Array:
-    """Broadcasts `values * scale` along new axes. Its transpose is a sum that GPUs take of scaled samples.
+    """Returns `values * scale` with new axes. Its transpose is a sum that GPUs take of scaled samples.
 
     XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it writes
     it out, and reads it twice more. Of three sums, two read nothing else, and it is fused with the third:
 
         fusion.1 = select(y > 0, dy, 0)                    fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
         fusion.2 = sum(fusion.1), sum(fusion.1 * x^)  ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
+
+    It does so where samples have 16 bits, and are so many that it splits their sums.
     """
-    return _spread.bind(values, scale, shape=shape, new_axes=new_axes)
+    if jnp.finfo(dtype).bits < 32 and not _are_few(shape, new_axes):
+        return _spread.bind(values, scale, shape=shape, new_axes=new_axes)
+    return jnp.expand_dims(values * scale, new_axes)
+
+
+def _are_few(shape, axes):
+    """Tells whether XLA for an H100 does not split the sum over some axes; a size may be symbolic."""
+    rows = math.prod(shape[axis] for axis in axes)
+    return isinstance(rows, int) and rows <= 8192
 
 
 def _primitive(name: str, f: Callable[..., Any], *, many: bool = False) -> Primitive:
