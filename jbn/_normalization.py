@@ -14,7 +14,7 @@ from jbn._collectives import NamedAxes, total, vary_like
 from jbn._dtypes import arithmetic_dtype
 from jbn._merging import share_of, weigh, where_counted
 from jbn._statistics import Moments, cast, finite_centre, in_units, measure, select
-from jbn._xla import spread, unshared_on_cpu
+from jbn._xla import is_summed_apart, spread, unshared_on_cpu
 
 
 class Params(NamedTuple):
@@ -162,9 +162,14 @@ def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
         again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
     again = again * unshared_on_cpu(inv_of_x)
     per_sample = lambda values: expand(values, x.ndim, axes)
-    minus_mean, Q, dbias = vary_like((-mean_dx, dscale - a * mean_ndx, dbias), x)
-    P = per_sample(dbias) + spread(minus_mean, a, shape=x.shape, new_axes=reduced, dtype=dtype)
-    dy = per_sample(a) * dx + again * per_sample(Q) + P
+    Q, minus_mean = dscale - a * mean_ndx, -mean_dx
+    if is_summed_apart(x.shape, reduced, dtype):
+        minus_mean, Q, P = vary_like((minus_mean, Q, dbias), x)
+        shift = per_sample(P) + spread(minus_mean, a, shape=x.shape, new_axes=reduced)
+    else:
+        P, Q = vary_like((dbias + a * minus_mean, Q), x)
+        shift = per_sample(P)
+    dy = per_sample(a) * dx + again * per_sample(Q) + shift
     # An infinite variance does not move at all.
     in_range = used.var < jnp.inf
     dvar = 2 * jnp.real(mean_ndx) * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)

@@ -124,27 +124,23 @@ def for_each_part(values: jax.Array, parts: int) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.broadcast_to(values, (parts, *values.shape)))
 
 
+def is_summed_apart(shape: tuple[int, ...], axes: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Tells whether `spread` pays: where samples have 16 bits, and are so many that GPUs split their sums."""
+    return jnp.finfo(dtype).bits < 32 and not _are_few(shape, axes)
+
+
 def spread(
-    values: jax.Array,
-    scale: jax.Array,
-    *,
-    shape: tuple[int, ...],
-    new_axes: tuple[int, ...],
-    dtype: np.dtype,
+    values: jax.Array, scale: jax.Array, *, shape: tuple[int, ...], new_axes: tuple[int, ...]
 ) -> jax.Array:
-    """Returns `values * scale` with new axes. Its transpose is a sum that GPUs take of scaled samples.
+    """Broadcasts `values * scale` along new axes. Its transpose is a sum that GPUs take of scaled samples.
 
     XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it writes
     it out, and reads it twice more. Of three sums, two read nothing else, and it is fused with the third:
 
         fusion.1 = select(y > 0, dy, 0)                    fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
         fusion.2 = sum(fusion.1), sum(fusion.1 * x^)  ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
-
-    It does so where samples have 16 bits, and are so many that it splits their sums.
     """
-    if jnp.finfo(dtype).bits < 32 and not _are_few(shape, new_axes):
-        return _spread.bind(values, scale, shape=shape, new_axes=new_axes)
-    return jnp.expand_dims(values * scale, new_axes)
+    return _spread.bind(values, scale, shape=shape, new_axes=new_axes)
 
 
 def _are_few(shape, axes):
