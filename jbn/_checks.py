@@ -139,6 +139,15 @@ def check_train(train: Any) -> None:
         raise TypeError(f"train={train!r}; wanted True, False, or a traced Boolean scalar.")
 
 
+def check_exact(exact: Any) -> None:
+    """Raises a TypeError unless `exact` is a Boolean that is no array."""
+    if not isinstance(exact, bool | np.bool_):
+        raise TypeError(
+            f"exact={exact!r}; expected True or False. It chooses the program, so that it cannot be traced: "
+            "make it a static argument of jax.jit."
+        )
+
+
 def check_update(update: Any) -> None:
     """Raises a TypeError unless `update` is a rule."""
     if isinstance(update, type) or not callable(update):

@@ -15,6 +15,7 @@ from jbn._checks import (
     as_epsilon,
     as_samples,
     as_weights,
+    check_exact,
     check_features,
     check_train,
     check_update,
@@ -187,8 +188,8 @@ def batch_norm(
 
     Raises:
       TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, `update` is no
-        function or returns no moments, `train` is no Boolean scalar, `epsilon` is traced, or `params` or
-        `running` is of another type.
+        function or returns no moments, `train` is no Boolean scalar, `exact` is no Boolean, `epsilon` is
+        traced, or `params` or `running` is of another type.
       ValueError: `axis` is out of range or repeated, `epsilon` is too small, `mask` does not broadcast, could
         belong to other axes, or is negative, `params` or `running` have another shape than the features of
         `x`, `x` is complex and `running.mean` is not, `axis_name` is not bound, `axis_index_groups` is no
@@ -221,6 +222,7 @@ def batch_norm(
     params = Params(None, None) if params is None else params
     check_update(update)
     check_train(train)
+    check_exact(exact)
     check_features(x, axes, "running", running, Moments)
     check_features(x, axes, "params", params, Params, may_broadcast=True)
     epsilon = as_epsilon(epsilon, x, running.mean, running.var, params)

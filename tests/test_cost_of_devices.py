@@ -36,12 +36,14 @@ def test_many_features_on_many_devices_take_two_or_three_small_collectives():
             assert_allclose(leaf, np.broadcast_to(expected, leaf.shape), rtol=1e-5)
 
 
-@pytest.mark.parametrize("flavour", ["jbn", "flax"])
-def test_a_sharded_batch_under_plain_jit_takes_one_collective_each_way(flavour):
+@pytest.mark.parametrize(
+    "flavour, rows, dtype", [("jbn", 32, "float32"), ("flax", 32, "float32"), ("jbn", 65536, "bfloat16")]
+)
+def test_a_sharded_batch_under_plain_jit_takes_one_collective_each_way(flavour, rows, dtype):
     mesh = jax.make_mesh((8,), ("i",), axis_types=(AxisType.Auto,))
     sharded, whole = NamedSharding(mesh, P("i")), NamedSharding(mesh, P())
     norm = {"jbn": jbn.linen.BatchNorm, "flax": nn.BatchNorm}[flavour](use_running_average=False)
-    x = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=sharded)
+    x = jax.ShapeDtypeStruct((rows, 16), dtype, sharding=sharded)
     variables = jax.eval_shape(norm.init, jax.random.key(0), x)
     variables = jax.tree.map(lambda leaf: leaf.update(sharding=whole), variables)
 

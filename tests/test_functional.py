@@ -472,6 +472,12 @@ def test_more_values_or_inference_do_not_warn(call):
             r"returned leaves of shapes \[\(1, 3\), .*wanted \(3,\)",
         ),
         (dict(train=None), TypeError, "train=None; wanted True, False, or a traced Boolean scalar"),
+        (dict(exact=None), TypeError, "exact=None; expected True or False"),
+        (
+            dict(exact=jnp.array(True)),
+            TypeError,
+            "exact=Array.*; expected True or False. .* a static argument",
+        ),
         (dict(train=np.array([True, False, True])), TypeError, "train=array.*Boolean scalar"),
         (dict(train="no"), TypeError, "train='no'; wanted True"),
         (dict(epsilon=0.0), ValueError, "epsilon=0.0; expected a number > 0"),
