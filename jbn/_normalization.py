@@ -160,7 +160,6 @@ def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
         again = _centred(unshared_on_cpu(x, times=3), unshared_on_cpu(mean_of_x), None)
     else:
         again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
-    again = again * unshared_on_cpu(inv_of_x)
     per_sample = lambda values: expand(values, x.ndim, axes)
     Q, minus_mean = dscale - a * mean_ndx, -mean_dx
     if is_summed_apart(x.shape, reduced, dtype):
@@ -169,7 +168,7 @@ def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
     else:
         P, Q = vary_like((dbias + a * minus_mean, Q), x)
         shift = per_sample(P)
-    dy = per_sample(a) * dx + again * per_sample(Q) + shift
+    dy = per_sample(a) * dx + again * spread(Q, inv, shape=x.shape, new_axes=reduced) + shift
     # An infinite variance does not move at all.
     in_range = used.var < jnp.inf
     dvar = 2 * jnp.real(mean_ndx) * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)
