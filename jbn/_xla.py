@@ -134,8 +134,8 @@ def spread(
 ) -> jax.Array:
     """Broadcasts `values * scale` along new axes. Its transpose is a sum, for GPUs of scaled samples.
 
-    XLA for an H100 takes one kernel more for a sum that is scaled afterwards; XLA for CPU a third more time for
-    a sum of scaled samples, where features are not the last axis.
+    XLA for an H100 takes one kernel more for a sum that is scaled afterwards; for a sum of scaled samples a
+    v5e takes one more, and a CPU a third more time where features are not the last axis.
 
     On an H100, the derivative of ReLU is fused with one sum, but not with two that read the same: it is
     written out, and read twice more. Of three sums, two read nothing else, and it is fused with the third:
