@@ -160,15 +160,17 @@ def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
         again = _centred(unshared_on_cpu(x, times=3), unshared_on_cpu(mean_of_x), None)
     else:
         again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
+    again = again * unshared_on_cpu(inv_of_x)
     per_sample = lambda values: expand(values, x.ndim, axes)
     Q, minus_mean = dscale - a * mean_ndx, -mean_dx
     if is_summed_apart(x.shape, reduced, dtype):
         minus_mean, Q, P = vary_like((minus_mean, Q, dbias), x)
-        shift = per_sample(P) + spread(minus_mean, a, shape=x.shape, new_axes=reduced)
+        (scale,) = vary_like((a,), x)  # by itself, for it is no tangent
+        shift = per_sample(P) + spread(minus_mean, scale, shape=x.shape, new_axes=reduced)
     else:
         P, Q = vary_like((dbias + a * minus_mean, Q), x)
         shift = per_sample(P)
-    dy = per_sample(a) * dx + again * spread(Q, inv, shape=x.shape, new_axes=reduced) + shift
+    dy = per_sample(a) * dx + again * per_sample(Q) + shift
     # An infinite variance does not move at all.
     in_range = used.var < jnp.inf
     dvar = 2 * jnp.real(mean_ndx) * jnp.sqrt(jnp.where(in_range, used.var, 0) + epsilon)

@@ -125,20 +125,17 @@ def for_each_part(values: jax.Array, parts: int) -> jax.Array:
 
 
 def is_summed_apart(shape: tuple[int, ...], axes: tuple[int, ...], dtype: np.dtype) -> bool:
-    """Tells whether a third sum pays: for samples of 16 bits, so many that GPUs split their sums."""
+    """Tells whether `spread` pays: where samples have 16 bits, and are so many that GPUs split their sums."""
     return jnp.finfo(dtype).bits < 32 and not _are_few(shape, axes)
 
 
 def spread(
     values: jax.Array, scale: jax.Array, *, shape: tuple[int, ...], new_axes: tuple[int, ...]
 ) -> jax.Array:
-    """Broadcasts `values * scale` along new axes. Its transpose is a sum, for GPUs of scaled samples.
+    """Broadcasts `values * scale` along new axes. Its transpose is a sum that GPUs take of scaled samples.
 
-    XLA for an H100 takes one kernel more for a sum that is scaled afterwards; for a sum of scaled samples a
-    v5e takes one more, and a CPU a third more time where features are not the last axis.
-
-    On an H100, the derivative of ReLU is fused with one sum, but not with two that read the same: it is
-    written out, and read twice more. Of three sums, two read nothing else, and it is fused with the third:
+    XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it writes
+    it out, and reads it twice more. Of three sums, two read nothing else, and it is fused with the third:
 
         fusion.1 = select(y > 0, dy, 0)                    fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
         fusion.2 = sum(fusion.1), sum(fusion.1 * x^)  ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)

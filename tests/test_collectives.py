@@ -160,6 +160,25 @@ def test_further_derivatives_are_those_of_one_device(x64, derivative, way):
     assert_close(quick_jit(derive(WAYS[way]))(), quick_jit(derive(train_layer))(), 1e-9)
 
 
+def test_further_derivatives_of_many_narrow_samples_are_those_of_one_device():
+    # So many on each device that the backward pass adds up a third sum, for GPUs.
+    x, target = (random((8 * 8200, FEATURES), 3, 2, seed, "bfloat16") for seed in (0, 1))
+    params, running = layer()
+
+    def derive(way):
+        def norm_of_the_gradient(params):
+            def loss(x, params):
+                y, _ = way(x, None, params, running)
+                return jnp.mean((jnp.sin(y) * target).astype(jnp.float32))
+
+            return jnp.sum(jax.grad(loss)(x, params).astype(jnp.float32) ** 2)
+
+        return jax.grad(norm_of_the_gradient)(params)
+
+    for actual, expected in zip(*(derive(way) for way in (WAYS["shard_map, two axes"], train_layer))):
+        assert_allclose(actual, expected, rtol=0.02)
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64"])
 def test_dtypes_are_those_of_one_device(dtype):
     x, (params, running) = random((ROWS, 5, FEATURES), 3, 2, dtype=dtype), layer(dtype)
