@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train import data
 from train.config import Model, total_steps
+from train.data import dataset as data
 from train.parsing import load
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from train import loop
-from train.checkpoint import Checkpoints
-from train.job import Job
+from train.runs.checkpoints import Checkpoints
+from train.training import loop
+from train.training.job import Job
 
 
 class StopAfter:

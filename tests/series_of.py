@@ -1,10 +1,10 @@
 """Series of runs from plain numbers, as jobs would have left them, and pictures without the drawing."""
 
-from train import pictures
 from train.config import Config, Data, Model, Optimizer
-from train.inspection import EDGES
-from train.series import Run, Series
-from train.several import COLUMNS
+from train.studies import charts as pictures
+from train.studies.runner import COLUMNS
+from train.studies.series import Run, Series
+from train.training.inspection import EDGES
 
 REFUSED = {
     "status": "refused",

@@ -58,8 +58,8 @@ def _has_flags(words: list[str]) -> bool:
 
 def _leave(code: int, message: str) -> int:
     print(message, file=sys.stderr, flush=True)
-    if "train.distributed" in sys.modules:
-        from train.distributed import leave
+    if "train.runs.processes" in sys.modules:
+        from train.runs.processes import leave
 
         leave(code)
     return code
@@ -69,12 +69,12 @@ def _train(path: Path, overrides: list[str]) -> int:
     from train.parsing import load
 
     config = load(path, overrides)
-    from train.stopping import StopRequests
+    from train.runs.stopping import StopRequests
 
     with StopRequests() as stop:  # around the imports too, which take a second
         _use_compilation_cache()
-        from train import distributed
-        from train.loop import fit
+        from train.runs import processes as distributed
+        from train.training.loop import fit
 
         distributed.join(config)
         stop.listen()  # JAX would keep SIGTERM for itself
@@ -120,23 +120,23 @@ def _export(run_dir: str, file: str | None = None) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    from train import compare
+    from train.studies import compare
 
     return _run_several(compare.run, *compare.plan(arguments))
 
 
 def _sweep(path: Path, grid: list[str]) -> int:
-    from train import sweep
+    from train.studies import sweep
 
     return _run_several(sweep.run, *sweep.plan(path, grid))
 
 
 def _run_several(run: Callable, out: Path, planned: list) -> int:
-    from train.stopping import StopRequests
+    from train.runs.stopping import StopRequests
 
     with StopRequests() as stop:
         _use_compilation_cache()
-        from train import distributed
+        from train.runs import processes as distributed
 
         distributed.join(planned[0].config)
         stop.listen()
@@ -153,7 +153,7 @@ def _list() -> int:
 
 
 def _use_compilation_cache() -> None:
-    from train.compilation_cache import use_compilation_cache
+    from train.runs.compilation_cache import use_compilation_cache
 
     use_compilation_cache()
 

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from train import distributed, files, sources
-from train import state as states
-from train.data import Split
+from train.data import sources
+from train.data.dataset import Split
+from train.data.formats import reading
 from train.errors import UserError
-from train.file_formats import reading
-from train.job import Trained, evaluate_split
+from train.runs import files
+from train.runs import processes as distributed
+from train.training import steps as states
+from train.training.job import Trained, evaluate_split
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for as many bytes a pixel
 # Images are predicted this many at a time, the last ones beside zeros: one program for any number of them, in

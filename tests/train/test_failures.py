@@ -17,7 +17,7 @@ import pytest
 from command import ROOT, finish
 
 from train.__main__ import main
-from train.logs import read_metrics
+from train.runs.log import read_metrics
 
 CONFIG = "configs/digits_mlp.toml"
 JOB = [CONFIG, "--steps", "20", "--eval-every", "5", "--model.widths", "16", "--devices", "1"]

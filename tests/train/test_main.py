@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from command import ROOT, run
 
-from train.logs import read_metrics
+from train.runs.log import read_metrics
 
 
 @pytest.mark.parametrize(

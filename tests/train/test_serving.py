@@ -10,13 +10,17 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from train import data, distributed, models, run_directory, serving
-from train import state as states
+from train import serving
 from train.__main__ import main
-from train.checkpoint import Checkpoints
 from train.config import Config, Data, Model, Optimizer
+from train.data import dataset as data
 from train.errors import UserError
-from train.job import evaluate_split
+from train.models import network as models
+from train.runs import directory as run_directory
+from train.runs import processes as distributed
+from train.runs.checkpoints import Checkpoints
+from train.training import steps as states
+from train.training.job import evaluate_split
 
 
 class Live(NamedTuple):

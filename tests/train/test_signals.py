@@ -10,10 +10,10 @@ import pytest
 from command import finish, run, start
 from numpy.testing import assert_array_equal
 
-from train import run_directory
-from train.checkpoint import Checkpoints
-from train.job import Job
-from train.logs import read_metrics
+from train.runs import directory as run_directory
+from train.runs.checkpoints import Checkpoints
+from train.runs.log import read_metrics
+from train.training.job import Job
 
 
 def wait_while_running(process, until):

@@ -1,0 +1,63 @@
+"""The networks in Flax NNX."""
+
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from train.models.initialization import LECUN, kernel_init
+from train.models.norms import Layer, Norm
+
+
+class Hidden(nnx.Module):
+    """A linear map, normalization and the activation: (n, inputs) -> (n, width)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        *,
+        norm: Norm,
+        activation: Layer,
+        kernel_std: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        options = {"use_bias": not norm.adds_bias, "kernel_init": kernel_init(kernel_std, LECUN)}
+        self.linear = nnx.Linear(inputs, width, **options, dtype=dtype, rngs=rngs)
+        self.norm = norm.nnx_layer(width, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.activation(self.norm(self.linear(x)))
+
+
+class MLP(nnx.Module):
+    """The network of `train.models.MLP`: (n, ...), `features` values each -> logits (n, classes)."""
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        widths: tuple[int, ...],
+        classes: int,
+        norm: Norm,
+        activation: Layer,
+        kernel_std: float,
+        dtype: str,
+        rngs: nnx.Rngs,
+    ):
+        options = {"norm": norm, "activation": activation, "kernel_std": kernel_std, "dtype": dtype}
+        self.norm_of_inputs = norm.nnx_input_layer(features, rngs=rngs)
+        self.hidden = nnx.List(
+            [Hidden(*sizes, **options, rngs=rngs) for sizes in pairwise((features, *widths))]
+        )
+        self.head = nnx.Linear(widths[-1], classes, kernel_init=kernel_init(kernel_std, LECUN), rngs=rngs)
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.norm_of_inputs(x.reshape(x.shape[0], -1).astype(self.dtype))
+        for layer in self.hidden:
+            x = layer(x)
+        return self.head(x.astype(jnp.float32))

@@ -1,0 +1,32 @@
+"""The picture of one run."""
+
+from pathlib import Path
+
+from train.runs.log import read_metrics
+
+
+def draw(run_dir: Path) -> None:
+    """Draws loss and accuracy over steps, split by split, into curves.png."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(run_dir)
+    if not lines:
+        return
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+        for split in ("train", "validation", "test"):
+            points = [
+                (line["step"], line[key])
+                for line in lines
+                if line["split"] == split and line[key] is not None
+            ]
+            if points:
+                axes.plot(*zip(*points), label=split, marker=".")
+        axes.set(xlabel="step", ylabel=key)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.suptitle(run_dir.name, parse_math=False)
+    figure.savefig(run_dir / "curves.png", dpi=120)
