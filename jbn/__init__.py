@@ -3,11 +3,13 @@
 Flax users import `jbn.linen` or `jbn.nnx`.
 """
 
-from jbn._checks import OneValueWarning
 from jbn._functional import batch_norm, init, normalize
 from jbn._normalization import Params
 from jbn._running import cumulative, ema, pooled
 from jbn._statistics import Moments, merge, moments
+from jbn._warnings import OneValueWarning
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Moments",

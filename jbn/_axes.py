@@ -10,7 +10,7 @@ Axes = int | Sequence[int]
 
 
 def feature_axes(ndim: int, axis: Axes) -> tuple[int, ...]:
-    """Returns the feature axes as sorted, non-negative numbers.
+    """Return the feature axes as sorted, non-negative numbers.
 
     Per-feature arrays list their axes in this order: for `x` of shape (N, H, W, C) and `axis=(-1, 1)`
     they have shape (H, C).
@@ -22,38 +22,29 @@ def feature_axes(ndim: int, axis: Axes) -> tuple[int, ...]:
     try:
         axes = [operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,))]
     except TypeError:
-        raise TypeError(f"axis={axis!r}; wanted an integer, or a sequence of integers.") from None
+        raise TypeError(f"axis={axis!r}; expected an integer, or a sequence of integers.") from None
     for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(
                 f"axis={axis} is out of range for x with {ndim} dimensions; "
-                f"wanted feature axes from {-ndim} to {ndim - 1}."
+                f"expected feature axes from {-ndim} to {ndim - 1}."
             )
     axes = sorted(a % ndim for a in axes)
     if len(set(axes)) < len(axes):
-        raise ValueError(f"axis={axis} names a feature axis twice; wanted each one once.")
+        raise ValueError(f"axis={axis} names a feature axis twice; expected each one once.")
     return tuple(axes)
 
 
 def feature_shape(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the shape of per-feature values for samples `x`."""
+    """Return the shape of per-feature values for samples `x`."""
     return tuple(x.shape[a] for a in axes)
 
 
 def other_axes(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns the axes that statistics reduce over: all that are not feature axes."""
+    """Return the axes that statistics reduce over: all that are not feature axes."""
     return tuple(a for a in range(ndim) if a not in axes)
 
 
 def expand(values: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
-    """Gives per-feature values an axis of size 1 for each reduced axis, so that they broadcast to `x`."""
+    """Insert an axis of size 1 for each reduced axis, so that per-feature values broadcast to `x`."""
     return jnp.expand_dims(values, other_axes(ndim, axes))
-
-
-def shard_like(values: jax.Array, template: jax.Array) -> jax.Array:
-    """Gives values the sharding of an array of their shape, where the mesh makes it part of the type."""
-    ours, theirs = jax.typeof(values).sharding, jax.typeof(template).sharding
-    if ours.spec == theirs.spec:
-        return values
-    mesh = ours.mesh if theirs.mesh.empty else theirs.mesh
-    return jax.sharding.reshard(values, jax.sharding.NamedSharding(mesh, theirs.spec))

@@ -1,33 +1,24 @@
-"""Checks of arguments: each error names the argument, what it was, what was wanted, and the fix."""
+"""Checks of arguments: each error names the argument, what it was, what was expected, and the fix."""
 
-import math
-import os
-import sys
-import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._axes import feature_shape, other_axes
-from jbn._collectives import NamedAxes, smallest_group
+from jbn._axes import feature_shape
 from jbn._dtypes import arithmetic_dtype, real_dtype
 
 
-class OneValueWarning(UserWarning):
-    """In training a feature has one value, which is its own mean: every output is the bias."""
-
-
 def as_array(x: ArrayLike) -> jax.Array:
-    """Returns a JAX array, one that is given untouched, since checks for NaN look at what is computed."""
+    """Return a JAX array; one that is given untouched, because `jax_debug_nans` looks at every operation."""
     return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
 
 def as_samples(x: ArrayLike) -> jax.Array:
-    """Returns `x` as a JAX array of floating point or complex numbers.
+    """Return `x` as a JAX array of floating point or complex numbers.
 
     Raises:
       TypeError: `x` holds integers or Booleans.
@@ -35,18 +26,18 @@ def as_samples(x: ArrayLike) -> jax.Array:
     x = as_array(x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
-            f"x has dtype {x.dtype}; wanted a floating point or complex dtype. "
+            f"x has dtype {x.dtype}; expected a floating point or complex dtype. "
             "Convert it first, as in x.astype(jnp.float32)."
         )
     return x
 
 
 def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
-    """Returns `mask` with as many axes as `x`, without a gradient, Boolean or real; None stays None.
+    """Return `mask` with as many axes as `x`, without a gradient, Boolean or real; None stays None.
 
     Raises:
-      ValueError: `mask` does not broadcast to `x`, could be meant for other axes, or holds a weight that is
-        negative or not finite (seen only outside `jit`).
+      ValueError: `mask` does not broadcast to `x`, is ambiguous about the axes that it lacks, or holds a
+        weight that is negative or not finite (checked only outside `jit`).
       TypeError: `mask` is complex.
     """
     if mask is None:
@@ -73,7 +64,7 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     if fits_first and first != last:
         raise ValueError(
             f"mask of shape {mask.shape} fits the last axes of x of shape {x.shape}, and the first as well; "
-            f"expected one that tells: {as_first} for the first axes, mask.reshape{last} for the last."
+            f"expected an unambiguous one: {as_first} for the first axes, mask.reshape{last} for the last."
         )
     mask = mask.reshape(last)
     return jax.lax.stop_gradient(mask if mask.dtype == bool else mask.astype(real))
@@ -83,11 +74,11 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) == len(to) and all(m in (1, n) for m, n in zip(shape, to))
 
 
-def as_epsilon(epsilon: float, *values: ArrayLike) -> float:
-    """Returns `epsilon` as a Python float; it is a normal number of the dtype that `values` are computed in.
+def as_epsilon(epsilon: float, *values: Any) -> float:
+    """Return `epsilon` as a Python float, a normal number of the dtype that `values` are computed in.
 
     Raises:
-      TypeError: it is no number, or one that is not known at trace time.
+      TypeError: it is not a number, or is traced.
       ValueError: it is out of range.
     """
     try:
@@ -98,17 +89,17 @@ def as_epsilon(epsilon: float, *values: ArrayLike) -> float:
     smallest, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
     if not smallest <= epsilon <= most:
         raise ValueError(
-            f"epsilon={epsilon}; expected a number > 0, such as 1e-5, and {smallest:.8g} at least, for a "
+            f"epsilon={epsilon}; expected a number > 0, such as 1e-5, and {smallest:.8g} at least, because a "
             f"smaller one is 0 in {dtype} arithmetic."
         )
     return epsilon
 
 
-def as_decay(name: str, decay: ArrayLike) -> float | jax.Array:
-    """Returns the weight of the old value as a Python float, which is hashable, or as it is if it is traced.
+def as_decay(name: str, decay: Any) -> float | jax.Array:
+    """Return the weight of the old value as a Python float, which is hashable; a traced one as it is.
 
     Raises:
-      TypeError: it is no number.
+      TypeError: it is not a number.
       ValueError: it is outside [0, 1], or an array of several.
     """
     if np.shape(decay) != ():
@@ -126,47 +117,48 @@ def as_decay(name: str, decay: ArrayLike) -> float | jax.Array:
         raise TypeError(f"{name}={decay!r}; expected a number in [0, 1].") from None
     if not 0 <= number <= 1:
         raise ValueError(
-            f"{name}={number} is outside [0, 1]; it is the weight of the old value. PyTorch's momentum m is "
-            f"{name}=1 - m here."
+            f"{name}={number} is outside [0, 1]; expected the weight of the old value. PyTorch's momentum m "
+            f"is {name}=1 - m here."
         )
     return number
 
 
 def check_train(train: Any) -> None:
-    """Raises a TypeError unless `train` is a Boolean scalar."""
+    """Raise a TypeError unless `train` is a Boolean scalar."""
     boolean = isinstance(train, bool) or getattr(train, "dtype", None) == np.dtype(bool)
     if not boolean or np.shape(train) != ():
-        raise TypeError(f"train={train!r}; wanted True, False, or a traced Boolean scalar.")
+        raise TypeError(f"train={train!r}; expected True, False, or a traced Boolean scalar.")
 
 
 def check_exact(exact: Any) -> None:
-    """Raises a TypeError unless `exact` is a Boolean that is no array."""
+    """Raise a TypeError unless `exact` is a Boolean that is not an array."""
     if not isinstance(exact, bool | np.bool_):
         raise TypeError(
-            f"exact={exact!r}; expected True or False. It chooses the program, so that it cannot be traced: "
+            f"exact={exact!r}; expected True or False. It selects a program, so that it cannot be traced: "
             "make it a static argument of jax.jit."
         )
 
 
 def check_update(update: Any) -> None:
-    """Raises a TypeError unless `update` is a rule."""
+    """Raise a TypeError unless `update` is a rule."""
     if isinstance(update, type) or not callable(update):
-        raise TypeError(f"update={update!r}; wanted a rule, such as jbn.ema(0.9).")
+        raise TypeError(f"update={update!r}; expected a rule, such as jbn.ema(0.9).")
 
 
 def result_dtype(x: jax.Array, dtype: DTypeLike | None) -> np.dtype:
-    """Returns the dtype that the user wants, or that of `x`.
+    """Return `dtype`, or the dtype of `x` if that is None.
 
     Raises:
       TypeError: `dtype` cannot hold a normalized `x`.
     """
-    wanted = jnp.dtype(x.dtype if dtype is None else dtype)
+    result = jnp.dtype(x.dtype if dtype is None else dtype)
     kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
-    if not jnp.issubdtype(wanted, kind):
+    if not jnp.issubdtype(result, kind):
+        expected = "a complex dtype" if jnp.iscomplexobj(x) else "a floating point or complex dtype"
         raise TypeError(
-            f"dtype={wanted} cannot hold the result for x of dtype {x.dtype}; wanted {kind.__name__}."
+            f"dtype={result} cannot hold the result for x of dtype {x.dtype}; expected {expected}."
         )
-    return wanted
+    return result
 
 
 def check_features(
@@ -178,61 +170,27 @@ def check_features(
     *,
     may_broadcast: bool = False,
 ) -> None:
-    """Checks that an argument is of its kind and each leaf has the shape of the features of `x`.
+    """Check that an argument is of a type and each leaf has the shape of the features of `x`.
 
     A leaf may be None, and a count may be a scalar. If `may_broadcast`, a leaf may be a scalar, or have all
     axes of `x` and broadcast to it.
 
     Raises:
-      TypeError: it is something else.
+      TypeError: it is of another type.
       ValueError: a leaf has another shape.
     """
     if not isinstance(value, kind):
         raise TypeError(
-            f"{name} is a {type(value).__name__}; wanted jbn.{kind.__name__}, as jbn.init makes it."
+            f"{name} is a {type(value).__name__}; expected jbn.{kind.__name__}, as jbn.init returns it."
         )
-    wanted = feature_shape(x, axes)
+    features = feature_shape(x, axes)
     for field, leaf in value._asdict().items():
         shape = np.shape(leaf)
         scalar = shape == () and (may_broadcast or field == "count")
-        if leaf is None or shape == wanted or scalar or (may_broadcast and _broadcasts(shape, x.shape)):
+        if leaf is None or shape == features or scalar or (may_broadcast and _broadcasts(shape, x.shape)):
             continue
         or_all_axes = f" To differ by position, give it all {x.ndim} axes of x." if may_broadcast else ""
         raise ValueError(
-            f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {wanted} "
+            f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {features} "
             f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis.{or_all_axes}"
         )
-
-
-def warn_of_one_value(x: jax.Array, axes: tuple[int, ...], parts: int | None, over: NamedAxes) -> None:
-    """Warns the user if a feature has one value, in the smallest batch that has its own moments.
-
-    What counts is known while tracing: positions, whatever a mask makes of them.
-    """
-    sizes, where = [x.shape[a] for a in other_axes(x.ndim, axes)], ""
-    if parts is not None:
-        sizes[0] //= parts
-        where = f", in {parts} virtual batches"
-    elif over.names:
-        sizes.append(smallest_group(over))
-        where = (
-            f", counted over axis_name={over.names}" + (over.groups is not None) * " in the smallest group"
-        )
-    if math.prod(sizes) == 1:
-        warnings.warn(
-            f"x of shape {x.shape} has one value per feature{where}. It is its own mean, so that in training "
-            "every output is the bias. Train on larger batches, or with the running moments (train=False, or "
-            "use_running_average=True in the Flax modules).",
-            OneValueWarning,
-            stacklevel=_level_of_user(),
-        )
-
-
-def _level_of_user() -> int:
-    """Returns the `stacklevel` with which the caller warns of the code that uses jbn, Flax and JAX."""
-    packages = [sys.modules[name] for name in ("jbn", "flax", "jax") if name in sys.modules]
-    folders = tuple(f"{Path(package.__file__).parent}{os.sep}" for package in packages)
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(folders):
-        frame, level = frame.f_back, level + 1
-    return level

@@ -14,12 +14,12 @@ from jbn._normalization import Params
 def split_affine(
     params: Params, x: jax.Array, axes: tuple[int, ...], dtype: np.dtype
 ) -> tuple[Params, np.dtype, Callable[[jax.Array], jax.Array]]:
-    """Separates an affine map that is not the same at every position from the normalization before it.
+    """Split off an affine map that is not the same at every position.
 
     Returns:
-      What to normalize with: parameters and the result's dtype; and what is left to do to the result. For
-      parameters in the features' shape, which scalars get here, nothing is left: the one derivative rule has
-      them.
+      Parameters and dtype for the normalization, and a function to apply to its result. Parameters in the
+      features' shape, to which scalars are broadcast here, stay in the normalization, whose derivative rule
+      has them, and the function is the identity.
     """
     features = feature_shape(x, axes)
     params = jax.tree.map(lambda leaf: leaf if np.shape(leaf) else jnp.broadcast_to(leaf, features), params)

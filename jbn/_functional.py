@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._axes import Axes, feature_axes, other_axes, shard_like
+from jbn._axes import Axes, feature_axes, other_axes
 from jbn._checks import (
     as_epsilon,
     as_samples,
@@ -20,16 +20,17 @@ from jbn._checks import (
     check_train,
     check_update,
     result_dtype,
-    warn_of_one_value,
 )
 from jbn._collectives import AxisName, NamedAxes, named_axes, split_devices
 from jbn._conditional import split_affine
 from jbn._dtypes import arithmetic_dtype, real_dtype
-from jbn._normalization import Options, Params, derived_normalize_batch, normalize_batch, normalize_by
-from jbn._running import UpdateRule, absorb, ema
+from jbn._normalization import Options, Params, normalize_batch, normalize_batch_by_autodiff, normalize_by
+from jbn._running import UpdateRule, apply_update_rule, ema
+from jbn._sharding import shard_like
 from jbn._spelling import explain_names
-from jbn._statistics import Moments, in_ones, merge_stacked, select, with_count_per_feature
+from jbn._statistics import Moments, merge_stacked, multiply_by_unit, select, with_count_per_feature
 from jbn._virtual_batches import count_parts, map_parts
+from jbn._warnings import warn_if_single_value
 
 
 @explain_names
@@ -40,7 +41,7 @@ def init(
     use_bias: bool = True,
     dtype: DTypeLike = jnp.float32,
 ) -> tuple[Params, Moments]:
-    """Makes the parameters and the running moments of one layer.
+    """Make the parameters and the running moments of one layer.
 
     Args:
       features: the number of features, or the shape of the feature axes.
@@ -80,7 +81,7 @@ def normalize(
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """Normalizes with given moments, then applies the learnt affine map.
+    """Normalize with given moments, then apply the learnt affine map.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
@@ -88,11 +89,11 @@ def normalize(
       x: samples, of any shape; floating point or complex.
       moments: the statistics to normalize with, in the features' shape; `count` is not used.
       params: scale and bias in the features' shape, or scalars; None for neither. For conditional
-        normalization either may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` of one
-        vector an example.
+        normalization either may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` with
+        one vector per example.
       axis: the feature axis or axes.
       epsilon: added to the variance; a normal number of the dtype of the arithmetic (1.2e-38 in float32).
-      dtype: the result's dtype; that of `x` if None. The arithmetic is in float32 at least.
+      dtype: the dtype of the result; that of `x` if None. The arithmetic is in float32 at least.
 
     Returns:
       An array of the shape of `x`. It carries the gradient to `x`, to `moments` and to `params`.
@@ -100,8 +101,8 @@ def normalize(
     Raises:
       TypeError: `x` is an integer array, `dtype` cannot hold the result, or `moments` or `params` is of
         another type.
-      ValueError: `axis` is out of range or repeated, `epsilon` is too small, or `moments` or `params` have
-        another shape than the features of `x`.
+      ValueError: `axis` is out of range or repeated, `epsilon` is too small, or the shape of `moments` or
+        `params` is not that of the features of `x`.
 
     Reference: Ioffe & Szegedy 2015, Algorithm 1, lines 3 and 4.
 
@@ -138,48 +139,48 @@ def batch_norm(
     exact: bool = True,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, Moments]:
-    """Normalizes each feature: with the batch's own moments in training, with the running ones in inference.
+    """Normalize each feature: with the batch's own moments in training, with the running ones in inference.
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     In training `mean` and `var` are those of `jbn.moments(x, axis=axis, mask=mask, axis_name=axis_name)`, the
-    gradient flows through them, and the running moments absorb them by the rule `update`. In inference `mean`
-    and `var` are the running ones, which are constants and are returned as they came.
+    gradient flows through them, and the rule `update` updates the running moments by them. In inference
+    `mean` and `var` are the running ones, which are constants and are returned unchanged.
 
     Args:
       x: samples, of any shape; floating point or complex.
       params: scale and bias in the features' shape, or scalars; None for neither. For conditional
-        normalization either may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` of one
-        vector an example.
+        normalization either may have all axes of `x` and broadcast to it, as `scale[:, None, None, :]` with
+        one vector per example.
       running: running moments in the features' shape.
       train: True in training, False in inference; or a traced Boolean scalar, so that one compiled function
         serves both.
       axis: the feature axis or axes; statistics reduce over every other axis.
       epsilon: added to the variance; a normal number of the dtype of the arithmetic (1.2e-38 in float32).
-      update: how the running moments absorb the batch's: `jbn.ema`, `jbn.cumulative`, `jbn.pooled` or any
-        function `(running, batch) -> running`. A feature that had no samples, or whose moments are not
-        finite, the batch's or the new ones, keeps its running moments whatever the rule.
+      update: the update rule of the running moments: `jbn.ema`, `jbn.cumulative`, `jbn.pooled` or any
+        function `(running, batch) -> running`. Whatever the rule, a feature keeps its running moments if it
+        had no samples, or if the batch's or the new moments are not finite.
       mask: which positions count in the statistics: Booleans, or real weights >= 0 of any size, as
         `jbn.moments` takes them; it carries no gradient. Every position is normalized, from its own `x`.
         Where the weight is 0 and `x` is not finite, `x` acts as the mean and gets no gradient. If all weights
-        are 0, mean and variance are taken to be 0: outputs are finite, and to be masked in the loss.
+        are 0, mean and variance are taken to be 0: outputs are finite; mask them in the loss.
       axis_name: name or names of the axes that `jax.shard_map` or `jax.vmap` map over and that share one
-        batch: one collective forward, as `jbn.moments` tells, and one backward. It has no effect in
-        inference. Under plain `jit`, statistics of a sharded batch are global without a name, and take one
-        collective each way too; a second and third forward only where the running mean is not near.
+        batch: one collective forward, as in `jbn.moments`, and one backward. It has no effect in inference.
+        Under plain `jit`, statistics of a sharded batch are global without a name, and take one collective
+        each way too; a second and third one forward only if the running mean is far from the batch's.
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
       virtual_batch_size: normalize ceil(N / virtual_batch_size) consecutive parts of the N examples each with
         its own moments (ghost batches: Hoffer et al. 2017). Their sizes differ by one at most, as in
-        `numpy.array_split`. N is the size of the first axis that is no feature axis, on each device for
-        itself; the running moments absorb the merge of all parts, over `axis_name` too. Under plain `jit`, N
-        over the number of devices gives local statistics. For `jax.export`, a symbolic N must be a multiple
-        of the size, like "4*parts". It has no effect in inference.
-      exact: whether the moments are as exact as those of two passes wherever the program runs, as
-        `jbn.moments` tells. If False, a TPU takes one pass about 0 and about the running mean, and of each
-        feature the nearer counts; its compiler fuses such sums into the matrix product that makes `x`. The
-        error of the variance is then that of two passes times 1 + min(mean^2, (mean - running mean)^2) / var:
-        exact as soon as the running mean is near, never worse than E[x^2] - E[x]^2, which is Flax's default,
-        and never negative. CPUs and GPUs are always exact, for there it costs nothing.
+        `numpy.array_split`. N is the size of the first axis that is not a feature axis, on each device
+        separately; the running moments are updated by the merge of all parts, over `axis_name` too. Under
+        plain `jit`, N over the number of devices gives local statistics. For `jax.export`, a symbolic N must
+        be a multiple of the size, like "4*parts". It has no effect in inference.
+      exact: whether the moments are as accurate on every platform as `jbn.moments` says. If False, a TPU
+        takes one pass, about 0 and about the running mean, and selects the nearer of the two for each
+        feature; its compiler fuses such sums into the matrix product that makes `x`. The rounding error of
+        the variance is then that of two passes times 1 + min(mean^2, (mean - running mean)^2) / var: small as
+        soon as the running mean is near, never larger than that of E[x^2] - E[x]^2, which is Flax's default,
+        and the variance is never negative. On CPUs and GPUs the moments are always exact, at no cost.
       dtype: the dtype of `y`; that of `x` if None. The arithmetic is in float32 at least.
 
     Returns:
@@ -187,20 +188,20 @@ def batch_norm(
       count in the mean's shape), without gradient.
 
     Raises:
-      TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, `update` is no
-        function or returns no moments, `train` is no Boolean scalar, `exact` is no Boolean, `epsilon` is
-        traced, or `params` or `running` is of another type.
+      TypeError: `x` is an integer array, `mask` is complex, `dtype` cannot hold the result, `update` is not
+        callable or does not return moments, `train` is not a Boolean scalar, `exact` is not a Boolean,
+        `epsilon` is traced, or `params` or `running` is of another type.
       ValueError: `axis` is out of range or repeated, `epsilon` is too small, `mask` does not broadcast, could
-        belong to other axes, or is negative, `params` or `running` have another shape than the features of
-        `x`, `x` is complex and `running.mean` is not, `axis_name` is not bound, `axis_index_groups` is no
-        partition, or `virtual_batch_size` < 1.
+        belong to other axes, or is negative, the shape of `params` or `running` is not that of the features
+        of `x`, `x` is complex and `running.mean` is not, `axis_name` is not bound, `axis_index_groups` is not
+        a partition, or `virtual_batch_size` < 1.
 
     Warns:
       OneValueWarning: in training there is one value per feature, so that every output is the bias.
 
-    A feature whose squared deviations add up beyond the dtype's range (in float32, deviations from about
-    1e19 / sqrt(N) on) has an infinite variance: its outputs are the bias, its running moments stay. They
-    could not hold such a variance, and to scale it would take one more pass over `x`. Scale such inputs.
+    A feature whose squared deviations overflow when they are added up (in float32, deviations from about
+    1e19 / sqrt(N) on) has an infinite variance: its outputs are the bias, and its running moments stay. They
+    could not hold such a variance, and scaling would take one more pass over `x`. Scale such inputs.
 
     `jax.experimental.jet` does not work with custom derivative rules like this one.
 
@@ -232,22 +233,22 @@ def batch_norm(
     if isinstance(train, bool | np.bool_) and not train:
         return affine(normalize_by(running, axes, epsilon, dtype, x, params, weights)), running
     over = named_axes(axis_name, axis_index_groups)
-    warn_of_one_value(x, axes, parts, over)
-    train = None if isinstance(train, bool | np.bool_) else jnp.asarray(train)
+    warn_if_single_value(x, axes, parts, over)
+    traced = None if isinstance(train, bool | np.bool_) else jnp.asarray(train)
     options = Options(axes, over if parts is None else NamedAxes(), epsilon, exact, dtype)
     f = partial(normalize_batch, options)
     if parts is None and split_devices(over)[0].names:
-        # JAX forgets a vmap's axis name in a custom rule that jit stages inside it. So there autodiff
-        # derives the function without its rule, and what it would keep is computed again.
-        f = jax.checkpoint(partial(derived_normalize_batch, options), prevent_cse=False)
+        # JAX loses the axis name of a vmap in a custom rule that jit stages inside it. So the function is
+        # differentiated without its rule there, and recomputed instead of keeping its residuals.
+        f = jax.checkpoint(partial(normalize_batch_by_autodiff, options), prevent_cse=False)
     if parts is None:
-        y, used, unit = f(x, params, running, weights, train)
+        y, used, unit = f(x, params, running, weights, traced)
     else:
-        y, *used = map_parts(f, parts, axes)(x, params, running, weights, train)
-        used, unit = merge_stacked(*used, over)
-    used = in_ones(used, unit)
+        y, used, unit = map_parts(f, parts, axes, x, params, running, weights, traced)
+        used, unit = merge_stacked(used, unit, over)
+    used = multiply_by_unit(used, unit)
     used = jax.tree.map(shard_like, used, running)
     is_whole = weights is None and parts is None and not over.names
     size = math.prod(x.shape[axis] for axis in other_axes(x.ndim, axes)) if is_whole else None
-    new = absorb(update, running, used, size)
-    return affine(y), new if train is None else select(train, new, running)
+    new = apply_update_rule(update, running, used, size)
+    return affine(y), new if traced is None else select(traced, new, running)

@@ -1,4 +1,4 @@
-"""Stochastic rounding: sums of many small steps, right on average where rounding would lose each step."""
+"""Stochastic rounding: sums of small steps, right on average where rounding to nearest loses each step."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ import numpy as np
 def add(
     values: tuple[jax.Array, ...], steps: tuple[jax.Array, ...], noise: jax.Array | None
 ) -> tuple[jax.Array, ...]:
-    """Adds a step to each value, and rounds the sums up or down, each as likely as it is near.
+    """Add a step to each value, and round each sum up or down, with probabilities by distance.
 
     Args:
-      values: real or complex, all in one shape.
+      values: real or complex, all of one shape.
       steps: likewise.
-      noise: in [0, 1), in that shape; None rounds to the nearest.
+      noise: in [0, 1), of that shape; None rounds to nearest.
 
     Reference: Connolly, Higham & Mary 2021, "Stochastic rounding and its probabilistic backward error
     analysis".
@@ -22,7 +22,7 @@ def add(
         return tuple(value + step for value, step in zip(values, steps))
     x, step = _real(values), _real(steps)
     nearest = x + step
-    # What was rounded away, exactly (Knuth's two-sum).
+    # The rounding error, exactly (Knuth's two-sum).
     moved = nearest - x
     lost = (x - (nearest - moved)) + (step - moved)
     towards = jnp.where((lost > 0) == (nearest > 0), jnp.int32(1), jnp.int32(-1))
@@ -36,10 +36,10 @@ def add(
 
 
 def random_numbers(*values: jax.Array) -> jax.Array | None:
-    """Returns numbers in [0, 1) that are a function of float32 arrays of one shape, and look random.
+    """Return pseudorandom numbers in [0, 1), a hash of float32 arrays of one shape.
 
-    No state and no key: whoever computes with the same values gets the same numbers. None for float64, which
-    has room enough.
+    Without state or key: all devices that hold the same values get the same numbers. None for float64, whose
+    precision suffices.
     """
     parts = _real(values)
     if parts.dtype != jnp.float32:
@@ -54,6 +54,6 @@ def random_numbers(*values: jax.Array) -> jax.Array | None:
 
 
 def _real(values):
-    """Stacks real and imaginary parts along a new first axis."""
+    """Stack real and imaginary parts along a new first axis."""
     parts = [p for v in values for p in ((v.real, v.imag) if jnp.iscomplexobj(v) else (v,))]
     return jnp.stack(parts)

@@ -1,6 +1,7 @@
 """Moments of the samples at hand, in as few passes over memory as the platform allows."""
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -8,18 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jbn._dtypes import arithmetic_dtype, real_dtype, widen
-from jbn._merging import (
-    Part,
-    Way,
-    abs_squared,
-    merge_about,
-    merge_parts,
-    power_of_two,
-    share_of,
-    weigh,
-    where_counted,
-    where_finite,
-)
+from jbn._merging import Merged, Part, Reduction, Samples, merge_parts, merge_shifted
+from jbn._weights import abs_squared, power_of_two, share_of, weigh, where_counted, where_finite
 from jbn._xla import Target, decided_at_lowering, prevent_cse, sum_together
 
 
@@ -32,26 +23,30 @@ def measure_samples(
     exact: bool = True,
     epsilon: float = 0.0,
 ) -> Part:
-    """Returns the moments over the axes `reduced`, in the shape of the others.
+    """Measure the moments over the axes `reduced`, in the shape of the other axes.
 
-    What real weights count is in a unit, for they and their sum may be of any size. Any `shift`, in the shape
-    of the result, gives the same moments; near the mean it saves a pass. `exact` and `epsilon` are those of
-    `jbn.batch_norm`.
+    Real weights and their sum may be of any size, so that the count is in a unit (`Part.unit`). Every
+    `shift`, in the shape of the result, gives the same moments; one near the mean saves a pass. `exact` and
+    `epsilon` are the arguments of `jbn.batch_norm`.
     """
     weights, shift = jax.lax.stop_gradient((weights, shift))
-    count, unit = _count(weights, x, reduced), None
-    if weights is not None and weights.dtype != bool:
-        unit = _unit(count)
-        weights = weights * jnp.expand_dims(1 / unit, reduced)
-        count = _count(weights, x, reduced)
-    given = [] if weights is None else [weights, count]
+    given, unit = [], None
+    if weights is None:
+        count = _size(x, reduced)
+    else:
+        count = _total(weights, x, reduced)
+        if weights.dtype != bool:
+            unit = _unit(count)
+            weights = weights * jnp.expand_dims(1 / unit, reduced)
+            count = _total(weights, x, reduced)
+        given = [weights, count]
     if shift is not None:
         is_complex = jnp.iscomplexobj(x)
         given.append((shift if is_complex else jnp.real(shift)).astype(arithmetic_dtype(x)))
     options = Options(weights is not None, reduced, exact, epsilon)
-    mean, rest, var = _measure(options, x, *given)
+    mean, mean_low, var = _measure(options, x, *given)
     zero = jnp.zeros_like(var)
-    return Part(mean, rest, var, zero + count, None if unit is None else zero + unit)
+    return Part(mean, mean_low, var, zero + count, None if unit is None else zero + unit)
 
 
 class Options(NamedTuple):
@@ -61,130 +56,163 @@ class Options(NamedTuple):
     reduced: tuple[int, ...]  # axes of x
     exact: bool
     epsilon: float
-    members: bool = False  # whether other axes are of a `vmap`
+    members: bool = False  # whether one of the other axes is that of a `vmap`
 
 
-def _derivative(options, arrays, dx, results):
-    """In closed form, whichever way the moments were measured.
+def measure_on(target: Target | None, options: Options, x: jax.Array, *given: jax.Array) -> Merged:
+    """Measure mean and variance by the algorithm that is fastest on a target.
 
-    dmean = sum(weights * dx) / count;  dvar = 2 sum(weights * Re(conj(x - mean) * dx)) / count
-    """
-    weighted, reduced, *_ = options
-    x, weights = arrays[0], arrays[1] if weighted else None
-    count = arrays[2] if weighted else _count(None, x, reduced)
-    mean, rest, _ = results
-    x, dx = (widen(where_counted(values, weights)) for values in (x, dx))
-
-    def average(samples):
-        return jnp.sum(weigh(samples, weights), reduced) * share_of(count, samples)
-
-    c = x - jnp.expand_dims(mean + rest, reduced)
-    return jnp.zeros_like(mean), average(dx), 2 * average(jnp.real(jnp.conj(c) * dx))
-
-
-def measure_on(
-    target: Target | None, options: Options, x: jax.Array, *given: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns mean, rest and variance, measured about the shift that is best on a target.
-
-    | the first that holds | without weights | with weights |
+    | the first case that holds | without weights | with weights |
     |---|---|---|
-    | TPU, not `exact` | 0 and the running mean; the nearer counts | the same |
-    | sharded by the compiler | the running mean; if that was not exact, two passes | the same |
-    | CPU | 0; if that was not exact, the mean found | 0; if that was not exact, two passes |
-    | GPU, TPU | a pilot | two passes |
+    | TPU, not `exact` | about 0 and about the running mean: the nearer to the mean | the same |
+    | sharded by the compiler | about the running mean; if inexact, two passes | the same |
+    | CPU, real samples | about 0; if inexact, about the mean just found | about 0; if inexact, two passes |
+    | any other | about a pilot mean | two passes |
 
-    A CPU adds up fastest about 0. A pilot is the mean of few samples; the compiler would send it to all
-    devices. A TPU fuses sums into the matrix product that makes `x`, if their shift is known before `x` is.
+    CPUs add up fastest about 0. A pilot mean is that of a few samples; of a sharded array the compiler would
+    send them to all devices. TPUs fuse sums into the matrix product that makes `x` if their shift is known
+    before `x` is.
+
+    Args:
+      given: weights and their sum, if `options.weighted`; then the shift, 0 by default.
     """
     weighted, reduced, exact, epsilon, members = options
     weights = given[0] if weighted else None
-    count = given[1] if weighted else _count(None, x, reduced)
+    count = given[1] if weighted else _size(x, reduced)
     zero = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x))
     shift = given[-1] if len(given) > 2 * weighted else zero
     platform, sharded = target or Target("cpu", False)
+    reduction = _reduction_on(platform, sharded, x, reduced)
+    shifted = lambda shift, x: _shifted(shift, Samples(x, weights), count, reduction)
+    about_zero = lambda x: _about_zero(Samples(x, weights), count, reduction)
+    two_passes = lambda: _two_passes(Samples(x, weights), count, reduction)
+
+    if target is None:
+        return shifted(shift, x)
+    if platform == "tpu" and not exact:
+        counted = where_counted(x, weights)
+        about_0, about_shift = about_zero(counted), shifted(shift, counted)
+        nearer = abs_squared(about_shift.mean_low) <= abs_squared(about_0.mean_low)
+        return jax.tree.map(partial(jnp.where, nearer), about_shift, about_0)
+    if sharded and not members:
+        one_pass = shifted(shift, x)
+        return jax.lax.cond(_is_exact(one_pass, epsilon), lambda: one_pass, two_passes)
+    if platform == "cpu" and not sharded and not jnp.iscomplexobj(x):
+        one_pass = about_zero(x)
+        again = two_passes if weighted else lambda: shifted(where_finite(one_pass.mean_low), x)
+        return jax.lax.cond(_is_exact(one_pass, epsilon), lambda: one_pass, again)
+    if weighted or x.size == 0:
+        return two_passes()
+    return shifted(_pilot(x, reduced), x)
+
+
+def _reduction_on(platform: str | None, sharded: bool, x: jax.Array, reduced: tuple[int, ...]) -> Reduction:
     on_gpu = platform in ("cuda", "rocm")
-    way = Way(
+    reduction = Reduction(
         lambda *arrays: [jnp.sum(array, reduced) for array in arrays],
         partial(jnp.expand_dims, axis=reduced),
-        # A GPU's compiler writes out x - shift before it adds up; divided too, it would be two such arrays.
+        # XLA for GPUs writes x - shift to memory before it adds up; divided too, it would write two arrays.
         divide_first=not on_gpu,
-        # One operation less, where they are many; then the mean of what spans the dtype's range may be NaN.
+        # Saves an operation for each real sample; the mean of samples that span the dtype's range may be NaN.
         scale=0.5 if jnp.iscomplexobj(x) else 1,
     )
     if platform == "cpu":
-        way = way._replace(copy=prevent_cse)
+        reduction = reduction._replace(prevent_cse=prevent_cse)
     if on_gpu and not sharded:
-        way = way._replace(sums=partial(sum_together, axes=reduced))
-
-    def about(shift, x):
-        return _of_one_shape(merge_about(shift, Part(x, None, None, weights), count, way))
-
-    def about_zero(x):
-        (x1, weights1), (x2, weights2) = way.copy((x, weights)), way.copy(way.copy((x, weights)))
-        mean, square = way.sums(weigh(widen(x1), weights1), weigh(abs_squared(widen(x2)), weights2))
-        mean, square = mean * share_of(count, mean), square * share_of(count, square)
-        return jnp.zeros_like(mean), mean, jnp.maximum(square - abs_squared(mean), 0)
-
-    def in_two_passes():
-        return _of_one_shape(merge_parts(Part(where_counted(x, weights), None, None, weights), count, way))
-
-    def is_exact(rest, var):
-        # Rounding counts 1 + |rest|^2 / var times, 10 at most, or nothing beside epsilon. Squares that add up
-        # beyond the dtype's range may be small about the mean. What a mask hides from the weights, NaN times
-        # 0, fails the test.
-        return jnp.all((abs_squared(rest) <= 9 * (var + epsilon)) & (var < jnp.inf))
-
-    if target is None:
-        return about(shift, x)
-    if platform == "tpu" and not exact:
-        counted = where_counted(x, weights)
-        near_zero, near_shift = about_zero(counted), about(shift, counted)
-        nearer = abs_squared(near_shift[1]) <= abs_squared(near_zero[1])
-        return jax.tree.map(partial(jnp.where, nearer), near_shift, near_zero)
-    if sharded and not members:
-        found = about(shift, x)
-        return jax.lax.cond(is_exact(*found[1:]), lambda: found, in_two_passes)
-    if platform == "cpu" and not sharded and not jnp.iscomplexobj(x):
-        zeros, mean, var = about_zero(x)
-        again = in_two_passes if weighted else lambda: about(where_finite(mean), x)
-        return jax.lax.cond(is_exact(mean, var), lambda: (zeros, mean, var), again)
-    if weighted or x.size == 0:
-        return in_two_passes()
-    return about(_pilot(x, reduced), x)
+        reduction = reduction._replace(sums=partial(sum_together, axes=reduced))
+    return reduction
 
 
-def _of_one_shape(part):
-    mean = (
-        part.mean if jax.typeof(part.mean) == jax.typeof(part.rest) else jnp.zeros_like(part.rest) + part.mean
+def _about_zero(samples: Samples, count: jax.Array | int, reduction: Reduction) -> Merged:
+    """Average x and |x|^2, in one pass: var = mean(|x|^2) - |mean(x)|^2."""
+    copies = reduction.prevent_cse(samples)
+    x, weights = copies.mean, copies.count
+    twice = reduction.prevent_cse(reduction.prevent_cse(samples))
+    mean, square = reduction.sums(
+        weigh(widen(x), weights), weigh(abs_squared(widen(twice.mean)), twice.count)
     )
-    return mean, part.rest, part.var
+    mean, square = mean * share_of(count, mean), square * share_of(count, square)
+    return Merged(jnp.zeros_like(mean), mean, jnp.maximum(square - abs_squared(mean), 0))
+
+
+def _shifted(shift: jax.Array, samples: Samples, count: jax.Array | int, reduction: Reduction) -> Merged:
+    """Average x - shift and |x - shift|^2, in one pass."""
+    return _of_one_shape(merge_shifted(shift, samples, count, reduction))
+
+
+def _two_passes(samples: Samples, count: jax.Array | int, reduction: Reduction) -> Merged:
+    """Average x, and then x - mean and |x - mean|^2, in two passes. Uncounted samples may hold anything."""
+    counted = samples._replace(mean=where_counted(samples.mean, samples.count))
+    return _of_one_shape(merge_parts(counted, count, reduction))
+
+
+def _of_one_shape(merged: Merged) -> Merged:
+    mean, mean_low, var = merged
+    if jax.typeof(mean) != jax.typeof(mean_low):
+        mean = jnp.zeros_like(mean_low) + mean
+    return Merged(mean, mean_low, var)
+
+
+def _is_exact(merged: Merged, epsilon: float) -> jax.Array:
+    """Return whether all variances are as good as those of two passes: see `merge_shifted`.
+
+    That is, whether their relative rounding error is at most 10 times larger, or small compared to epsilon.
+    Squares whose sum overflows may be small about the mean. NaN that a weight of 0 was to hide fails, too.
+    """
+    _, mean_low, var = merged
+    return jnp.all((abs_squared(mean_low) <= 9 * (var + epsilon)) & (var < jnp.inf))
 
 
 def _pilot(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
-    """Averages 64 samples from the middle of the axes, or all of fewer.
+    """Average 64 samples from the middle of the axes, or all if there are fewer.
 
-    Of a share f of the samples the mean is nearer to that of all than sqrt((1 - f) / f) standard deviations,
-    whichever they are: to the variance a sum's rounding counts at most 1 / f times, and hardly more than once
-    if the samples are in no order.
+    The mean of any fraction f of the samples is within sqrt((1 - f) / f) standard deviations of the mean of
+    all. So the rounding error of the variance is at most 1 / f times that of two passes, and about the same
+    as that of two passes if the samples are in random order.
     """
     starts, limits = [0] * x.ndim, list(x.shape)
-    wanted, taken = 64, 1
-    # The shortest axis first, whose part the others take over. A size may be symbolic, in `jax.export`.
+    needed, taken = 64, 1
+    # From the shortest axis to the longest, which makes up for the shorter ones. Sizes may be symbolic, in
+    # `jax.export`.
     sizes = {axis: x.shape[axis] if isinstance(x.shape[axis], int) else 1 for axis in reduced}
-    for left, axis in zip(range(len(sizes), 0, -1), sorted(sizes, key=sizes.get)):
-        some = min(sizes[axis], max(round((wanted / taken) ** (1 / left)), 1))
+    for left, axis in zip(range(len(sizes), 0, -1), sorted(sizes, key=lambda axis: sizes[axis])):
+        some = min(sizes[axis], max(round((needed / taken) ** (1 / left)), 1))
         starts[axis] = (sizes[axis] - some) // 2
         limits[axis] = starts[axis] + some
         taken *= some
     return jnp.sum(widen(jax.lax.slice(x, starts, limits)) * (1 / taken), reduced)
 
 
-def _batch(measure, options, arrays, axes):
-    """Makes of the members of a `vmap` one more axis that is kept, so that none takes a branch of its own."""
+def _derivative(
+    options: Options, arrays: Sequence[jax.Array], dx: jax.Array, results: Sequence[jax.Array]
+) -> tuple[jax.Array, ...]:
+    """Differentiate with respect to x, in closed form, however the moments were measured.
+
+    dmean = sum(weights * dx) / count;  dvar = 2 sum(weights * Re(conj(x - mean) * dx)) / count
+    """
+    weighted, reduced, *_ = options
+    x, weights = arrays[0], arrays[1] if weighted else None
+    count = arrays[2] if weighted else _size(x, reduced)
+    mean, mean_low, _ = results
+    x, dx = (widen(where_counted(values, weights)) for values in (x, dx))
+
+    def average(samples):
+        return jnp.sum(weigh(samples, weights), reduced) * share_of(count, samples)
+
+    c = x - jnp.expand_dims(mean + mean_low, reduced)
+    return jnp.zeros_like(mean), average(dx), 2 * average(jnp.real(jnp.conj(c) * dx))
+
+
+def _batch(
+    measure: Callable[..., tuple[jax.Array, ...]],
+    options: Options,
+    arrays: Sequence[jax.Array],
+    axes: Sequence[int | None],
+) -> tuple[tuple[jax.Array, ...], list[int | None]]:
+    """Turn the members of a `vmap` into one more axis that is kept, so that one branch serves all of them."""
     samples = 1 + 2 * options.weighted
     if all(axis is None for axis in axes[:samples]):
-        # With each shift the moments are the same.
+        # The members differ in their shift only, which does not change the moments.
         shift = [
             shift if axis is None else jax.lax.index_in_dim(shift, 0, axis, keepdims=False)
             for shift, axis in zip(arrays[samples:], axes[samples:])
@@ -202,20 +230,22 @@ _measure = decided_at_lowering(measure_on, derivative=_derivative, batch=_batch)
 
 
 def _unit(count: jax.Array) -> jax.Array:
-    """Returns what to measure weights in: 1 if their sum is of a usual size, else a power of two near it."""
+    """Return the unit of weights: 1 if their sum is of a usual size, else a power of two near it."""
     usual = (count == 0) | (count > 2.0**-60) & (count < 2.0**60)
     return jnp.where(usual, 1, power_of_two(count))
 
 
-def _count(weights: jax.Array | None, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array | int:
-    """Adds up the weights over some axes of `x`; feature axes that share a weight have size 1.
+def _size(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array | int:
+    """Count the samples; an array if the size is symbolic, in `jax.export`."""
+    size = math.prod(x.shape[axis] for axis in reduced)
+    if isinstance(size, int):
+        return size
+    return jnp.full((1,) * (x.ndim - len(reduced)), size, real_dtype(arithmetic_dtype(x)))
 
-    Without weights it is a number; an array if that is symbolic, in `jax.export`.
-    """
+
+def _total(weights: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+    """Add up the weights over some axes of `x`; feature axes that share a weight keep size 1."""
     dtype = real_dtype(arithmetic_dtype(x))
-    if weights is None:
-        size = math.prod(x.shape[axis] for axis in reduced)
-        return size if isinstance(size, int) else jnp.full((1,) * (x.ndim - len(reduced)), size, dtype)
     # A weight that is shared along an axis is summed once and multiplied: exact for more samples than float32
     # can count one by one.
     size = math.prod(x.shape[axis] for axis in reduced if weights.shape[axis] == 1)

@@ -12,8 +12,9 @@ from jbn._axes import Axes, expand, feature_axes, other_axes
 from jbn._checks import as_samples, as_weights
 from jbn._collectives import AxisName, NamedAxes, named_axes
 from jbn._dtypes import arithmetic_dtype, real_dtype
-from jbn._merging import Part, merge_named, merge_rows, power_of_two
+from jbn._merging import Part, merge_named, merge_rows
 from jbn._samples import measure_samples
+from jbn._weights import power_of_two
 
 
 class Moments(NamedTuple):
@@ -25,7 +26,8 @@ class Moments(NamedTuple):
 
     mean: jax.Array  # (features...), float32 or wider; complex for complex samples
     var: jax.Array  # (features...), real, >= 0: mean of |x - mean|^2, no Bessel correction
-    count: ArrayLike = 0  # (features...), real, >= 0: the number of samples, or the sum of their weights
+    # (features...), real, >= 0: the number of samples, or their weight
+    count: jax.Array = 0  # pyright: ignore[reportIncompatibleMethodOverride, reportAssignmentType]
 
 
 def moments(
@@ -36,20 +38,21 @@ def moments(
     axis_name: AxisName | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
 ) -> Moments:
-    """Measures the mean and the biased variance of each feature over all other axes.
+    """Measure the mean and the biased variance of each feature over all other axes.
 
         count = sum(mask)
         mean  = sum(mask * x) / count
         var   = sum(mask * |x - mean|^2) / count
 
-    A large mean costs no accuracy. Both are measured about a shift c, and the rounding of the sums counts
-    1 + (mean - c)^2 / var times, in units of two passes: at most 10 times on a CPU (about 0, or else about
-    the mean of a first pass); elsewhere hardly more than twice for samples in no order, and at most N/64
-    times in any order (about the mean of 64 of N samples). See `jbn/_samples.py`. Where `count` is 0 all
-    three are 0, the identity of `jbn.merge`. A variance beyond the dtype's range is infinite.
+    A large mean costs no accuracy. Both are measured about a shift c, and the rounding error of the variance
+    is that of a two-pass algorithm times 1 + (mean - c)^2 / var. That factor is at most 10 on a CPU (c is 0,
+    or else the mean of a first pass). Elsewhere c is the mean of a pilot, 64 of N samples: the factor is
+    hardly more than 2 for samples in random order, and at most N/64 in any order. See `jbn/_samples.py`.
+    Where `count` is 0, all three are 0, the identity of `jbn.merge`. A variance beyond the dtype's range is
+    infinite.
 
     With `axis_name`, moments are those of all devices' samples together: each device measures its own, and
-    `jbn.merge` merges them, by count, so that unequal masks and empty shards are exact. It takes one
+    `jbn.merge` merges them by count, so that unequal masks and empty shards are exact. It takes one
     collective of 4 D values per feature for D devices, or three of fewer values where that is cheaper.
 
     Args:
@@ -57,8 +60,8 @@ def moments(
       axis: the feature axis or axes, which are kept; statistics reduce over every other axis.
       mask: which positions count: Booleans, or real weights >= 0 (a weight of 2 is the sample twice), of any
         size: only their ratios matter to mean and variance. It carries no gradient, and must broadcast to
-        `x`: fewer axes are the last ones; if they could be the first ones too, it is refused. Positions with
-        weight 0 may hold anything, NaN included, and nothing is computed with that.
+        `x`: fewer axes are the last ones; if they could be the first ones too, it is an error. Positions with
+        weight 0 may hold anything, NaN included, which reaches no result.
       axis_name: name or names of the axes that `jax.shard_map` or `jax.vmap` map over and that share one
         batch. A `vmap` axis inside a `shard_map` needs `check_vma=False` there.
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
@@ -70,7 +73,7 @@ def moments(
     Raises:
       TypeError: `x` is an integer array, or `mask` is complex.
       ValueError: `axis` is out of range or repeated, `mask` does not broadcast, could belong to other axes,
-        or is negative, `axis_name` is not bound, or `axis_index_groups` is no partition.
+        or is negative, `axis_name` is not bound, or `axis_index_groups` is not a partition.
 
     Reference: Ioffe & Szegedy 2015, Algorithm 1, lines 1 and 2.
 
@@ -86,7 +89,7 @@ def moments(
     """
     x = as_samples(x)
     axes = feature_axes(x.ndim, axis)
-    return in_ones(*measure(x, axes, as_weights(mask, x), named_axes(axis_name, axis_index_groups)))
+    return multiply_by_unit(*measure(x, axes, as_weights(mask, x), named_axes(axis_name, axis_index_groups)))
 
 
 def measure(
@@ -99,24 +102,28 @@ def measure(
     exact: bool = True,
     epsilon: float = 0.0,
 ) -> tuple[Moments, jax.Array | None]:
-    """Does the work of `moments` for arguments that were checked, with the options of `measure_samples`.
+    """Measure moments from checked arguments, with the options of `measure_samples`.
 
     Returns:
-      The moments, whose count is that of `in_units(weights, unit, axes)`, and this unit, in the features'
-      shape; None for 1.
+      The moments, whose count is that of `divide_by_unit(weights, unit, axes)`, and this unit in the
+      features' shape; None for 1.
     """
     part = measure_samples(x, weights, other_axes(x.ndim, axes), shift=shift, exact=exact, epsilon=epsilon)
     part = merge_named(part, over)
     return _moments(part), part.unit
 
 
-def in_units(weights: jax.Array | None, unit: jax.Array | None, axes: tuple[int, ...]) -> jax.Array | None:
-    """Measures weights in a unit, which is a power of two."""
-    return weights if unit is None else weights * expand(1 / unit, weights.ndim, axes)
+def divide_by_unit(
+    weights: jax.Array | None, unit: jax.Array | None, axes: tuple[int, ...]
+) -> jax.Array | None:
+    """Divide weights by their unit, a power of two per feature."""
+    if weights is None or unit is None:
+        return weights
+    return weights * expand(1 / unit, weights.ndim, axes)
 
 
-def in_ones(m: Moments, unit: jax.Array | None) -> Moments:
-    """Counts in ones what was counted in a unit; beyond the dtype's range that is its largest number."""
+def multiply_by_unit(m: Moments, unit: jax.Array | None) -> Moments:
+    """Multiply a count by its unit; beyond the dtype's range it becomes the largest number."""
     if unit is None:
         return m
     count = m.count * unit.astype(m.count.dtype)
@@ -124,15 +131,15 @@ def in_ones(m: Moments, unit: jax.Array | None) -> Moments:
 
 
 def merge(*parts: Moments) -> Moments:
-    """Merges the moments of disjoint sets of samples into the moments of their union, exactly.
+    """Merge the moments of disjoint sets of samples into the moments of their union, exactly.
 
         n    = n1 + n2;  d = mean2 - mean1;  w = n2 / n
         mean = mean1 + w*d
         var  = (1-w)*var1 + w*var2 + w*(1-w)*|d|^2
 
     The operation is associative and commutative, and a part with count 0 is its identity, whatever mean and
-    variance that part holds. A part weighs its share, whatever the ratio and the size of the counts. Their
-    sum is rounded as float32 is, and ends at the largest number.
+    variance that part holds. Counts may be of any size and ratio. Their sum is rounded to float32, and
+    saturates at the largest number.
 
     Args:
       *parts: one or more moments of the same features. A scalar count holds for every feature.
@@ -141,7 +148,7 @@ def merge(*parts: Moments) -> Moments:
       The moments of all samples together, in float32 at least.
 
     Raises:
-      TypeError: an argument is something else.
+      TypeError: an argument is not `Moments`.
       ValueError: no moments were given, or of different shapes.
 
     Reference: Chan, Golub & LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample
@@ -154,26 +161,26 @@ def merge(*parts: Moments) -> Moments:
     [4. 5.] [8. 8.] [5. 5.]
     """
     if not parts:
-        raise ValueError("merge got no moments; wanted one or more.")
+        raise ValueError("merge got no moments; expected one or more.")
     for part in parts:
         if not isinstance(part, Moments):
-            raise TypeError(f"merge got a {type(part).__name__}; wanted jbn.Moments, each as an argument.")
+            raise TypeError(f"merge got a {type(part).__name__}; expected jbn.Moments, each as an argument.")
         first, shape = np.shape(parts[0].mean), np.shape(part.mean)
         if shape != first:
-            raise ValueError(f"merge got means of shapes {first} and {shape}; wanted the same features.")
+            raise ValueError(f"merge got means of shapes {first} and {shape}; expected the same features.")
     wide = arithmetic_dtype(*(part.mean for part in parts), *(part.var for part in parts))
-    parts = [with_count_per_feature(cast(part, wide)) for part in parts]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    widened = [with_count_per_feature(cast(part, wide)) for part in parts]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *widened)
     unit = power_of_two(stacked.count)
-    return in_ones(*merge_stacked(stacked._replace(count=stacked.count / unit), unit))
+    return multiply_by_unit(*merge_stacked(stacked._replace(count=stacked.count / unit), unit))
 
 
 def merge_stacked(
     parts: Moments, unit: jax.Array | None, over: NamedAxes = NamedAxes()
 ) -> tuple[Moments, jax.Array | None]:
-    """Merges moments that are stacked along a first axis, and those of all members of one's group.
+    """Merge moments that are stacked along a first axis, and then those of all members of a group.
 
-    Their counts are in a unit, as those of `measure`, and so is that of the result.
+    Their counts are in a unit, as those of `measure` are, and so is that of the result.
     """
     part = Part(parts.mean, jnp.zeros_like(parts.mean), parts.var, parts.count, unit)
     whole = merge_named(merge_rows(part), over)
@@ -181,29 +188,29 @@ def merge_stacked(
 
 
 def with_count_per_feature(m: Moments) -> Moments:
-    """Returns the same moments with the count broadcast to the mean's shape."""
+    """Broadcast the count to the shape of the mean."""
     var, count = jnp.asarray(m.var), jnp.asarray(m.count)
-    # A sum, for it has the variance's sharding too.
+    # A sum, so that it has the sharding of the variance too.
     dtype = count.dtype if jnp.issubdtype(count.dtype, jnp.floating) else var.dtype
     count = jnp.zeros_like(var, dtype) + jnp.expand_dims(count.astype(dtype), range(var.ndim - count.ndim))
     return Moments(jnp.asarray(m.mean), var, count)
 
 
 def cast(m: Moments, dtype: DTypeLike) -> Moments:
-    """Converts the mean to a dtype, variance and count to its real part's."""
+    """Convert the mean to a dtype, variance and count to the dtype of its real part."""
     real = real_dtype(dtype)
     return Moments(jnp.asarray(m.mean, dtype), jnp.asarray(m.var, real), jnp.asarray(m.count, real))
 
 
-def finite_centre(m: Moments) -> Moments:
-    """Centres at 0 what has an infinite variance, so that finite samples over its root are 0 and not NaN."""
+def zero_mean_where_var_is_inf(m: Moments) -> Moments:
+    """Set the mean to 0 where the variance is infinite: finite samples then normalize to 0, not to NaN."""
     return m._replace(mean=jnp.where(m.var == jnp.inf, 0, m.mean))
 
 
 def select(condition: ArrayLike, a: Moments, b: Moments) -> Moments:
-    """Takes, feature by feature, `a` where `condition` holds and `b` elsewhere."""
+    """Select `a` where `condition` holds and `b` elsewhere, feature by feature."""
     return jax.tree.map(lambda p, q: jnp.where(condition, p, q), a, b)
 
 
 def _moments(part: Part) -> Moments:
-    return Moments(part.mean + part.rest, part.var, part.count)
+    return Moments(part.mean + part.mean_low, part.var, part.count)

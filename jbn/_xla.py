@@ -1,13 +1,14 @@
-"""What compilers are told. No value depends on it; all of it comes from reading compiled programs.
+"""Workarounds for XLA. No value depends on them; each shows the program that it changes, before and after.
 
 What is best depends on what is known only when a program is lowered: the platform, and whether the compiler
-spreads arrays over devices. So what is here decides then, as primitives of JAX, which take less time to trace
-and to lower than branches that `jax.lax.platform_dependent` chooses from. The programs are those that jax
-0.10.2 makes; `python -m benchmarks compiled` shows whether a later one still needs to be told.
+spreads arrays over devices. So the choices are made then, in primitives of JAX, which trace and lower faster
+than the branches of `jax.lax.platform_dependent`. The programs shown are those of jax 0.10.2. With a later
+version, remove a workaround and run `python -m benchmarks compiled`, and for CPUs
+`tests/library/programs/test_programs.py`: if neither counts more, delete it.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -30,13 +31,16 @@ class Target(NamedTuple):
 def decided_at_lowering(
     f: Callable[..., Any], *, derivative: Callable[..., Any], batch: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Makes a function of `f(target, options, *arrays)` that is called without the target.
+    """Make a function of `f(target, options, *arrays)` that is called without the target.
 
     Args:
-      f: returns a tuple of arrays, of the same shapes for each target, and for None, which only asks for
-        them; `options` are hashable.
-      derivative: that for a change of the first array: `(options, arrays, change, results) -> changes`.
-      batch: what `vmap` does: `(function, options, arrays, axes) -> (results, axes)`.
+      f: returns a tuple of arrays, of the same shapes for every target; also for None, where only the shapes
+        matter. `options` are hashable.
+      derivative: for a tangent of the first array: `(options, arrays, tangent, results) -> tangents`.
+      batch: the rule for `vmap`: `(function, options, arrays, axes) -> (results, axes)`.
+
+    Delete it when `jax.lax.platform_dependent` can branch on sharding too, and adds no more than this to the
+    time to trace and lower: of 20 layers with their gradients, 0.28 s instead of 0.73 s.
     """
     primitive = _primitive(f.__name__, lambda *arrays, options: f(None, options, *arrays), many=True)
     bind = lambda options, *arrays: tuple(primitive.bind(*arrays, options=options))
@@ -45,16 +49,14 @@ def decided_at_lowering(
     eager = jax.jit(bind, static_argnums=0)
 
     def run(*arrays, options):
-        # `jax_disable_jit` and `jax_debug_nans`, where it finds some, run functions without jit, and would
-        # come back here.
+        # `jax_disable_jit`, and `jax_debug_nans` where it finds NaN, run functions without jit, which would
+        # lead back to this function.
         with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
             return eager(options, *arrays)
 
-    def jvp(arrays, changes, *, options):
+    def jvp(arrays, tangents, *, options):
         results = bind(options, *arrays)
-        if isinstance(changes[0], ad.Zero):
-            return results, [ad.Zero.from_primal_value(result) for result in results]
-        return results, derivative(options, arrays, changes[0], results)
+        return results, derivative(options, arrays, ad.instantiate_zeros(tangents[0]), results)
 
     def lower(platform, context, *values, options):
         target = Target(platform, _is_sharded(context.module_context.axis_context))
@@ -70,93 +72,113 @@ def decided_at_lowering(
     return bind
 
 
-def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, ...]:
-    """Adds up arrays over the same axes, in one reduction of XLA.
+def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> Sequence[jax.Array]:
+    """Add up arrays over the same axes, in one reduction of XLA.
 
-    XLA for GPUs splits the reduction of many rows in two, and fuses the first halves of several. Of one
-    reduction of several arrays the second half is one kernel, too:
+    XLA for GPUs splits the reduction of many rows into two, and fuses the first halves of several reductions,
+    but not the second halves. The second half of one reduction of several arrays is one kernel:
 
         fusion.1 = f32[128,128], f32[128,128] fusion(x)       fusion.1 = f32[128,128], f32[128,128] fusion(x)
         fusion.2 = f32[128] fusion(fusion.1)             ->   fusion.2 = f32[128], f32[128] fusion(fusion.1)
         fusion.3 = f32[128] fusion(fusion.1)
 
-    Few rows it does not split, and writes out first what they share; so they are split here.
+    A reduction of few rows is not split, and its operands are written to memory first; so it is split here.
+
+    Delete it when XLA for GPUs fuses both halves of `[jnp.sum(array, axes) for array in arrays]`.
     """
     add = lambda a, b: tuple(p + q for p, q in zip(a, b))
     zeros = tuple(jnp.zeros((), array.dtype) for array in arrays)
     if len(axes) > 1 and _are_few(arrays[0].shape, axes):
-        # Without a barrier, XLA would make one sum of the two.
+        # Without a barrier, XLA would combine the two sums into one.
         arrays = prevent_cse(tuple(jax.lax.reduce(arrays, zeros, add, axes[1:])))
         axes = axes[:1]
     return jax.lax.reduce(arrays, zeros, add, axes)
 
 
 def prevent_cse(values: Any, *, times: int = 1) -> Any:
-    """Returns values that the compiler cannot know to be the same, unless they are so as many `times`.
+    """Return copies that the compiler cannot know to be equal to copies made another number of `times`.
 
-    XLA for CPU fuses a reduction with the arithmetic before it, but what two reductions share it first writes
-    out. If it does not know that they share, sum(x - c) and sum((x - c)**2) are two passes that read `x`:
+    XLA for CPU fuses a reduction with the arithmetic before it, unless two reductions share that arithmetic:
+    then it is written to memory first. If XLA does not know that they share it, sum(x - c) and
+    sum((x - c)**2) are two passes that read `x`:
 
         fusion.1 = x - c                        fusion.1 = sum(x - c)
         fusion.2 = sum(fusion.1)          ->    fusion.2 = sum((x' - c')**2)
         fusion.3 = sum(fusion.1**2)
+
+    Delete it when XLA for CPU fuses a producer into each of several reductions. Without it, the tests today
+    count more passes of a training step over its input.
     """
     for _ in range(times):
-        # One by one, for in a `shard_map` some may vary over devices and others not.
+        # One by one, because in a `shard_map` some may vary over devices and others not.
         values = jax.tree.map(jax.lax.optimization_barrier, values)
     return values
 
 
 def unshared_on_cpu(x: jax.Array, *, times: int = 1) -> jax.Array:
-    """Returns `x`, of which XLA for CPU does not know that what the gradient sums is made of the same `x`."""
+    """Return `prevent_cse(x, times=times)` on CPUs, and `x` elsewhere. Derivatives pass unchanged.
+
+    It is for the backward pass, whose sums share operands with the forward pass. Delete it together with
+    `prevent_cse`.
+    """
     return _unshared.bind(x, times=times)
 
 
 def for_each_part(values: jax.Array, parts: int) -> jax.Array:
-    """Repeats values along a new first axis, so that their gradient is a sum of the sums of each part.
+    """Repeat values along a new first axis, so that their gradient is the sum of the sums over each part.
 
-    XLA makes one sum of a sum of sums, and then has two over all samples, for which it writes out what both
-    add up:
+    XLA would combine this sum of sums into one, and then reduce over all samples twice, for which it writes
+    the common operand to memory:
 
         fusion.1 = dy * x^, sum(dy * x^, of each part)     fusion.1 = sum(dy * x^, of each part)
         fusion.2 = sum(dy * x^)                       ->   fusion.2 = sum(fusion.1)
+
+    Delete it, in favour of `jnp.broadcast_to`, when XLA does not combine a sum of sums whose inner sum is
+    used elsewhere too. Without it, the tests today count four more passes for ghost batches.
     """
     return jax.lax.optimization_barrier(jnp.broadcast_to(values, (parts, *values.shape)))
 
 
-def is_summed_apart(shape: tuple[int, ...], axes: tuple[int, ...], dtype: np.dtype) -> bool:
-    """Tells whether `spread` pays: where samples have 16 bits, and are so many that GPUs split their sums."""
+def prefers_spread(shape: tuple[int, ...], axes: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Return whether `spread` pays off: for 16-bit samples, so many that XLA for GPUs splits their sums.
+
+    Delete it with `spread`.
+    """
     return jnp.finfo(dtype).bits < 32 and not _are_few(shape, axes)
 
 
 def spread(
     values: jax.Array, scale: jax.Array, *, shape: tuple[int, ...], new_axes: tuple[int, ...]
 ) -> jax.Array:
-    """Broadcasts `values * scale` along new axes. Its transpose is a sum that GPUs take of scaled samples.
+    """Broadcast `values * scale` along new axes, so that on GPUs the transpose sums scaled samples.
 
-    XLA for an H100 fuses the derivative of ReLU with one sum, but not with two that read the same: it writes
-    it out, and reads it twice more. Of three sums, two read nothing else, and it is fused with the third:
+    XLA for an H100 fuses the derivative of ReLU with one sum, but not with two sums that read the same: it
+    writes it to memory, and reads it twice. Here two of three sums read nothing else, and it is fused with
+    the third:
 
         fusion.1 = select(y > 0, dy, 0)                    fusion.1 = select(y > 0, dy, 0), sum(fusion.1 * x^)
         fusion.2 = sum(fusion.1), sum(fusion.1 * x^)  ->   fusion.2 = sum(fusion.1), sum(fusion.1 * scale)
+
+    Delete it, in favour of the broadcast that other dtypes take, when XLA for GPUs fuses a select with two
+    sums that read it.
     """
     return _spread.bind(values, scale, shape=shape, new_axes=new_axes)
 
 
 def _are_few(shape, axes):
-    """Tells whether XLA for an H100 does not split the sum over some axes; a size may be symbolic."""
+    """Return whether XLA for an H100 sums over some axes without splitting; a size may be symbolic."""
     rows = math.prod(shape[axis] for axis in axes)
     return isinstance(rows, int) and rows <= 8192
 
 
 def _primitive(name: str, f: Callable[..., Any], *, many: bool = False) -> Primitive:
-    """Makes a primitive that returns arrays like those of a function, whatever it is lowered to."""
+    """Make a primitive whose results have the types of those of a function, whatever it is lowered to."""
     primitive = Primitive(name)
     primitive.multiple_results = many
 
     @lru_cache(maxsize=1024)
     def results_of(avals, static):
-        # Traced, they have the sharding, and the devices over which they vary in a `shard_map`.
+        # Traced, because then they have their sharding, and the axes over which they vary in a `shard_map`.
         results = jax.make_jaxpr(partial(f, **dict(static)))(*avals).out_avals
         return results if many else results[0]
 
@@ -165,7 +187,7 @@ def _primitive(name: str, f: Callable[..., Any], *, many: bool = False) -> Primi
 
 
 def _computed_by(name, f, **of_platform):
-    """Makes a primitive of a function, which some platforms compute in a way of their own."""
+    """Make a primitive of a function, with other implementations for some platforms."""
     primitive = _primitive(name, f)
     primitive.def_impl(f)
     for platform, lowered in {None: f, **of_platform}.items():
@@ -174,6 +196,7 @@ def _computed_by(name, f, **of_platform):
 
 
 def _bilinear(name, f, **of_platform):
+    """Make such a primitive of `f(array, array, *, shape, new_axes)`, and its rule for `vmap`."""
     primitive = _computed_by(name, f, **of_platform)
 
     def batch(arrays, axes, *, shape, new_axes):
@@ -219,6 +242,7 @@ ad.defbilinear(
 
 
 def _is_sharded(axis_context: Any) -> bool:
+    """Return whether the compiler spreads arrays over devices, from JAX's context of lowering."""
     manual = getattr(axis_context, "manual_axes", None)
     if manual is None:
         return getattr(axis_context, "num_devices", 1) > 1

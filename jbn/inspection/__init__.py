@@ -1,7 +1,7 @@
-"""Measurements of a model of one's own: what batch normalization does to its distributions and its loss.
+"""Measurements of any model: what batch normalization does to its distributions and its loss.
 
-Import it as `from jbn import inspection`. Losses are functions of the parameters alone. Those of a Flax NNX
-model come from `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and the loss puts them back with
+Import it as `from jbn import inspection`. Losses are functions of the parameters alone. For a Flax NNX model,
+split them off with `graph, params, rest = nnx.split(model, nnx.Param, ...)`, and merge them in the loss with
 `nnx.merge(graph, params, rest, copy=True)`.
 """
 

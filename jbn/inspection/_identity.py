@@ -1,4 +1,4 @@
-"""The parameters with which a batch-normalized layer is the layer without."""
+"""The parameters with which batch normalization changes nothing."""
 
 import jax.numpy as jnp
 
@@ -9,12 +9,12 @@ from jbn._statistics import Moments, cast
 
 
 def identity_params(moments: Moments, *, epsilon: float = 1e-5) -> Params:
-    """Makes the parameters with which normalization by given moments changes nothing.
+    """Make the parameters with which normalization by given moments changes nothing.
 
         scale = sqrt(var + epsilon);  bias = mean
 
-    `jbn.normalize(x, moments, identity_params(moments))` is `x`, up to rounding: a normalized layer can do
-    all that the layer can do without.
+    `jbn.normalize(x, moments, identity_params(moments))` is `x`, up to rounding: with batch normalization a
+    layer can represent every function that it can without.
 
     Args:
       moments: as `jbn.moments` measures them; finite.
@@ -25,7 +25,7 @@ def identity_params(moments: Moments, *, epsilon: float = 1e-5) -> Params:
       the mean.
 
     Raises:
-      TypeError: `moments` is something else, or `epsilon` is traced.
+      TypeError: `moments` is of another type, or `epsilon` is traced.
       ValueError: `epsilon` <= 0.
 
     Reference: Ioffe & Szegedy 2015, section 3.
@@ -39,7 +39,9 @@ def identity_params(moments: Moments, *, epsilon: float = 1e-5) -> Params:
      [ 3. 30.]]
     """
     if not isinstance(moments, Moments):
-        raise TypeError(f"moments is a {type(moments).__name__}; wanted jbn.Moments, as jbn.moments gives.")
+        raise TypeError(
+            f"moments is a {type(moments).__name__}; expected jbn.Moments, as jbn.moments returns."
+        )
     epsilon = as_epsilon(epsilon, moments.mean, moments.var)
     moments = cast(moments, arithmetic_dtype(moments.mean, moments.var))
     return Params(scale=jnp.sqrt(moments.var + epsilon), bias=moments.mean)

@@ -1,4 +1,4 @@
-"""How a loss and its gradient change along the gradient: whether the step that it promises can be taken."""
+"""How a loss and its gradient change along the gradient: how far the gradient predicts the loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Landscape(NamedTuple):
 
     @property
     def loss_range(self) -> jax.Array:
-        """The largest loss minus the smallest, of the points and of the parameters where they begin: ()."""
+        """The largest loss minus the smallest, over the points and the parameters themselves: ()."""
         visited = jnp.concatenate([self.loss[..., None], self.losses], axis=-1)
         return jnp.max(visited, -1) - jnp.min(visited, -1)
 
@@ -33,7 +33,7 @@ class Landscape(NamedTuple):
     def smoothness(self) -> jax.Array:
         """The "effective" beta-smoothness, the largest change of the gradient over the distance: ().
 
-        Small means that the gradient tells where to go for a long way. It is 0 where the gradient is 0.
+        Small means that the gradient stays valid over a long step. It is 0 if the gradient is 0.
         """
         apart = self.distances != 0
         ratios = jnp.where(apart, self.gradient_changes / jnp.where(apart, self.distances, 1), 0)
@@ -41,7 +41,7 @@ class Landscape(NamedTuple):
 
 
 def along_gradient(loss: Callable[[Any], jax.Array], params: Any, step_sizes: ArrayLike) -> Landscape:
-    """Walks from `params` against the gradient, and measures loss and gradient at each step size.
+    """Step from `params` against the gradient, and measure loss and gradient at each step size.
 
         g               = grad(loss)(params)
         point           = params - step_size * g
@@ -58,12 +58,12 @@ def along_gradient(loss: Callable[[Any], jax.Array], params: Any, step_sizes: Ar
       step_sizes: (k,), real.
 
     Returns:
-      Landscape, in float32, or in the widest dtype of `params` where that is wider. `loss` sees each
-      parameter in its own dtype, and the points are rounded to it. What is not finite stays so.
+      Landscape, in float32, or in the widest dtype of `params` where that is wider. `loss` gets each
+      parameter in its own dtype, to which the points are rounded. Values that are not finite stay so.
 
     Raises:
       TypeError: a leaf of `params` is complex, or an integer array; or `loss` is not real and scalar.
-      ValueError: `step_sizes` has not one axis, or `params` has no leaves.
+      ValueError: `step_sizes` does not have one axis, or `params` has no leaves.
 
     Reference: Santurkar et al. 2018, "How Does Batch Normalization Help Optimization?", section 3.1 and
     figure 4.
@@ -82,7 +82,7 @@ def along_gradient(loss: Callable[[Any], jax.Array], params: Any, step_sizes: Ar
     wide = arithmetic_dtype(*jax.tree.leaves(params))
     step_sizes = jnp.asarray(step_sizes, wide)
     if step_sizes.ndim != 1:
-        raise ValueError(f"step_sizes has shape {step_sizes.shape}; wanted one axis, as in (0.1, 0.2).")
+        raise ValueError(f"step_sizes has shape {step_sizes.shape}; expected one axis, as in (0.1, 0.2).")
 
     def visit(gradient, step):
         first, step_size = step
@@ -94,7 +94,7 @@ def along_gradient(loss: Callable[[Any], jax.Array], params: Any, step_sizes: Ar
         gradient = jax.tree.map(lambda new, old: jnp.where(first, new, old), here, gradient)
         return gradient, (value.astype(wide), norm(subtract(here, gradient)))
 
-    # The first visit, with step size 0, is to the parameters: so the program holds the loss once.
+    # Iteration 0, with step size 0, is at `params` itself, so that the program contains the loss once.
     steps = jnp.arange(step_sizes.size + 1) == 0, jnp.pad(step_sizes, (1, 0))
     gradient, (losses, changes) = jax.lax.scan(visit, jax.tree.map(jnp.zeros_like, params), steps)
     length = norm(gradient)

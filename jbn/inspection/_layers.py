@@ -12,46 +12,46 @@ from jbn.inspection._first_use import order_of_use
 
 @dataclass(frozen=True)
 class Layers:
-    """How parameters are split into layers: equal and hashed by value, so that `jit` may take it as static.
+    """How parameters are split into layers, as `split_layers` returns it.
 
-    Made by `split_layers`.
+    Equal and hashed by value, so that it may be a static argument of `jit`.
     """
 
     names: tuple[str, ...]  # of each layer's kernel, "Dense_0/kernel"
     members: tuple[tuple[int, ...], ...]  # of each layer, the numbers of its leaves in the flattened params
-    structure: Any  # the params' tree structure
+    structure: Any  # the tree structure of the params
 
     def split(self, params: Any) -> tuple[tuple[jax.Array, ...], ...]:
-        """Splits parameters, or gradients, into a tuple of layers, each a tuple of leaves.
+        """Split parameters, or gradients, into a tuple of layers, each a tuple of leaves.
 
         Raises:
           ValueError: `params` has another structure.
         """
         leaves, structure = jax.tree.flatten(params)
         if structure != self.structure:
-            raise ValueError(f"params has structure {structure}; wanted {self.structure}.")
+            raise ValueError(f"params has structure {structure}; expected {self.structure}.")
         return tuple(tuple(leaves[i] for i in layer) for layer in self.members)
 
     def join(self, layers: Sequence[Sequence[jax.Array]]) -> Any:
-        """Joins layers again: `join(split(params))` is `params`.
+        """Join layers again: `join(split(params))` is `params`.
 
         Raises:
-          ValueError: there are other numbers of leaves than `split` gives.
+          ValueError: the numbers of leaves are not those that `split` returns.
         """
-        sizes, wanted = [[len(layer) for layer in layers_] for layers_ in (layers, self.members)]
-        if sizes != wanted:
-            raise ValueError(f"layers have {sizes} leaves; wanted {wanted}, as split gives them.")
+        sizes, expected = [[len(layer) for layer in layers_] for layers_ in (layers, self.members)]
+        if sizes != expected:
+            raise ValueError(f"layers have {sizes} leaves; expected {expected}, as split returns them.")
         leaves = {i: leaf for layer, members in zip(layers, self.members) for leaf, i in zip(layer, members)}
         return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(leaves))])
 
 
 def split_layers(apply: Callable[[Any], Any], params: Any) -> Layers:
-    """Finds the layers of a network, in the order in which it uses them.
+    """Find the layers of a network, in the order in which it uses them.
 
-    Names tell nothing of the order: Flax sorts them, `BatchNorm_0` before `Dense_0`. So `apply` is traced,
-    and leaves are ordered by where each first meets data or another leaf; those that are never used go last.
+    Names do not give the order: Flax sorts them, `BatchNorm_0` before `Dense_0`. So `apply` is traced, and
+    leaves are ordered by where each first meets data or another leaf; those that are never used go last.
     A leaf with two axes or more, a kernel, starts a new layer. Leaves with fewer, such as biases and the
-    scales of batch normalization, belong to the layer before them, and to the first layer if none is before.
+    scales of batch normalization, belong to the layer before them, or to the first layer if there is none.
 
     Args:
       apply: a function of the parameters alone that runs the network, on any inputs, and returns any pytree
@@ -81,7 +81,7 @@ def split_layers(apply: Callable[[Any], Any], params: Any) -> Layers:
     """
     paths, structure = jax.tree_util.tree_flatten_with_path(params)
     if not paths:
-        raise ValueError("params has no leaves; wanted a pytree with one array or more.")
+        raise ValueError("params has no leaves; expected a pytree with one array or more.")
     order = order_of_use(lambda *leaves: apply(jax.tree.unflatten(structure, leaves)), [x for _, x in paths])
     members: list[list[int]] = [[]]
     kernels: list[int] = []

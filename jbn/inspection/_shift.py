@@ -14,21 +14,20 @@ class GradientShift(NamedTuple):
     """How the gradient of each layer changes when the layers before it make their step."""
 
     distance: jax.Array  # (layers,), >= 0: ||G - G'||
-    cosine: jax.Array  # (layers,), from -1 to 1: of the angle between G and G'; 1 is no shift
+    cosine: jax.Array  # (layers,), from -1 to 1: of the angle between G and G'; 1 means no shift
 
 
 def gradient_shift(
     loss: Callable[[tuple], jax.Array], before: Sequence[Any], after: Sequence[Any]
 ) -> GradientShift:
-    """Measures internal covariate shift, as a change of gradients: between two steps, for each layer.
+    """Measure internal covariate shift as the change of each layer's gradient between two steps.
 
         G_i  = d loss(before_0, ..., before_n) / d layer_i
         G'_i = d loss(after_0, ..., after_{i-1}, before_i, ..., before_n) / d layer_i
         distance_i = ||G_i - G'_i||;  cosine_i = <G_i, G'_i> / (||G_i|| ||G'_i||)
 
-    Layer i makes its step by G_i. When it is made, the layers before it have moved too, so that G'_i would
-    have been right. Distance 0 and cosine 1 say that this made no difference, as it never does for the first
-    layer.
+    Layer i is updated by G_i. But the layers before it are updated at the same time, after which its gradient
+    is G'_i. Distance 0 and cosine 1 mean that this made no difference, as is always so for the first layer.
 
     Args:
       loss: a function of a tuple of layers to a real scalar, such as the training loss of one batch.
@@ -74,7 +73,7 @@ def gradient_shift(
         angle = jnp.stack([cosine(a, b).astype(wide) for a, b in pairs])
         return gradients, (distance[i], jnp.where(distance[i] == 0, 1, angle[i]))
 
-    # The first visit is to `before` itself: so the program holds the loss once, whatever the depth.
+    # Iteration 0 is at `before` itself, so that the program contains the loss once, whatever the depth.
     start = jax.tree.map(jnp.zeros_like, before)
     _, shift = jax.lax.scan(visit, start, jnp.arange(len(before)))
     return GradientShift(*shift)
@@ -82,14 +81,14 @@ def gradient_shift(
 
 def _check_layers(before: tuple, after: tuple) -> None:
     if not before:
-        raise ValueError("before has no layers; wanted one or more.")
+        raise ValueError("before has no layers; expected one or more.")
     ours, theirs = jax.tree.structure(before), jax.tree.structure(after)
     if ours != theirs:
-        raise ValueError(f"after has structure {theirs}; wanted that of before, {ours}.")
+        raise ValueError(f"after has structure {theirs}; expected that of before, {ours}.")
     pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after))
     for (path, old), new in pairs:
         if (old.shape, old.dtype) != (new.shape, new.dtype):
             raise ValueError(
                 f"after{jax.tree_util.keystr(path)} has shape {new.shape} and dtype {new.dtype}; "
-                f"wanted those of before, {old.shape} and {old.dtype}."
+                f"expected those of before, {old.shape} and {old.dtype}."
             )

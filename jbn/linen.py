@@ -1,38 +1,44 @@
-"""Batch normalization as a Flax Linen module."""
+"""Batch normalization as a Flax Linen module. It needs Flax: `pip install "jbn[flax]"`."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
 from functools import partial
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.errors import ModifyScopeVariableError
-from flax.typing import Dtype, Initializer
 from jax.typing import ArrayLike
+
+try:
+    import flax.linen as nn
+    from flax.errors import ModifyScopeVariableError
+    from flax.typing import Dtype, Initializer
+except ModuleNotFoundError as error:
+    raise ImportError('jbn.linen needs Flax; install it with: pip install "jbn[flax]"') from error
 
 from jbn._axes import Axes, feature_axes, feature_shape
 from jbn._checks import as_array
 from jbn._collectives import AxisName
 from jbn._dtypes import arithmetic_dtype
-from jbn._functional import normalize
-from jbn._layers import (
+from jbn._flax import (
+    add_note_to,
     apply_layer,
     as_inexact,
     check_mode,
     check_options,
-    explained,
     initial_statistic,
     is_training,
-    learnt_or_given,
-    result_dtype,
+    promoted_dtype,
+    required_statistics,
+    resolve_affine_param,
     running_moments,
-    statistics_of,
 )
+from jbn._functional import normalize
 from jbn._normalization import Params
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
 from jbn._statistics import cast, moments
+
+__all__ = ["BatchNorm"]
 
 IMMUTABLE = (
     'BatchNorm updates its running statistics in training: pass mutable=["batch_stats"] to apply, which then '
@@ -46,25 +52,25 @@ class BatchNorm(nn.Module):
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
     A shell over `jbn.batch_norm` that takes the place of `flax.linen.BatchNorm`: the same arguments, defaults
-    and variables, so that checkpoints move between the two. `scale` and `bias` stand in the collection
+    and variables, so that checkpoints move between the two. `scale` and `bias` are in the collection
     "params", `mean` and `var` in "batch_stats", all in the features' shape. In training the moments are the
-    batch's, and "batch_stats" must be mutable; `init` leaves the running moments as they start. In inference
-    they are the running ones.
+    batch's, and "batch_stats" must be mutable; `init` does not update the running moments. In inference they
+    are the running ones.
 
     Where it differs from Flax's module (0.12), and why:
 
     | case | Flax | here |
     |---|---|---|
-    | large mean beside the spread | E[x^2] - E[x]^2 cancels: wrong, or 0 | exact (TPU: `use_fast_variance`) |
+    | mean far larger than the sd | E[x^2] - E[x]^2 cancels: wrong, or 0 | exact (TPU: `use_fast_variance`) |
     | `mask` with `axis_name` | averages of averages; NaN if a device has no row | merged by count |
-    | a mask that is not Boolean | what is not 0 counts as 1 | real weights |
-    | NaN or inf in a batch | running statistics are NaN for ever | that feature's stay |
+    | a mask that is not Boolean | weights other than 0 act as 1 | real weights |
+    | NaN or inf in a batch | running statistics stay NaN | those of that feature are kept |
     | NaN where the mask is 0 | every gradient is NaN | values and gradients are exact |
-    | no counted row in a batch | running statistics are NaN | they stay |
-    | one value per feature in training | silently the bias | the bias, and a warning |
+    | all rows of a batch masked | running statistics are NaN | they are kept |
+    | one value per feature in training | outputs the bias | outputs the bias, and warns |
     | `force_float32_reductions=False` | a running bfloat16 variance gets stuck | float32 at least |
     | gradient through running statistics | flows | none: they are constants |
-    | complex or float64 `x` | running statistics change dtype after `init` | theirs from the start |
+    | complex or float64 `x` | running statistics change dtype after `init` | they have it from the start |
     | `axis_index_groups` in `vmap` or a checked `shard_map` | refused | allowed |
     | returned by `jax.vjp` for the gradient, bfloat16 `x` | 8 bytes an element | 2 |
 
@@ -74,8 +80,8 @@ class BatchNorm(nn.Module):
       momentum: the weight of the old running value, `update=jbn.ema(momentum)`; a number in [0, 1], or a
         traced scalar. PyTorch's momentum m is 1 - m here.
       epsilon: added to the variance; > 0.
-      dtype: the result's dtype; if None, what `x`, scale and bias promote to. The arithmetic and the running
-        statistics are float32 at least, whatever it says.
+      dtype: the dtype of the result; if None, what `x`, scale and bias promote to. In any case the arithmetic
+        and the running statistics are float32 at least.
       param_dtype: the dtype of scale and bias.
       use_bias, use_scale: learn a bias, a scale.
       bias_init, scale_init: their initializers.
@@ -85,23 +91,24 @@ class BatchNorm(nn.Module):
       use_fast_variance: `exact=not use_fast_variance` of `jbn.batch_norm`. CPUs and GPUs are exact either
         way; a TPU takes one pass about 0 and the running mean if True, and is always exact if False.
       force_float32_reductions: statistics are always float32 at least, and narrower ones of a checkpoint
-        become so at the first step. False starts the running ones in `param_dtype` where that is wider.
+        are widened at the first step. False creates the running ones in `param_dtype` if that is wider.
       update: another rule for the running statistics, in place of `momentum`: `jbn.cumulative()`,
-        `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. A further variable `count`
-        then stands in "batch_stats", which is what such rules average by. A checkpoint of Flax has none, and
-        from 0 the first batch would replace its statistics. So give `initial_count=1` to a debiased rule, for
-        which they are complete then, and to others the number of batches, or of samples, that they stand for.
+        `jbn.ema(0.9, debias=True)`, or any function `(running, batch) -> running`. The layer then has one
+        more variable in "batch_stats", the `count` by which such rules average. A checkpoint of Flax has
+        none, and with a count of 0 the first batch would replace its statistics. So pass `initial_count=1`
+        with a debiased rule, which marks them as complete, and with other rules the number of batches, or of
+        samples, that they are an average of.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
-        examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
-        `jit`, N over the number of devices makes statistics local to a device.
+        examples each with its own moments (ghost batches); the running statistics are updated by the whole
+        batch. Under plain `jit`, N over the number of devices makes statistics local to a device.
       mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
       initial_count: what the running count starts from.
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
-        and bias no gradient, whatever `use_running_average` says.
+        and bias no gradient, whatever `use_running_average` is.
 
     Raises:
-      ValueError: `use_running_average` is missing or given twice; scale or bias is both learnt and given; and
-        what `jbn.batch_norm` raises.
+      ValueError: `use_running_average` is missing or given twice; scale or bias is both learnt and given; or
+        as `jbn.batch_norm` does.
       flax.errors.ModifyScopeVariableError: in training, "batch_stats" is not mutable.
 
     Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
@@ -159,7 +166,7 @@ class BatchNorm(nn.Module):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`, and in training updates the running statistics.
+        """Normalize `x`, and in training update the running statistics in "batch_stats".
 
         Args:
           x: samples, of any shape; integers are converted to float32.
@@ -183,7 +190,7 @@ class BatchNorm(nn.Module):
         kept = arithmetic_dtype(x, jnp.float32 if self.force_float32_reductions else self.param_dtype)
 
         def param(name, initializer):
-            return lambda: self.param(name, initializer, shape, self.param_dtype)
+            return self.param(name, initializer, shape, self.param_dtype)
 
         def statistic(name):
             initializer = {"mean": self.mean_init, "var": self.var_init}.get(name)
@@ -192,22 +199,24 @@ class BatchNorm(nn.Module):
             )
             return self.variable("batch_stats", name, make)
 
+        learnt_scale = param("scale", self.scale_init) if self.use_scale else None
+        learnt_bias = param("bias", self.bias_init) if self.use_bias else None
         params = Params(
-            scale=learnt_or_given(self, "scale", self.use_scale, param("scale", self.scale_init), scale),
-            bias=learnt_or_given(self, "bias", self.use_bias, param("bias", self.bias_init), bias),
+            scale=resolve_affine_param(self, "scale", learnt_scale, scale),
+            bias=resolve_affine_param(self, "bias", learnt_bias, bias),
         )
-        stats = {name: statistic(name) for name in statistics_of(self, initializing or train)}
-        dtype = result_dtype(self, x, *jax.tree.leaves(params))
+        stats = {name: statistic(name) for name in required_statistics(self, initializing or train)}
+        dtype = promoted_dtype(self, x, *jax.tree.leaves(params))
         x = as_inexact(x)
         if initializing and train is not False:
-            # `init` updates nothing, has no axis bound, and warns of no small batch: its input is an example.
+            # `init` updates nothing, has no axis bound, and does not warn of small batches.
             batch = moments(x, axis=self.axis, mask=mask)
             return normalize(x, batch, params, axis=self.axis, epsilon=self.epsilon, dtype=dtype)
         running = running_moments({name: stat.value for name, stat in stats.items()})
         running = cast(running, arithmetic_dtype(x, running.mean))
         y, running = apply_layer(self, x, params, running, train=train, mask=mask, dtype=dtype)
         if train is not False:
-            with explained(ModifyScopeVariableError, IMMUTABLE):
+            with add_note_to(ModifyScopeVariableError, IMMUTABLE):
                 for name, stat in stats.items():
                     stat.value = getattr(running, name)
         return y

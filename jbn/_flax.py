@@ -1,6 +1,6 @@
 """What the Flax modules share: from a layer's options and variables to one call of `jbn.batch_norm`.
 
-Nothing here knows Flax. `jbn.linen` and `jbn.nnx` keep the variables, each in its own way, and call this.
+Nothing here imports Flax. `jbn.linen` and `jbn.nnx` keep the variables, each in its own way, and call this.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
@@ -40,12 +41,15 @@ class Layer(Protocol):
 
 
 def as_inexact(x: jax.Array) -> jax.Array:
-    """Converts integers to float32, as Flax's modules do, and nothing else."""
+    """Convert integers to float32, as Flax's modules do, and nothing else."""
     return x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(promote(jnp.float32, x))
 
 
-def result_dtype(layer: Layer, *values: ArrayLike) -> np.dtype:
-    """Returns the dtype that the user wants, or what the values promote to: float32 if all are integers."""
+def promoted_dtype(layer: Layer, *values: Any) -> np.dtype:
+    """Return the dtype that the user chose, or what the values promote to: float32 if all are integers.
+
+    The values are arrays, or `jax.ShapeDtypeStruct`.
+    """
     if layer.dtype is not None:
         return jnp.dtype(layer.dtype)
     dtype = promote(*values)
@@ -53,10 +57,10 @@ def result_dtype(layer: Layer, *values: ArrayLike) -> np.dtype:
 
 
 def check_options(layer: Layer) -> None:
-    """Checks what a constructor can: the mode, and the momentum, which another rule makes unnecessary.
+    """Check what is known in a constructor: the mode, and the momentum unless `update` replaces it.
 
     Raises:
-      TypeError: the mode is no Boolean, or the momentum is no number.
+      TypeError: the mode is not a Boolean, or the momentum is not a number.
       ValueError: the momentum is outside [0, 1].
     """
     check_mode(layer.use_running_average)
@@ -65,7 +69,7 @@ def check_options(layer: Layer) -> None:
 
 
 def check_mode(use_running_average: Any) -> None:
-    """Raises a TypeError unless it is a Boolean, traced or not, or None; 0 and 1 are Booleans."""
+    """Raise a TypeError unless it is a Boolean, traced or not, or None; 0 and 1 are Booleans."""
     shape, dtype = np.shape(use_running_average), getattr(use_running_average, "dtype", None)
     if use_running_average is None or (shape, dtype) == ((), bool):
         return
@@ -82,7 +86,7 @@ def check_mode(use_running_average: Any) -> None:
 
 
 def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Array:
-    """Returns False if the layer will update nothing, and a traced Boolean if that is not known yet."""
+    """Return False if the layer will update nothing, and a traced Boolean if that depends on one."""
     if layer.frozen:
         return False
     if isinstance(use_running_average, jax.core.Tracer):
@@ -90,13 +94,13 @@ def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Arra
     return not use_running_average
 
 
-def statistics_of(layer: Layer, train: bool | jax.Array) -> tuple[str, ...]:
-    """Returns which running statistics a call needs: Flax's two, and the count that only a rule reads."""
+def required_statistics(layer: Layer, train: bool | jax.Array) -> tuple[str, ...]:
+    """Return the names of the running statistics that a call needs: only a rule reads the count."""
     return ("mean", "var") if layer.update is None or train is False else Moments._fields
 
 
 def running_moments(stats: Mapping[str, jax.Array]) -> Moments:
-    """Makes moments of a layer's running statistics; of 0 batches, where the count is not kept."""
+    """Make moments of a layer's running statistics, with count 0 if it is not kept."""
     return Moments(**{"count": np.float32(0), **stats})
 
 
@@ -108,9 +112,9 @@ def initial_statistic(
     initializer: Callable[..., jax.Array] | None,
     make_key: Callable[[], jax.Array],
 ) -> jax.Array:
-    """Makes the running mean, variance or count of a new layer: those of `jbn.init`, or what the user wants.
+    """Make the running mean, variance or count of a new layer, by `jbn.init` or by the user's initializer.
 
-    A key is made for the user's initializer only: without one, a layer draws the keys that Flax's draws.
+    A key is made for the user's initializer only, so that without one a layer draws the same keys as Flax's.
     """
     leaf = getattr(init(shape, dtype=dtype)[1], name)
     if name == "count":
@@ -118,22 +122,22 @@ def initial_statistic(
     return leaf if initializer is None else initializer(make_key(), shape, leaf.dtype)
 
 
-def learnt_or_given(
-    layer: Layer, name: str, is_learnt: bool, learnt: Callable[[], jax.Array], given: ArrayLike | None
+def resolve_affine_param(
+    layer: Layer, name: str, learnt: jax.Array | None, given: ArrayLike | None
 ) -> jax.Array | None:
-    """Returns the scale or bias that the layer learns, unless it is frozen, or the one given in this call.
+    """Return the scale or bias that the layer learns, without gradient if it is frozen, or the one given.
 
     Raises:
       ValueError: there are both.
     """
-    if is_learnt and given is not None:
+    if learnt is None:
+        return None if given is None else jnp.asarray(given)
+    if given is not None:
         raise ValueError(
-            f"{name} was given in the call of a BatchNorm that learns one of its own; wanted one of the two. "
-            f"Build the layer with use_{name}=False."
+            f"{name} was given in the call of a BatchNorm that learns one of its own; expected one of the "
+            f"two. Build the layer with use_{name}=False."
         )
-    if is_learnt:
-        return jax.lax.stop_gradient(learnt()) if layer.frozen else learnt()
-    return None if given is None else jnp.asarray(given)
+    return jax.lax.stop_gradient(learnt) if layer.frozen else learnt
 
 
 def apply_layer(
@@ -146,7 +150,7 @@ def apply_layer(
     mask: ArrayLike | None,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, Moments]:
-    """Calls `jbn.batch_norm` as the layer's options say; returns `y` and the new running moments."""
+    """Call `jbn.batch_norm` with the options of a layer; return `y` and the new running moments."""
     return batch_norm(
         x,
         params,
@@ -165,10 +169,10 @@ def apply_layer(
 
 
 @contextmanager
-def explained(kind: type[Exception], explanation: str) -> Iterator[None]:
-    """Adds to an error of Flax's what it means for this layer, and the fix."""
+def add_note_to(error_type: type[Exception], note: str) -> Iterator[None]:
+    """Add to an error of Flax what it means for this layer, and the fix."""
     try:
         yield
-    except kind as error:
-        error.add_note(explanation)
+    except error_type as error:
+        error.add_note(note)
         raise

@@ -1,4 +1,4 @@
-"""Batch normalization as a Flax NNX module."""
+"""Batch normalization as a Flax NNX module. It needs Flax: `pip install "jbn[flax]"`."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -8,37 +8,43 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax.errors import TraceContextError
-from flax.nnx.nn.dtypes import promote_dtype as promote_to_one_dtype
-from flax.typing import Dtype, Initializer, PromoteDtypeFn
 from jax.typing import ArrayLike
+
+try:
+    from flax import nnx
+    from flax.errors import TraceContextError
+    from flax.nnx.nn.dtypes import promote_dtype as promote_to_one_dtype
+    from flax.typing import Dtype, Initializer, PromoteDtypeFn
+except ModuleNotFoundError as error:
+    raise ImportError('jbn.nnx needs Flax; install it with: pip install "jbn[flax]"') from error
 
 from jbn._axes import Axes, feature_axes, feature_shape
 from jbn._checks import as_array
 from jbn._collectives import AxisName
 from jbn._dtypes import arithmetic_dtype, is_narrow
-from jbn._layers import (
+from jbn._flax import (
+    add_note_to,
     apply_layer,
     as_inexact,
     check_mode,
     check_options,
-    explained,
     initial_statistic,
     is_training,
-    learnt_or_given,
-    result_dtype,
+    promoted_dtype,
+    required_statistics,
+    resolve_affine_param,
     running_moments,
-    statistics_of,
 )
 from jbn._normalization import Params
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
 
+__all__ = ["BatchNorm"]
+
 NOT_AN_ARGUMENT = (
     "BatchNorm updates its running statistics in training, and JAX returns updates only to arguments of the "
     "transform: write nnx.jit(lambda model, x: model(x))(model, x), not nnx.jit(model)(x), and likewise with "
-    "nnx.eval_shape and nnx.vmap. A model merged inside the transform wants nnx.merge(..., copy=True). In "
+    "nnx.eval_shape and nnx.vmap. A model merged inside the transform needs nnx.merge(..., copy=True). In "
     "inference, call model.eval() first."
 )
 ONE_FOR_ALL = (
@@ -67,16 +73,16 @@ class BatchNorm(nnx.Module):
     | several feature axes | in inference only | `num_features` is their shape |
     | complex `x` | the running mean loses its imaginary part | `param_dtype=jnp.complex64`, or an error |
 
-    A transform has to be given the layer, or the model that has it, as an argument, as with every NNX layer
-    that updates variables. `nnx.eval_shape(model, x)`, `nnx.jit(model)(x)` and `nnx.vmap(model)(x)` hide it
-    in the function, from where JAX cannot return an update: an error in training. What works:
+    Pass the layer, or its model, to a transform as an argument, as every NNX layer that updates variables.
+    `nnx.eval_shape(model, x)`, `nnx.jit(model)(x)` and `nnx.vmap(model)(x)` close over it, so that JAX cannot
+    return the update, which is an error in training. What works:
 
         nnx.eval_shape(lambda model, x: model(x), model, x)
         nnx.vmap(lambda model, x: model(x), in_axes=(None, 0), axis_name="batch")(model, x)  # one for all
         nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(models, x)  # each member its own
 
-    where the layers of the second have `axis_name="batch"`: all members then update with the same moments.
-    Of a model that was made under `nnx.var_defaults(ref=True)`, JAX can update hidden variables too.
+    In the second, the layers have `axis_name="batch"`, so that all members update with the same moments. If
+    a model was made under `nnx.var_defaults(ref=True)`, JAX can update variables of a closure too.
 
     Args:
       num_features: the number of features, or the shape of the feature axes.
@@ -85,8 +91,8 @@ class BatchNorm(nnx.Module):
       momentum: the weight of the old running value, `update=jbn.ema(momentum)`; a number in [0, 1].
         PyTorch's momentum m is 1 - m here.
       epsilon: added to the variance; > 0.
-      dtype: the result's dtype; if None, that of `promote_dtype`: float32 at least, like the arithmetic and
-        the running statistics whatever it says.
+      dtype: the dtype of the result; if None, that of `promote_dtype`: float32 at least. In any case the
+        arithmetic and the running statistics are float32 at least.
       param_dtype: the dtype of scale and bias; the running statistics have it where it is wider than float32.
       use_bias, use_scale: learn a bias, a scale.
       bias_init, scale_init: their initializers.
@@ -95,26 +101,26 @@ class BatchNorm(nnx.Module):
       axis_index_groups: a partition of the indices along the named axes; only members of one group share.
       use_fast_variance: `exact=not use_fast_variance` of `jbn.batch_norm`. CPUs and GPUs are exact either
         way; a TPU takes one pass about 0 and the running mean if True, and is always exact if False.
-      promote_dtype: like `flax.nnx.nn.dtypes.promote_dtype`; it tells the result's dtype where `dtype` is
-        None, from those of x, mean, var, scale and bias, and converts nothing.
+      promote_dtype: like `flax.nnx.nn.dtypes.promote_dtype`; it determines the dtype of the result if `dtype`
+        is None, from those of x, mean, var, scale and bias, and converts nothing.
       rngs: keys for the initializers.
-      bias_metadata, scale_metadata: metadata of their variables, a sharding say.
+      bias_metadata, scale_metadata: metadata of their variables, such as a sharding.
       update: another rule, in place of `momentum`: `jbn.cumulative()`, `jbn.ema(0.9, debias=True)`, or any
-        function `(running, batch) -> running`. A further `nnx.BatchStat` is the `count` that it averages by.
-        A state of Flax has none, and from 0 the first batch would replace its statistics. So give
-        `initial_count=1` to a debiased rule, for which they are complete then, and to others the number of
-        batches, or of samples, that they stand for.
+        function `(running, batch) -> running`. The layer then has one more `nnx.BatchStat`, the `count` by
+        which such rules average. A state of Flax has none, and with a count of 0 the first batch would
+        replace its statistics. So pass `initial_count=1` with a debiased rule, which marks them as complete,
+        and with other rules the number of batches, or of samples, that they are an average of.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
-        examples each with its own moments (ghost batches); the running statistics see the whole. Under plain
-        `jit`, N over the number of devices makes statistics local to a device.
+        examples each with its own moments (ghost batches); the running statistics are updated by the whole
+        batch. Under plain `jit`, N over the number of devices makes statistics local to a device.
       mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
       initial_count: what the running count starts from.
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient. `model.set_attributes(frozen=True)` freezes all layers of a model.
 
     Raises:
-      ValueError: `use_running_average` is None here and in the call; scale or bias are both learnt and given;
-        and what `jbn.batch_norm` raises.
+      ValueError: `use_running_average` is None here and in the call; scale or bias is both learnt and given;
+        or as `jbn.batch_norm` does.
       flax.errors.TraceContextError: the layer was not an argument of the transform around this call.
 
     Reference: Ioffe & Szegedy 2015, Algorithms 1 and 2.
@@ -208,12 +214,12 @@ class BatchNorm(nnx.Module):
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
     ) -> jax.Array:
-        """Normalizes `x`, and in training updates the running statistics.
+        """Normalize `x`, and in training update the running statistics in place.
 
         Args:
           x: samples, of any shape; integers are converted to float32.
-          use_running_average: True in inference, False in training, or a traced Boolean scalar; None for what
-            the layer has.
+          use_running_average: True in inference, False in training, or a traced Boolean scalar; None for the
+            layer's own.
           mask: which positions count in the statistics: Booleans, or real weights >= 0, broadcastable to `x`.
           scale: for conditional normalization, the scale of this call, for a layer with `use_scale=False`: in
             the features' shape, or with all axes of `x` and broadcastable to it.
@@ -227,7 +233,7 @@ class BatchNorm(nnx.Module):
             use_running_average = self.use_running_average
         if use_running_average is None:
             raise ValueError(
-                "use_running_average is None; wanted False in training or True in inference: in the "
+                "use_running_average is None; expected False in training or True in inference: in the "
                 "constructor, in the call, by model.train() and model.eval(), or by nnx.view."
             )
         train = is_training(self, use_running_average)
@@ -239,24 +245,24 @@ class BatchNorm(nnx.Module):
                 f"on axis={self.axis}; build the layer with num_features={shape}, or another axis."
             )
         params = Params(
-            scale=learnt_or_given(self, "scale", self.scale is not None, lambda: self.scale[...], scale),
-            bias=learnt_or_given(self, "bias", self.bias is not None, lambda: self.bias[...], bias),
+            scale=resolve_affine_param(self, "scale", None if self.scale is None else self.scale[...], scale),
+            bias=resolve_affine_param(self, "bias", None if self.bias is None else self.bias[...], bias),
         )
-        stats = {name: getattr(self, name) for name in statistics_of(self, train)}
+        stats = {name: getattr(self, name) for name in required_statistics(self, train)}
         if any(stat is None for stat in stats.values()):
             raise ValueError(f"update={self.update} needs a count; give it to the constructor.")
         running = running_moments({name: stat[...] for name, stat in stats.items()})
-        dtype = result_dtype(self, *self._promoted(x, running.mean, running.var, *params))
+        dtype = promoted_dtype(self, *self._promoted(x, running.mean, running.var, *params))
         y, running = apply_layer(self, as_inexact(x), params, running, train=train, mask=mask, dtype=dtype)
         if train is not False:
             self._check_that_members_agree(running.mean)
-            with explained(TraceContextError, NOT_AN_ARGUMENT):
+            with add_note_to(TraceContextError, NOT_AN_ARGUMENT):
                 for name, stat in stats.items():
                     stat[...] = getattr(running, name)
         return y
 
     def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:
-        """Sets modes, for `nnx.view`.
+        """Set modes, for `nnx.view`.
 
         Args:
           use_running_average: True in inference, False in training.
@@ -268,17 +274,17 @@ class BatchNorm(nnx.Module):
             self.frozen = frozen
 
     def _check_that_members_agree(self, mean: jax.Array) -> None:
-        """Raises a ValueError if members of an `nnx.vmap` share this layer, and update it differently."""
+        """Raise a ValueError if members of an `nnx.vmap` share this layer, and update it differently."""
         try:
             arguments = nnx.current_update_context("vmap").inner_ref_outer_index
         except ValueError:
             return
-        # What members share is, for JAX, of another type than what is a member's own.
+        # Only a value of each member's own is traced by the `vmap`, and so of another type.
         if arguments is not None and self in arguments and type(self.mean[...]) is not type(mean):
             raise ValueError(ONE_FOR_ALL)
 
     def _promoted(self, *values: jax.Array | None) -> list[jax.ShapeDtypeStruct]:
-        """Returns what `promote_dtype` would make of `x`, mean, var, scale and bias, and computes nothing."""
+        """Return the shapes and dtypes of what `promote_dtype` returns, without computing anything."""
         values = jax.tree.map(
             lambda v: jax.ShapeDtypeStruct(v.shape, jnp.bfloat16 if is_narrow(v) else v.dtype), values
         )
