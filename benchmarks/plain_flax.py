@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from train.config import Model, total_steps
-from train.data import dataset as data
-from train.parsing import load
+from train import data
+from train.config import Model, load, total_steps
 
 
 class Net(nn.Module):

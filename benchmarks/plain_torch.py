@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from train.config import Model, total_steps
-from train.data import dataset as data
-from train.parsing import load
+from train import data
+from train.config import Model, load, total_steps
 
 
 def network(config: Model, features: int, classes: int) -> nn.Sequential:

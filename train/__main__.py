@@ -1,161 +1,255 @@
-"""The command line: argv -> a command. Imports what a command needs when it runs, so that --help is quick."""
+"""The command line: a config to train, or a command.
 
+Whatever imports JAX is imported by the commands that need it, so that --help answers at once.
+"""
+
+import contextlib
 import json
+import os
+import platform
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from train.usage import HELP, USAGE
+import tyro
+from pydantic import Field
+from tyro.conf import Positional, arg
 
-COMMANDS = ("eval", "predict", "export", "compare", "sweep", "list")
-CONFIGS = Path(__file__).parent.parent / "configs"
+from train.config import Config, load
+from train.errors import RunFailed, UserError, explained
 
-
-def main(arguments: list[str]) -> int:
-    """Runs one command and returns the exit code: 0 finished, 1 failed, 2 bad input, 128 + N for signal N."""
-    from train.errors import RunFailed, UserError, explained
-
-    try:
-        with explained():
-            match arguments:
-                case [] | ["-h" | "--help", *_]:
-                    print(USAGE, end="")
-                    return 0 if arguments else 2
-                case [command, *rest] if command in COMMANDS and {"-h", "--help"} & {*rest}:
-                    print(HELP.get(command, USAGE), end="")
-                    return 0
-                case ["list"]:
-                    return _list()
-                case ["eval", run_dir]:
-                    return _eval(run_dir)
-                case ["eval", run_dir, "--data.path", path]:
-                    return _eval(run_dir, path)
-                case ["eval", run_dir, flag] if flag.startswith("--data.path="):
-                    return _eval(run_dir, flag.partition("=")[2])
-                case ["predict", run_dir, *images] if images and not _has_flags(images):
-                    return _predict(run_dir, images)
-                case ["export", run_dir, *file] if len(file) < 2 and not _has_flags(file):
-                    return _export(run_dir, *file)
-                case ["compare", *rest]:
-                    return _compare(rest)
-                case ["sweep", path, *grid] if path.endswith(".toml"):
-                    return _sweep(Path(path), grid)
-                case [path, *overrides] if path.endswith(".toml"):
-                    return _train(Path(path), overrides)
-                case _:
-                    raise UserError(f"'{' '.join(arguments)}' is none of these.\n{USAGE}")
-    except UserError as error:
-        return _leave(2, f"error: {error}")
-    except RunFailed as error:
-        return _leave(1, f"failed: {error}")
-    except KeyboardInterrupt:
-        return 130
-
-
-def _has_flags(words: list[str]) -> bool:
-    return any(word.startswith("--") for word in words)
-
-
-def _leave(code: int, message: str) -> int:
-    print(message, file=sys.stderr, flush=True)
-    if "train.runs.processes" in sys.modules:
-        from train.runs.processes import leave
-
-        leave(code)
-    return code
-
-
-def _train(path: Path, overrides: list[str]) -> int:
-    from train.parsing import load
-
-    config = load(path, overrides)
+if TYPE_CHECKING:
     from train.runs.stopping import StopRequests
 
-    with StopRequests() as stop:  # around the imports too, which take a second
-        _use_compilation_cache()
-        from train.runs import processes as distributed
-        from train.training.loop import fit
+CONFIGS = Path(__file__).parent.parent / "configs"
+HELP = """\
+usage: python -m train CONFIG.toml [--key value ...]   train; resumes where there is a checkpoint
+       python -m train CONFIG.toml --help              the keys, with this file's values
+       python -m train COMMAND ...                     one of these; --help says more
+"""
 
-        distributed.join(config)
-        stop.listen()  # JAX would keep SIGTERM for itself
+
+def train(path: Path, flags: list[str]) -> int:
+    """Train a job; resume it where there is a checkpoint."""
+    config = load(path, flags)
+    with _session(config) as stop:
+        from train.runs import processes
+        from train.training import fit
+
         summary = fit(config, stop)
-        if distributed.is_first():
-            print(_last_line(summary, config.run_dir))
-    return 0 if summary["status"] == "finished" else 128 + stop.received
+        if processes.is_primary():
+            reached = "no evaluation yet"
+            if summary.test_accuracy is not None:
+                accuracy, step = summary.test_accuracy, summary.best_step
+                reached = f"test accuracy {accuracy:.4f} at step {step}, the best by validation"
+            print(
+                f"{summary.status.capitalize()} at step {summary.step}: {reached}. Files: {config.run_dir}. "
+                f"Evaluate: python -m train eval {config.run_dir}"
+            )
+    return 0 if summary.finished else 128 + (stop.received or 0)
 
 
-def _last_line(summary: dict, run_dir: str) -> str:
-    reached = "no evaluation yet"
-    if summary["best_step"] is not None and summary["test_accuracy"] is not None:
-        reached = f"test accuracy {summary['test_accuracy']:.4f} at its best step {summary['best_step']}"
-    return (
-        f"{summary['status'].capitalize()} at step {summary['step']}: {reached}. Files: {run_dir}. "
-        f"Evaluate: python -m train eval {run_dir}"
-    )
+def evaluate(run_dir: Positional[Path], *, path: Annotated[str | None, arg(name="data.path")] = None) -> int:
+    """Evaluate the best checkpoint of a run on its test split; print one JSON line.
 
+    Args:
+      run_dir: the run directory.
+      path: other data, in the layout of the data that the run was trained on.
+    """
+    from train import serving
 
-def _eval(run_dir: str, path: str | None = None) -> int:
-    _use_compilation_cache()
-    from train.serving import evaluate
-
-    print(json.dumps(evaluate(Path(run_dir), path)))
+    print(json.dumps(serving.evaluate(run_dir, path)))
     return 0
 
 
-def _predict(run_dir: str, images: list[str]) -> int:
-    _use_compilation_cache()
-    from train.serving import predict
+def predict(run_dir: Positional[Path], images: Positional[tuple[Path, ...]]) -> int:
+    """Print the classes and probabilities of images, one JSON line each.
 
-    for line in predict(Path(run_dir), images):
+    Args:
+      run_dir: the run directory.
+      images: images, .npy arrays or .npz archives of them.
+    """
+    from train import serving
+
+    if not images:
+        raise UserError("images: expected one file or more, got none.")
+    for line in serving.predict(run_dir, images):
         print(json.dumps(line))
     return 0
 
 
-def _export(run_dir: str, file: str | None = None) -> int:
-    _use_compilation_cache()
-    from train.serving import export
+def export(run_dir: Positional[Path], file: Positional[Path | None] = None) -> int:
+    """Write the best checkpoint of a run as a program that needs jax alone.
 
-    print(export(Path(run_dir), Path(file or Path(run_dir) / "model.stablehlo")))
+    Args:
+      run_dir: the run directory.
+      file: where to write it; RUN_DIR/model.stablehlo if not given.
+    """
+    from train import serving
+
+    print(serving.export(run_dir, file or run_dir / "model.stablehlo"))
     return 0
 
 
-def _compare(arguments: list[str]) -> int:
-    from train.studies import compare
-
-    return _run_several(compare.run, *compare.plan(arguments))
-
-
-def _sweep(path: Path, grid: list[str]) -> int:
-    from train.studies import sweep
-
-    return _run_several(sweep.run, *sweep.plan(path, grid))
-
-
-def _run_several(run: Callable, out: Path, planned: list) -> int:
-    from train.runs.stopping import StopRequests
-
-    with StopRequests() as stop:
-        _use_compilation_cache()
-        from train.runs import processes as distributed
-
-        distributed.join(planned[0].config)
-        stop.listen()
-        return run(out, planned, stop)
-
-
-def _list() -> int:
+def list_configs() -> int:
+    """List the configs, a line each."""
     paths = sorted(CONFIGS.glob("*.toml"))
     width = max(len(path.name) for path in paths)
     first_lines = [path.read_text().partition("\n")[0].lstrip("# ") for path in paths]
-    # At once, so that `| head` does not end it halfway.
+    # In one call, so that `| head` does not end it halfway.
     print("\n".join(f"configs/{path.name:{width}} {line}" for path, line in zip(paths, first_lines)))
     return 0
 
 
-def _use_compilation_cache() -> None:
-    from train.runs.compilation_cache import use_compilation_cache
+COMMANDS = {"eval": evaluate, "predict": predict, "export": export, "list": list_configs}
 
-    use_compilation_cache()
+
+@dataclass(frozen=True)
+class Compare:
+    """Train several jobs and compare them with the first: comparison.json, and report.html.
+
+    How many times fewer steps does each take to the best test accuracy of the baseline? The same line again
+    resumes a study that was stopped; finished jobs are not trained again. Any further `--key value` is a key
+    of every config; `--key A,B` trains every job with each of the values, and `--inspect True` measures for
+    the report what the layers get and how smooth the loss is.
+    """
+
+    configs: Positional[tuple[Path, ...]]
+    """The baseline, and the configs that are compared with it."""
+    out: Path | None = None
+    """The folder of the study; if not given, runs/BASELINE-comparison."""
+    seeds: Annotated[int, Field(ge=1)] = 1
+    """With how many seeds to train each job: its own and the following ones."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Train every combination of values: results.json, and report.html.
+
+    `--key A,B` gives a key of the config several values; lists are words: `--model.widths 64,64 32`. The same
+    line again resumes a sweep that was stopped; finished jobs are not trained again.
+    """
+
+    configs: Positional[tuple[Path, ...]]
+    """The config."""
+    out: Path | None = None
+    """The folder of the sweep; if not given, runs/CONFIG-sweep: give another one for another sweep."""
+    seeds: Annotated[int, Field(ge=1)] = 1
+    """With how many seeds to train each job: its own and the following ones; the page has medians, ranges."""
+
+
+STUDIES = {"compare": Compare, "sweep": Sweep}
+
+
+def study(command: str, words: list[str]) -> int:
+    """Train and compare several jobs."""
+    given, overrides = tyro.cli(
+        STUDIES[command], args=words, prog=f"python -m train {command}", return_unknown_args=True
+    )
+    compare, configs = command == "compare", given.configs
+    if not all(path.suffix == ".toml" for path in configs) or (
+        len(configs) < 2 if compare else len(configs) != 1
+    ):
+        expected = "two configs or more, the baseline first" if compare else "one config"
+        raise UserError(f"{command}: expected {expected}, got {' '.join(map(str, configs)) or 'none'}.")
+    if given.seeds < 1:
+        raise UserError(f"--seeds: expected 1 or more, got {given.seeds}.")
+    from train.studies.plan import plan
+
+    out = given.out or Path("runs") / f"{configs[0].stem}-{'comparison' if compare else 'sweep'}"
+    planned = plan(configs, overrides, out=out, seeds=given.seeds)
+    with _session(planned[0].config) as stop:
+        from train.runs import processes
+        from train.studies import report, runner
+
+        runner.create_folder(out)
+
+        def write(outcomes: list[runner.Outcome]) -> None:
+            if processes.is_primary():
+                report.write_numbers(out, planned, outcomes, compare=compare)
+
+        outcomes = runner.train_all([job.config for job in planned], stop, write)
+        if processes.is_primary():
+            report.write_report(out, planned, outcomes, compare=compare)
+        return runner.exit_code(outcomes, len(planned), stop)
+
+
+@contextlib.contextmanager
+def _session(config: Config) -> "Iterator[StopRequests]":
+    """Connect the processes of a job, and note signals, also during the imports, which take a second."""
+    from train.runs.stopping import StopRequests
+
+    with StopRequests() as stop:
+        from train.runs import processes
+
+        processes.initialize(config)
+        stop.install_handlers()  # again, because JAX takes SIGTERM for itself
+        yield stop
+
+
+def _use_compilation_cache() -> None:
+    """Have JAX keep compiled programs in ~/.cache/jbn, unless the user has given it another folder.
+
+    The folder may be deleted at any time. Where it cannot be made, every start compiles.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # of expanduser, for a user without a home
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        # Machines that share a home may not be able to run each other's programs.
+        folder = caches / "jbn" / f"{platform.node()}-{platform.machine()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        # With a limit JAX locks the folder while it reads or writes, so that jobs may share it.
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command and return the exit code: 0 finished, 1 failed, 2 bad input, 128 + N for signal N."""
+    _use_compilation_cache()
+    try:
+        with explained():
+            match arguments:
+                case [path, *flags] if path.endswith(".toml"):
+                    return train(Path(path), flags)
+                case [command, *words] if command in COMMANDS:
+                    return tyro.cli(COMMANDS[command], args=words, prog=f"python -m train {command}")
+                case [command, *words] if command in STUDIES:
+                    return study(command, words)
+                case [] | ["-h" | "--help", *_]:
+                    print(_help())
+                    return 0 if arguments else 2
+                case _:
+                    raise UserError(f"'{' '.join(arguments)}' is neither a config nor a command.\n{_help()}")
+    except UserError as error:
+        return _exit(2, f"error: {error}")
+    except RunFailed as error:
+        return _exit(1, f"failed: {error}")
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        return _exit(1, traceback.format_exc().rstrip())
+
+
+def _help() -> str:
+    lines = [
+        f"  {name:8} {(f.__doc__ or '').partition(chr(10))[0]}" for name, f in (COMMANDS | STUDIES).items()
+    ]
+    return "\n".join([HELP, *lines])
+
+
+def _exit(code: int, message: str) -> int:
+    """Print a message and return the exit code; one process of several ends here, alone."""
+    print(message, file=sys.stderr, flush=True)
+    if "train.runs.processes" in sys.modules:
+        from train.runs.processes import exit_alone
+
+        exit_alone(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -1,0 +1,13 @@
+"""Files -> a `Dataset` of splits, its preprocessing, and random changes to training images."""
+
+from train.data.augment import augment as augment
+from train.data.augment import check_augmentation as check_augmentation
+from train.data.dataset import Dataset as Dataset
+from train.data.dataset import Examples as Examples
+from train.data.dataset import Preprocessing as Preprocessing
+from train.data.dataset import Split as Split
+from train.data.dataset import eval_batches as eval_batches
+from train.data.dataset import order as order
+from train.data.dataset import steps_per_epoch as steps_per_epoch
+from train.data.loading import load as load
+from train.data.loading import read as read

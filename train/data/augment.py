@@ -10,7 +10,7 @@ from train.errors import UserError
 
 
 def augment(config: Data, key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors, crops and shifts each image at random, as a job asks for: He et al., 2016, on CIFAR-10.
+    """Mirror, crop and shift each image at random, as a job asks for (He et al. 2016, section 4.2).
 
     What happens to an image is a function of the key and of its position in the batch, and of nothing else.
 
@@ -28,20 +28,20 @@ def augment(config: Data, key: jax.Array, images: jax.Array) -> jax.Array:
     return jax.vmap(partial(_augment_one, config))(keys, images)
 
 
-def check(config: Data, input_shape: tuple[int, ...]) -> None:
-    """Raises a UserError if inputs of shape (n, *input_shape) cannot be changed as a job asks for."""
+def check_augmentation(config: Data, input_shape: tuple[int, ...]) -> None:
+    """Raise a UserError if inputs of shape (n, *input_shape) cannot be changed as a job asks for."""
     for key in ("flip", "crop", "shift"):
         if getattr(config, key) and len(input_shape) != 3:
             raise UserError(
-                f"data.{key} = {getattr(config, key)}, but the inputs are vectors of length "
-                f"{input_shape[0]}; wanted images, or none of data.flip, data.crop and data.shift."
+                f"data.{key} = {getattr(config, key)}: expected images, got vectors of length "
+                f"{input_shape[0]}; leave out data.flip, data.crop and data.shift."
             )
     for key in ("crop", "shift"):
         side = min(input_shape[:2])
         if getattr(config, key) >= side:
             raise UserError(
-                f"data.{key} = {getattr(config, key)}, but the images are {input_shape[0]} x "
-                f"{input_shape[1]} pixels; wanted less than {side}."
+                f"data.{key}: expected less than {side} for images of {input_shape[0]} x {input_shape[1]} "
+                f"pixels, got {getattr(config, key)}."
             )
 
 

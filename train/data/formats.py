@@ -1,33 +1,41 @@
-"""Files -> raw arrays: .npz and MNIST's IDX files. Nothing in a file is ever run.
+"""Files -> raw arrays: NumPy's, MNIST's IDX files, CIFAR-10's binary batches. Nothing is ever unpickled.
 
-Each reader returns the arrays under the names of the Keras layout: x_train, y_train, x_test, y_test.
+Each reader takes a path and returns the arrays under the names of the Keras layout, or an empty dict where
+the path has nothing of its kind. A further data set is a reader, a line of `READERS`, and a name in
+train/config.py.
 """
 
 import contextlib
 import gzip
 import math
 import struct
+import tarfile
 import warnings
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.lib.npyio import NpzFile
 
+from train.config import DataName
 from train.errors import UserError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
-SMALL = 2**26  # bytes up to which a checksum is worth the time that it takes
-NPY_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
-IDX_STEMS = dict(zip(KEYS, ("train-images", "train-labels", "t10k-images", "t10k-labels")))
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 
 
 @contextlib.contextmanager
-def reading(path: Path, wanted: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into a UserError that names the file."""
+def reading(path: Path, expected: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside into a UserError that names the file."""
     try:
         with warnings.catch_warnings():
             # NumPy warns of headers that Python 2 wrote, and reads them.
@@ -35,94 +43,152 @@ def reading(path: Path, wanted: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    # On bytes that nobody foresaw a parser may fail with anything.
+    # On unforeseen bytes a parser may fail with anything.
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read: {reason}; wanted {wanted}.") from error
+        raise UserError(f"{path} cannot be read: {reason}; expected {expected}.") from error
 
 
-def npz(path: Path) -> dict[str, np.ndarray]:
-    """Reads an archive that np.savez wrote; of arrays that lie in it uncompressed it returns memory maps.
-
-    Raises:
-      UserError: the file is no such archive, it is damaged, or an array is missing or holds objects.
-    """
-    with reading(path, "an .npz file of plain arrays"), zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        missing = [f"{key}.npy" for key in KEYS if f"{key}.npy" not in names]
-        if missing:
-            raise UserError(f"{path} has {names}; wanted {missing} too.")
-        return {key: _npz_member(path, archive, archive.getinfo(f"{key}.npy")) for key in KEYS}
-
-
-def _npz_member(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(member) as file:
-        read_header = NPY_HEADERS.get(np.lib.format.read_magic(file))
-        if read_header and member.compress_type == zipfile.ZIP_STORED:
-            shape, fortran_order, dtype = read_header(file)
-            header_size = file.tell()
-            content_size = math.prod(shape) * dtype.itemsize
-            if member.file_size <= SMALL:
-                file.read()  # at its end zipfile compares the checksum
-            if content_size and not fortran_order and not dtype.hasobject:
-                if header_size + content_size != member.file_size:
-                    raise ValueError(
-                        f"{member.filename} has {member.file_size - header_size} bytes after its header, "
-                        f"which announces {content_size}"
-                    )
-                offset = _content_offset(path, member) + header_size
-                return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
-    with archive.open(member) as file:
-        # A pickle could run code, so arrays of objects are refused.
-        return np.lib.format.read_array(file, allow_pickle=False)
+def digits(_: Path) -> dict[str, np.ndarray]:
+    """Read scikit-learn's handwritten digits: 8 x 8 pixels from 0 to 1, and a fixed test split."""
+    # The file without scikit-learn, whose import takes longer than the job's training.
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise UserError("data.name = 'digits' needs scikit-learn; pip install scikit-learn.")
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    inputs = (table[:, :-1] / 16).astype(np.float32).reshape(-1, 8, 8, 1)
+    labels = table[:, -1].astype(np.int32)
+    shuffled = permutation(0, len(labels))
+    train, test = np.sort(shuffled[360:]), np.sort(shuffled[:360])
+    return dict(zip(KEYS, (inputs[train], labels[train], inputs[test], labels[test])))
 
 
-def _content_offset(path: Path, member: zipfile.ZipInfo) -> int:
-    # Only the header beside the content has the length of its own extra field.
-    with path.open("rb") as file:
-        file.seek(member.header_offset + 26)
-        return member.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+def npz(path: Path, name: str = "npz") -> dict[str, np.ndarray]:
+    """Read an .npz archive, or a folder of .npy files as memory maps, for data larger than memory."""
+    if path.is_dir() and (path / f"{name}.npz").is_file():
+        path = path / f"{name}.npz"
+    if path.is_dir():
+        files = {key: path / f"{key}.npy" for key in KEYS if (path / f"{key}.npy").is_file()}
+        if files:
+            _require_all(path, files, KEYS)
+        return {key: npy(file) for key, file in files.items()}
+    with reading(path, "an .npz file of plain arrays"), path.open("rb") as file, NpzFile(file) as archive:
+        _require_all(path, archive, KEYS)
+        return {key: member(archive, key) for key in KEYS}
 
 
-def idx(folder: Path) -> dict[str, np.ndarray]:
-    """Reads MNIST's four files, each plain or .gz, in a folder or where torchvision puts them below it.
+def npy(path: Path) -> np.ndarray:
+    """Read an .npy file as a memory map."""
+    with reading(path, "an .npy file of a plain array"):
+        return open_memmap(path, mode="r")
 
-    Returns:
-      Arrays of uint8, of plain files as memory maps; an empty dict where there is none of the files.
 
-    Raises:
-      UserError: one of the files is missing or malformed.
-    """
-    for place in (folder, folder / "raw", folder / "MNIST" / "raw"):
-        files = {key: _find_idx(place, key) for key in KEYS}
-        missing = [f"{IDX_STEMS[key]}-idx{_axes(key)}-ubyte" for key in KEYS if not files[key]]
-        if not missing:
-            return {key: _read_idx(files[key], _axes(key)) for key in KEYS}
-        if len(missing) < len(KEYS):
-            raise UserError(f"{place} has no {', no '.join(missing)}; wanted each, as it is or as .gz.")
+def member(archive: NpzFile, name: str) -> np.ndarray:
+    """Read an array of an .npz archive, whose members may be anything."""
+    array = archive[name]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{name} is no array")
+    return array
+
+
+def mnist(path: Path) -> dict[str, np.ndarray]:
+    """Read MNIST as `npz` does, or from its four IDX files, each plain or .gz."""
+    if found := npz(path, "mnist"):
+        return found
+    for folder in (path, path / "raw", path / "MNIST" / "raw"):  # torchvision has them below its root
+        files = {name: file for name in IDX_FILES if (file := _idx_file(folder, name))}
+        if files:
+            _require_all(folder, files, IDX_FILES)
+            return {key: _idx(files[name]) for key, name in zip(KEYS, IDX_FILES)}
     return {}
 
 
-def _axes(key: str) -> int:
-    return 3 if key.startswith("x") else 1
+def cifar10(path: Path) -> dict[str, np.ndarray]:
+    """Read CIFAR-10 as `npz` does, or from its six binary batches, in a folder or a .tar.gz."""
+    if path.is_file() and path.suffix in (".gz", ".tgz", ".tar"):
+        return _cifar10_tar(path)
+    if found := npz(path, "cifar10"):
+        return found
+    for folder in (path, path / "cifar-10-batches-bin"):
+        files = {name: folder / name for name in CIFAR10_FILES if (folder / name).is_file()}
+        if files:
+            _require_all(folder, files, CIFAR10_FILES)
+            return _cifar10({file: file.read_bytes() for file in files.values()})
+    archive = path / "cifar-10-binary.tar.gz"
+    return _cifar10_tar(archive) if archive.is_file() else {}
 
 
-def _find_idx(place: Path, key: str) -> Path | None:
-    names = [f"{IDX_STEMS[key]}{mark}idx{_axes(key)}-ubyte{end}" for mark in "-." for end in ("", ".gz")]
-    return next((place / name for name in names if (place / name).is_file()), None)
+def _require_all(path: Path, found: Mapping[str, Any], names: Sequence[str]) -> None:
+    if missing := [name for name in names if name not in found]:
+        raise UserError(f"{path}: expected {', '.join(names)}, got no {' and no '.join(missing)}.")
 
 
-def _read_idx(path: Path, axes: int) -> np.ndarray:
-    with reading(path, f"an IDX file of bytes along {axes} axes"):
-        if path.suffix == ".gz":
-            with gzip.open(path) as file:
-                content = np.frombuffer(file.read(), np.uint8)
-        else:
-            content = np.memmap(path, np.uint8, mode="r")
-        header, content = np.split(content, [4 + 4 * axes])
-        magic, *shape = struct.unpack(f">{1 + axes}I", header.tobytes())
+def _idx_file(folder: Path, name: str) -> Path | None:
+    names = [mark.join(name.split("-idx")) + end for mark in ("-idx", ".idx") for end in ("", ".gz")]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _idx(path: Path) -> np.ndarray:
+    axes = 3 if "idx3" in path.name else 1
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with reading(path, f"an IDX file of bytes along {axes} axes"), opened(path, "rb") as file:
+        magic, *shape = struct.unpack(f">{1 + axes}I", file.read(4 + 4 * axes))
         if magic != 0x800 + axes:
             raise ValueError(f"it starts with the number {magic} and not {0x800 + axes}")
-        if content.size != math.prod(shape):
-            raise ValueError(f"it has {content.size} bytes after its header, which announces {shape}")
-        return content.reshape(shape)
+        size = math.prod(shape)
+        content = file.read(size + 1)  # no more than that, however much a .gz unpacks to
+        if len(content) != size:
+            found = "more" if content[size:] else "fewer"
+            raise ValueError(f"its header announces {shape} bytes, and there are {found}")
+        return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _cifar10_tar(path: Path) -> dict[str, np.ndarray]:
+    with reading(path, "a .tar.gz file of CIFAR-10's binary batches"), tarfile.open(path) as archive:
+        members = {Path(member.name).name: member for member in archive if member.isfile()}
+        _require_all(path, members, CIFAR10_FILES)
+        files = {path / name: archive.extractfile(members[name]) for name in CIFAR10_FILES}
+        return _cifar10({name: file.read() for name, file in files.items() if file})
+
+
+def _cifar10(batches: dict[Path, bytes]) -> dict[str, np.ndarray]:
+    *train, (x_test, y_test) = (_cifar10_batch(path, content) for path, content in batches.items())
+    x_train, y_train = map(np.concatenate, zip(*train))
+    return dict(zip(KEYS, (x_train, y_train, x_test, y_test)))
+
+
+def _cifar10_batch(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
+    with reading(path, "one record or more of a label, from 0 to 9, and 3072 pixels, a byte each"):
+        records = np.frombuffer(content, np.uint8).reshape(-1, 1 + 3072)
+        labels, pixels = records[:, 0], records[:, 1:]
+        if not len(records) or labels.max() > 9:
+            raise ValueError(f"it has the label {labels.max()}" if len(records) else "it is empty")
+        return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
+
+
+def permutation(seed: int | list[int], n: int) -> np.ndarray:
+    """Return the numbers below n in an order that follows from the seed, on every machine: (n,), int32."""
+    # RandomState is the one NumPy generator whose stream is promised never to change.
+    return np.random.RandomState(seed).permutation(n).astype(np.int32)
+
+
+class Reader(NamedTuple):
+    """How to read a data set."""
+
+    read: Callable[[Path], dict[str, np.ndarray]]
+    accepts: str  # what a path may be
+    needs_path: bool = True
+
+
+ARRAYS = (
+    "an .npz file with x_train, y_train, x_test and y_test, or a folder with these as {}.npz or as .npy files"
+)
+READERS: dict[DataName, Reader] = {
+    "digits": Reader(digits, "no path: they come with scikit-learn", needs_path=False),
+    "npz": Reader(npz, ARRAYS.format("npz")),
+    "mnist": Reader(mnist, f"{ARRAYS.format('mnist')}, or with {', '.join(IDX_FILES)}, each plain or .gz"),
+    "cifar10": Reader(
+        cifar10,
+        f"{ARRAYS.format('cifar10')}, or with cifar-10-binary.tar.gz or its .bin files, or that .tar.gz file",
+    ),
+}

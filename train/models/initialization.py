@@ -10,5 +10,5 @@ HE = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 def kernel_init(std: float, usual: Callable) -> Callable:
-    """Returns the initializer that a job asks for: Gaussian weights, or the usual ones where `std` is 0."""
+    """Return the initializer that a job asks for: Gaussian weights, or the usual ones where `std` is 0."""
     return nn.initializers.normal(std) if std else usual

@@ -1,12 +1,12 @@
-"""The picture of one run."""
+"""The chart of one run, curves.png."""
 
 from pathlib import Path
 
-from train.runs.log import read_metrics
+from train.runs.summary import read_metrics
 
 
 def draw(run_dir: Path) -> None:
-    """Draws loss and accuracy over steps, split by split, into curves.png."""
+    """Draw loss, accuracy and whatever else was measured over steps, split by split, into curves.png."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -15,7 +15,8 @@ def draw(run_dir: Path) -> None:
         return
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, key in zip(figure.subplots(1, 2), ("loss", "accuracy")):
+    keys = [key for key in lines[0] if key not in ("step", "split", "seconds")]
+    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
         for split in ("train", "validation", "test"):
             points = [
                 (line["step"], line[key])

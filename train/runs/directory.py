@@ -1,14 +1,14 @@
-"""The run directory: whose it is, and what it says of the job.
+"""Layout, identity and lock of a run directory.
 
 config.json       the resolved job
-data.json         what the data are like: shape, classes, what the network sees of them, a fingerprint
+data.json         the data: shape, classes, preprocessing, a fingerprint
 environment.json  versions and devices of the latest start
 metrics.jsonl     one line an evaluation and split (train/runs/log.py)
 inspection.jsonl  what the layers see, if asked for (train/training/inspection.py)
-summary.json      what the run reached; absent while it runs
+summary.json      what the run reached; absent while it runs (train/runs/summary.py)
 checkpoints/      train/runs/checkpoints.py
 tensorboard/      the metrics once more
-curves.png        their picture (train/runs/curves.py)
+curves.png        their chart (train/runs/curves.py)
 profile/          a trace of some steps, if asked for
 """
 
@@ -23,20 +23,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from train import parsing
+from train import config as configs
 from train.config import NOT_COMPARED, Config
-from train.data.dataset import Dataset, Preprocessing
-from train.errors import REMEDIES, UserError
-from train.runs.files import as_json, read_json, write_beside, write_json
+from train.data import Dataset, Preprocessing
+from train.errors import DISK_FULL, UserError
+from train.runs.files import as_json, read_json, write_json, write_next_to
+from train.runs.summary import Summary, read_summary
 
-_LENGTH = ("steps", "epochs")
-# What to do where one of these is missing or broken. A broken summary.json is written anew.
-_REMEDIES = {
-    "config.json": "Bring it back, or take another run directory.",
-    "data.json": "Without it, the job writes it anew when it is started again.",
-}
+LENGTH = ("steps", "epochs")
+_RESTORE_CONFIG = "Restore it from a backup, or give another run directory."
+_RESTORE_DATA = "Delete it: the job writes it anew when it is started again."
 
 
 class Description(NamedTuple):
@@ -49,24 +48,23 @@ class Description(NamedTuple):
     fingerprint: str
 
 
-def earlier_summary(config: Config) -> dict[str, Any] | None:
-    """Returns the summary of an earlier run of this job in its directory, if there is one.
+def earlier_summary(config: Config) -> Summary | None:
+    """Return the summary of an earlier run of this job in its directory, if there is one.
 
     Raises:
-      UserError: the directory holds another job, or something that is no run.
+      UserError: the directory holds another job, or something that is not a run.
     """
     path = Path(config.run_dir)
-    with _usable(path):
+    with usable(path):
         if not (path / "config.json").exists():
             # What a run makes before its config.json, and may have been killed after.
             begun = {".config.json.tmp", "checkpoints"}
             if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - begun):
                 raise UserError(f"run_dir = '{path}' is in use, and not by a run; give another --run_dir.")
             return None
-    summary = _whole_summary(path / "summary.json")
-    may_grow = _LENGTH if is_finished(summary) else ()
-    differing = parsing.differences(read_config(path), config, ignore=NOT_COMPARED + may_grow)
-    if differing:
+    summary = read_summary(path)
+    may_grow = LENGTH if summary and summary.finished else ()
+    if differing := configs.differences(read_config(path), config, ignore=NOT_COMPARED + may_grow):
         raise UserError(
             f"run_dir = '{path}' holds another job: {'; '.join(differing)}. Give another --run_dir, or go "
             "back to the values there to resume it."
@@ -74,47 +72,36 @@ def earlier_summary(config: Config) -> dict[str, Any] | None:
     return summary
 
 
-def is_finished(summary: dict[str, Any] | None) -> bool:
-    """Tells whether a run came to its end."""
-    return isinstance(summary, dict) and summary.get("status") == "finished"
-
-
-def same_length(config: Config) -> bool:
-    """Tells whether the run in the directory was asked for the same steps and epochs."""
+def has_same_length(config: Config) -> bool:
+    """Return whether the run in the directory was asked for the same steps and epochs."""
     earlier = read_config(Path(config.run_dir))
-    return all(getattr(earlier, key) == getattr(config, key) for key in _LENGTH)
-
-
-def create(config: Config) -> None:
-    """Creates the run directory.
-
-    Raises:
-      UserError: it cannot be created.
-    """
-    with _usable(Path(config.run_dir)):
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+    return all(getattr(earlier, key) == getattr(config, key) for key in LENGTH)
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other processes from training in a run directory. The lock ends with its process, however.
+def created_and_locked(path: Path) -> Iterator[None]:
+    """Keep other processes from training in a run directory. The lock ends with the process, however it ends.
 
     Raises:
-      UserError: another process trains there.
+      UserError: the directory cannot be created, or another process trains there.
     """
-    with _usable(path):
+    with usable(path):
+        path.mkdir(parents=True, exist_ok=True)
         directory = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run_dir = '{path}' is in use by another process. Wait for it, or give another --run_dir."
+            ) from None
         yield
-    except BlockingIOError:
-        raise UserError(f"run_dir = '{path}' is in use by another process; wait, or give another.") from None
     finally:
         os.close(directory)
 
 
 def begin(config: Config, dataset: Dataset) -> None:
-    """Notes what runs in the run directory, on which data, and where.
+    """Record what runs in the run directory, on which data, and where.
 
     Raises:
       UserError: the run that is there was trained on other data.
@@ -126,9 +113,9 @@ def begin(config: Config, dataset: Dataset) -> None:
             f"{description.fingerprint}). Give back the data that it had, or another --run_dir."
         )
     preprocessing = {name: value.tolist() for name, value in description.preprocessing._asdict().items()}
-    with _usable(path):
-        written = write_beside(path / "config.json", as_json(dataclasses.asdict(config)))
-        # Before the new length is there, or a run that grows and is killed would be taken for finished.
+    with usable(path):
+        written = write_next_to(path / "config.json", as_json(dataclasses.asdict(config)))
+        # Before the new length is there, or a run that grows and is killed would look finished.
         (path / "summary.json").unlink(missing_ok=True)
         os.replace(written, path / "config.json")
         write_json(path / "data.json", description._asdict() | {"preprocessing": preprocessing})
@@ -136,76 +123,69 @@ def begin(config: Config, dataset: Dataset) -> None:
 
 
 @contextlib.contextmanager
-def _usable(path: Path) -> Iterator[None]:
-    """Raises a UserError for a directory that cannot be used; a full disk, which can, is an OSError still."""
+def usable(path: Path, key: str = "run_dir") -> Iterator[None]:
+    """Raise a UserError for a directory that cannot be used; a full disk stays an OSError."""
     try:
         yield
     except OSError as error:
-        if REMEDIES.get(error.errno) == "make room":
+        if error.errno in DISK_FULL:
             raise
-        reason = error.strerror + (f": '{error.filename}'" if error.filename else "")
-        raise UserError(
-            f"run_dir = '{path}' cannot be used: {reason}. Mend that, or give another --run_dir."
-        ) from error
+        reason = f"{error.strerror}" + (f": '{error.filename}'" if error.filename else "")
+        raise UserError(f"{key} = '{path}' cannot be used: {reason}. Give another --{key}.") from error
 
 
 def describe(dataset: Dataset) -> Description:
-    """Describes data, for those who come after them."""
-    inputs = dataset.train.inputs
+    """Describe data, for those who use the network later."""
     return Description(
-        inputs.shape[1:], str(inputs.dtype), dataset.classes, dataset.preprocessing, dataset.fingerprint
+        dataset.example_shape,
+        str(dataset.train.inputs.dtype),
+        dataset.classes,
+        dataset.preprocessing,
+        dataset.fingerprint,
     )
 
 
 def read_config(path: Path) -> Config:
-    """Reads the job of a run directory."""
-    values = _read(path, "config.json")
+    """Read the job of a run directory."""
+    values = _read(path, "config.json", _RESTORE_CONFIG)
     try:
-        return parsing.from_dict(values)
-    except (AttributeError, KeyError, TypeError) as error:
+        if not isinstance(values, dict):
+            raise UserError(f"expected an object, got a {type(values).__name__}.")
+        return configs.parse(values)
+    except UserError as error:
         raise UserError(
-            f"'{path / 'config.json'}' is not a job of this program: {error}. {_REMEDIES['config.json']}"
+            f"'{path / 'config.json'}' is not a job of this program: {error} {_RESTORE_CONFIG}"
         ) from None
 
 
 def read_data(path: Path) -> Description:
-    """Reads what the data of a run are like."""
-    values = _read(path, "data.json")
+    """Read the description of a run's data."""
+    values = _read(path, "data.json", _RESTORE_DATA)
     try:
-        preprocessing = {name: np.float32(value) for name, value in values.pop("preprocessing").items()}
-        shape, classes = tuple(map(int, values.pop("shape"))), int(values.pop("classes"))
+        preprocessing = {
+            name: np.asarray(value, np.float32) for name, value in values["preprocessing"].items()
+        }
         return Description(
-            shape=shape, classes=classes, preprocessing=Preprocessing(**preprocessing), **values
+            shape=tuple(map(int, values["shape"])),
+            dtype=str(values["dtype"]),
+            classes=int(values["classes"]),
+            preprocessing=Preprocessing(**preprocessing),
+            fingerprint=values["fingerprint"],
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"'{path / 'data.json'}' does not describe data: {error}. {_REMEDIES['data.json']}"
-        ) from None
+        raise UserError(f"'{path / 'data.json'}' does not describe data: {error}. {_RESTORE_DATA}") from None
 
 
-def _read(path: Path, name: str) -> Any:
+def _read(path: Path, name: str, remedy: str) -> Any:
     if not (path / name).is_file():
-        raise UserError(f"'{path}' is not a run directory: it has no {name}. {_REMEDIES[name]}")
+        raise UserError(f"'{path}' is not a run directory: it has no {name}. {remedy}")
     try:
         return read_json(path / name)
     except UserError as error:
-        raise UserError(f"{error}. {_REMEDIES[name]}") from None
-
-
-def _whole_summary(path: Path) -> dict[str, Any] | None:
-    """Returns a summary, if it is there and whole."""
-    try:
-        summary = read_json(path)
-        whole = {"status", "step", "best_step", "test_accuracy"} <= set(summary)
-        return summary if whole and isinstance(summary["step"], int | None) else None
-    except (UserError, TypeError):
-        return None
+        raise UserError(f"{error}. {remedy}") from None
 
 
 def _environment() -> dict[str, Any]:
-    """Describes what the run runs on: versions and devices."""
-    import jax
-
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "jbn")
     return {
         "command": sys.argv,

@@ -1,6 +1,8 @@
-"""Small files, written whole or not at all, also when the process is killed meanwhile."""
+"""Small files, written whole or not at all, also when the process is killed: JSON, and lines of JSON."""
 
+import contextlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,10 @@ from train.errors import UserError
 
 
 def read_json(path: Path) -> Any:
-    """Reads one JSON file.
+    """Read a JSON file.
 
     Raises:
-      UserError: it is not there, or is no JSON.
+      UserError: it does not exist, or is not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -21,22 +23,62 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes one JSON file."""
+    """Replace a JSON file."""
     replace(path, as_json(value))
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Replaces a file's content."""
-    os.replace(write_beside(path, content), path)
+def replace(path: Path, content: bytes | bytearray) -> None:
+    """Replace a file's content."""
+    os.replace(write_next_to(path, content), path)
 
 
-def write_beside(path: Path, content: bytes) -> Path:
-    """Writes what is to replace a file, and returns where: os.replace does the rest."""
+def write_next_to(path: Path, content: bytes | bytearray) -> Path:
+    """Write what is to replace a file, and return where: os.replace does the rest."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(content)
     return temporary
 
 
 def as_json(value: Any) -> bytes:
-    """Returns the text of a JSON file."""
-    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
+    """Return the text of a JSON file. Numbers that are not finite become null, for JSON has none."""
+    return (json.dumps(_finite(value), indent=2, allow_nan=False) + "\n").encode()
+
+
+class JsonLines:
+    """A file of JSON objects, one a line, each with a `step`, in their order."""
+
+    def __init__(self, path: Path, *, first_step: int):
+        """Open the file of a run that goes on from `first_step`, and drop what it has after it.
+
+        At step 0 a run begins, whatever an earlier start has left.
+        """
+        self._path = path
+        self.kept = [line for line in read_lines(path) if first_step and line["step"] <= first_step]
+        if path.exists():
+            replace(path, "".join(map(_as_line, self.kept)).encode())
+
+    def append(self, *objects: dict[str, Any]) -> None:
+        """Write objects, a line each. Numbers that are not finite become null."""
+        with self._path.open("a") as file:
+            file.write("".join(map(_as_line, objects)))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read such a file, if it exists, without a last line that a kill may have cut."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+
+
+def _as_line(value: dict[str, Any]) -> str:
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

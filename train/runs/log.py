@@ -1,9 +1,9 @@
-"""What a run says: metrics.jsonl (the truth) and inspection.jsonl, TensorBoard, and the console's table."""
+"""The log of a run: metrics.jsonl (the truth), inspection.jsonl, TensorBoard, and a table in the terminal."""
 
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -16,37 +16,27 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from tensorboardX import SummaryWriter
 
-from train.runs import json_lines
-from train.runs.json_lines import JsonLines
-from train.runs.tensorboard import TensorBoard
+from train.runs.files import JsonLines, read_lines
 
-Results = dict[str, dict[str, float]]  # split -> {"loss": ..., "accuracy": ...}
+Results = dict[str, dict[str, float]]  # split -> {"loss": ..., "accuracy": ...}, the same metrics for each
 
-_SPLITS = ("train", "validation", "test")
-_HEADER = (
-    " " * 14 + "".join(f"{split:>18}" for split in _SPLITS) + "\n"
-    "   step  epoch" + "    loss  accuracy" * len(_SPLITS) + "  seconds"
-)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Reads metrics.jsonl, without a last line that a kill may have cut."""
-    return [line for line in json_lines.read(run_dir / "metrics.jsonl") if "split" in line]
+SPLITS = ("train", "validation", "test")
 
 
 def read_inspections(run_dir: Path) -> list[dict[str, Any]]:
-    """Reads inspection.jsonl likewise: what train/training/inspection.py has measured, step by step."""
-    return json_lines.read(run_dir / "inspection.jsonl")
+    """Read inspection.jsonl: the measurements inside the network, step by step."""
+    return read_lines(run_dir / "inspection.jsonl")
 
 
-class Logs:
-    """Writes results to file, TensorBoard and console. The one object that prints while a job trains."""
+class Log:
+    """The log of one session: writes files and TensorBoard, and prints all that is printed meanwhile."""
 
     def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, writes: bool = True):
-        """Opens the logs of a run that goes on from `first_step`, and drops what they have after it.
+        """Open the log of a run that continues from `first_step`, and drop the lines after that step.
 
-        Without `writes` all of it is silent: one of several processes speaks for the others.
+        Without `writes` nothing is written or printed: one of several processes writes for all.
         """
         self._started, self._writes = time.perf_counter(), writes
         self._console = Console(highlight=False, markup=False, soft_wrap=True, quiet=not writes)
@@ -56,8 +46,8 @@ class Logs:
                 for name in ("metrics", "inspection")
             )
             if self._metrics.kept:
-                self._started -= self._metrics.kept[-1]["seconds"]
-            self._tensorboard = TensorBoard(run_dir / "tensorboard", purge_step=first_step + 1)
+                self._started -= self._metrics.kept[-1].get("seconds", 0.0)
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -69,9 +59,9 @@ class Logs:
             speed_estimate_period=300,  # seconds to average over; a step may take minutes
         )
         self._task = self._progress.add_task("training", total=total_steps, completed=first_step)
-        self._in_table = False
+        self._in_table = self._warned = False
 
-    def __enter__(self) -> "Logs":
+    def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._progress.start()
         return self
@@ -87,16 +77,22 @@ class Logs:
         """Wall time of the run, earlier sessions included."""
         return time.perf_counter() - self._started
 
-    def say(self, text: str) -> None:
-        """Prints a line."""
+    def print(self, text: str) -> None:
+        """Print a line."""
         self._console.print(text)
 
+    def print_once(self, text: str) -> None:
+        """Print a line, unless one was printed in this way before."""
+        if not self._warned:
+            self.print(text)
+        self._warned = True
+
     def advance(self, step: int) -> None:
-        """Moves the progress bar."""
+        """Move the progress bar."""
         self._progress.update(self._task, completed=step)
 
     def results(self, step: int, epoch: float, results: Results) -> None:
-        """Writes the results of one evaluation, split by split."""
+        """Write the results of one evaluation, split by split."""
         if not self._writes:
             return
         seconds = round(self.seconds, 3)
@@ -106,15 +102,15 @@ class Logs:
         for split, values in results.items():
             for key, value in values.items():
                 if math.isfinite(value):
-                    self._tensorboard.scalar(f"{key}/{split}", value, step)
+                    self._tensorboard.add_scalar(f"{key}/{split}", value, step)
         self._tensorboard.flush()
         if not self._in_table:
-            self.say(_HEADER)
+            self.print(_header(results))
             self._in_table = True
-        self.say(_row(step, epoch, results, self.seconds))
+        self.print(_row(step, epoch, results, seconds))
 
     def inspection(self, step: int, measured: dict[str, Any]) -> None:
-        """Writes what was measured at a step."""
+        """Write the measurements of a step, made inside the network."""
         if self._writes:
             self._inspections.append({"step": step, **measured})
 
@@ -128,13 +124,28 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.0f} steps/s" if task.speed >= 10 else f"{task.speed:.2g} steps/s")
 
 
+def _header(results: Results) -> str:
+    widths = _widths(results)
+    names = "".join(f"{name:>{width}}" for name, width in widths.items())
+    splits = "".join(f"{split:>{len(names)}}" for split in SPLITS)
+    return f"{'':14}{splits}\n   step  epoch{names * len(SPLITS)}  seconds"
+
+
 def _row(step: int, epoch: float, results: Results, seconds: float) -> str:
-    cells = [f"{step:7d}{epoch:7.1f}"]
-    for split in _SPLITS:
-        values = results.get(split)
-        if values:
-            loss = f"{values['loss']:.4f}" if values["loss"] < 100 else f"{values['loss']:.1e}"
-            cells.append(f"{loss:>8}{values['accuracy']:10.4f}")
-        else:
-            cells.append(f"{'-':>8}{'-':>10}")
-    return "".join(cells) + f"{seconds:9.1f}"
+    cells = [
+        f"{_number(results.get(split, {}).get(name)):>{width}}"
+        for split in SPLITS
+        for name, width in _widths(results).items()
+    ]
+    return f"{step:7d}{epoch:7.1f}{''.join(cells)}{seconds:9.1f}"
+
+
+def _widths(results: Results) -> dict[str, int]:
+    """Return the width of each metric's column."""
+    return {name: max(8, len(name) + 2) for name in next(iter(results.values()))}
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if value < 100 else f"{value:.1e}"

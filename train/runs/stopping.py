@@ -3,7 +3,7 @@
 import os
 import signal
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 
 class StopRequests:
@@ -12,17 +12,17 @@ class StopRequests:
     def __init__(self) -> None:
         self.received: int | None = None  # the signal's number
 
-    def __enter__(self) -> "StopRequests":
+    def __enter__(self) -> Self:
         self._previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        self.listen()
+        self.install_handlers()
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def listen(self) -> None:
-        """Handles the signals from here on, whoever has begun to meanwhile."""
+    def install_handlers(self) -> None:
+        """Handle both signals from here on, whoever has handled them since."""
         for number in self._previous:
             signal.signal(number, self._note)
 

@@ -1,0 +1,1 @@
+"""Several jobs, planned, trained and compared: `compare` and `sweep`."""

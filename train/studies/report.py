@@ -1,77 +1,188 @@
-"""Pages on several runs: a comparison, a sweep."""
+"""The report of a study: report.html, comparison.json or results.json, and what the terminal shows."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from train.config import Config
-from train.studies import page
-from train.studies.sections import (
-    covariate_shift,
-    dependence,
-    evaluation_gap,
-    linear_regime,
-    smoothness,
-    training_speed,
+import jinja2
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from train.runs.files import replace, write_json
+from train.runs.summary import Summary
+from train.studies import results
+from train.studies.plan import Planned, short
+from train.studies.results import Curve, Group, Run, group, read, speedups, spread
+from train.studies.runner import Outcome
+from train.studies.sections import CLAIMS, sweep
+from train.studies.sections.section import Section, listed
+
+TEMPLATES = Path(__file__).parent
+IN_TERMINAL = (
+    "best of the test curve",
+    "steps to the baseline's best",
+    "speed-up",
+    "final test accuracy",
+    "ended",
 )
-from train.studies.sections.wording import listed
-from train.studies.series import Run, Series, group
-
-CLAIMS = (training_speed, covariate_shift, linear_regime, smoothness, evaluation_gap)
 
 
-def comparison(compared: Sequence[Series], *, unfinished: str | None = None) -> str:
-    """Returns the page on a comparison, whose first series is the baseline, and what is `unfinished`."""
-    baseline, others = compared[0], [job.name for job in compared[1:]]
-    intro = f"The baseline is {baseline.name}" + (f"; beside it {listed(others)}." if others else ".")
-    intro = " ".join(filter(None, [intro, _setting([job.config for job in compared]), unfinished]))
-    sections = [section for claim in CLAIMS if (section := claim.section(compared))]
-    return page.render(
-        f"Comparison with {baseline.name}",
-        intro,
-        sections,
-        _footer([run for job in compared for run in job.runs]),
+def write_numbers(
+    out: Path, planned: Sequence[Planned], outcomes: Sequence[Outcome], *, compare: bool
+) -> None:
+    """Write comparison.json or results.json, unless every job was refused: then the file stays as it is."""
+    runs = [read(job, outcome) for job, outcome in zip(planned, outcomes)]
+    if any(outcome.status != "refused" for outcome in outcomes):
+        write_json(numbers(out, compare=compare), entries(group(runs)) if compare else [*map(_result, runs)])
+
+
+def write_report(
+    out: Path, planned: Sequence[Planned], outcomes: Sequence[Outcome], *, compare: bool
+) -> None:
+    """Write report.html, and print a table, what it says, and where the files are."""
+    runs = [read(job, outcome) for job, outcome in zip(planned, outcomes)]
+    groups, waiting = group(runs), _waiting(len(planned), outcomes)
+    sections = [s for claim in CLAIMS if (s := claim.section(groups))] if compare else sweep.sections(groups)
+    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+    console.print(_table(sections[0 if compare else -1]))
+    said = [sentence for section in sections[: 1 if compare else None] for sentence in section.sentences]
+    if any(outcome.status != "refused" for outcome in outcomes):
+        title = f"Comparison with {groups[0].name}" if compare else f"Sweep: {out.name}"
+        page = render(title, " ".join(_intro(groups, compare) + waiting), sections, _footer(runs, compare))
+        replace(out / "report.html", page.encode(errors="replace"))
+        waiting += [f"Numbers: {numbers(out, compare=compare)}", f"Report: {out / 'report.html'}"]
+    for sentence in said + waiting:
+        console.print(sentence, soft_wrap=True)
+
+
+def numbers(out: Path, *, compare: bool) -> Path:
+    """Return the file of a study's numbers."""
+    return out / ("comparison.json" if compare else "results.json")
+
+
+def render(title: str, intro: str, sections: Sequence[Section], footer: str) -> str:
+    """Return the page."""
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    # Names like `runs/key=value,key=value` may go on in another line.
+    environment.filters["parts"] = lambda name: re.findall(r"[^/,_]+[/,_]?|[/,_]", name)
+    return environment.get_template("page.html.j2").render(
+        title=title,
+        intro=intro,
+        sections=sections,
+        footer=footer,
+        style=(TEMPLATES / "style.css").read_text(),
     )
 
 
-def sweep(
-    title: str,
-    values: Sequence[Mapping[str, Any]],
-    runs: Sequence[Run],
-    *,
-    unfinished: str | None = None,
-) -> str:
-    """Returns the page on a sweep; `values` are those of the keys of which it has several, run by run."""
-    compared = group([dependence.name(point) or title for point in values], runs)
-    sections = dependence.sections(values, runs)
-    sections += [
-        section for section in (evaluation_gap.section(compared), dependence.results(compared)) if section
-    ]
-    keys = f", over {listed(map(dependence.short, values[0]))}" if values[0] else ""
-    intro = [f"{_counted(len(runs), 'job')}{keys}.", _setting([run.config for run in runs]), unfinished]
-    return page.render(f"Sweep: {title}", " ".join(filter(None, intro)), sections, _footer(runs))
+def entries(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return comparison.json: one object a job, in their order, the first of them the baseline.
+
+    `best_test_accuracy` (the maximum of the test curve), `steps_to_target`, `speedup` and `wall_seconds` are
+    medians over seeds, each of which is compared with the same seed of the baseline; `ranges` has their
+    lowest and highest. The target is the baseline's best test accuracy. What was not reached is null.
+    `speedup_over` takes each job as the baseline.
+    """
+    baseline = groups[0]
+    found = []
+    for job in groups:
+        seeds = [_of_seed(run, theirs) for run, theirs in zip(job.runs, baseline.curves)]
+        spreads = {
+            "best_test_accuracy": job.best_accuracy,
+            "steps_to_target": spread((seed["steps_to_target"] for seed in seeds), worst=math.inf),
+            "speedup": speedups(job, baseline),
+            "wall_seconds": job.over(lambda run: run.wall_seconds, worst=math.inf),
+        }
+        found.append(
+            {
+                "name": job.name,
+                **{key: values.median for key, values in spreads.items()},
+                "ranges": {key: [values.low, values.high] for key, values in spreads.items()},
+                "speedup_over": {other.name: speedups(job, other).median for other in groups},
+                "seeds": seeds,
+            }
+        )
+    return found
 
 
-def _setting(configs: Sequence[Config]) -> str:
-    """Says what all jobs have in common of data, length and batch size."""
-    said = (
+def _of_seed(run: Run, baseline: Curve) -> dict[str, Any]:
+    return {
+        "seed": run.config.seed,
+        "run_dir": run.config.run_dir,
+        "status": run.outcome.status,
+        "error": run.outcome.error,
+        "test_accuracy": run.validated_accuracy,
+        "best_test_accuracy": results.best_accuracy(run.curve),
+        "steps_to_target": results.steps_to_best_of(run.curve, baseline),
+        "speedup": results.speedup(run.curve, baseline),
+        "wall_seconds": run.wall_seconds,
+    }
+
+
+def _result(run: Run) -> dict[str, Any]:
+    """Return an object of results.json: the values, the run directory, the summary, and how it ended."""
+    summary = dataclasses.asdict(run.outcome.summary or Summary(status="failed"))
+    ended = {"status": run.outcome.status, "error": run.outcome.error}
+    return run.values | {"run_dir": run.config.run_dir} | summary | ended
+
+
+def _table(section: Section) -> Table:
+    """Return the columns of a section's table that the terminal shows."""
+    table = Table(box=box.SIMPLE)
+    kept = [index for index, name in enumerate(section.header) if name in IN_TERMINAL or not index]
+    for index in kept:
+        table.add_column(section.header[index], justify="right" if index else "left", overflow="fold")
+    for row in section.rows:
+        table.add_row(*(row[index].replace("\N{NO-BREAK SPACE}", " ") for index in kept))
+    return table
+
+
+def _waiting(planned: int, outcomes: Sequence[Outcome]) -> list[str]:
+    """Say how many jobs have finished, if a stop kept the others from it."""
+    if planned == len(outcomes) and not any(outcome.status == "stopped" for outcome in outcomes):
+        return []
+    finished = sum(outcome.status == "finished" for outcome in outcomes)
+    return [f"{finished} of {planned} jobs have finished; the same line again goes on with the others."]
+
+
+def _intro(groups: Sequence[Group], compare: bool) -> list[str]:
+    """Say what is compared, and what all jobs have in common of data, length and batch size."""
+    configs, others = [job.config for job in groups], [job.name for job in groups[1:]]
+    keys = [short(key) for key in groups[0].runs[0].values if key != "seed"]
+    over = f" over {listed(keys)}" if keys else ""
+    said = f"{len(groups)} job{'s' * (len(groups) > 1)}{over}"
+    if compare:
+        said = f"The baseline is {groups[0].name}" + (
+            f"; compared with it: {listed(others)}" if others else ""
+        )
+    seeds = max(len(job.runs) for job in groups)
+    common = [
         {f"on {config.data.name}" for config in configs},
         {f"for {c.epochs:g} epochs" if c.steps is None else f"for {c.steps:,} steps" for c in configs},
         {f"in batches of {config.batch_size}" for config in configs},
-    )
-    common = [text for texts in said if len(texts) == 1 for text in texts]
-    return f"All {', '.join(common)}." if common else ""
+        {f"with {seeds} seeds"} if seeds > 1 else set(),
+    ]
+    texts = [text for shared in common if len(shared) == 1 for text in shared]
+    return [f"{said}.", *([f"All {', '.join(texts)}."] if texts else [])]
 
 
-def _footer(runs: Sequence[Run]) -> str:
-    seconds = sum(run.summary["wall_seconds"] or 0 for run in runs)
+def _footer(runs: Sequence[Run], compare: bool) -> str:
+    seconds = sum(run.wall_seconds or 0 for run in runs)
     said = (
-        f"Made from {_counted(len(runs), 'run')}, which took {seconds:,.0f} "
-        "seconds in all. Every sentence is computed from what was measured."
+        f"Made from {len(runs)} run{'s' * (len(runs) > 1)}, which took {seconds:,.0f} seconds in all. Every "
+        "sentence is computed from measurements. The best of the test curve (best_test_accuracy) is its "
+        "maximum over all evaluations, as papers report it."
     )
+    if compare:
+        said += (
+            " At the best validation is the test accuracy after best_step, at which the accuracy on the "
+            "validation split was best (without such a split, the last step)."
+        )
     if len({run.config.seed for run in runs}) > 1 and any(run.inspections for run in runs):
         said += " What was measured inside the networks is that of the first seed."
     return said
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}" + "s" * (count != 1)

@@ -1,203 +1,235 @@
-"""Running a job: the one place where side effects happen, in one order."""
+"""A training job, from its config to its last checkpoint: all side effects are here, in one order."""
 
 import contextlib
+import dataclasses
 import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from train import data
 from train.config import Config
-from train.data import dataset as data
 from train.errors import RunFailed, UserError, explained
-from train.runs import curves, summary
-from train.runs import directory as run_directory
-from train.runs import processes as distributed
+from train.runs import curves, directory, processes
 from train.runs.checkpoints import Checkpoints
 from train.runs.files import write_json
-from train.runs.log import Logs, Results, read_metrics
+from train.runs.log import Log, Results
 from train.runs.stopping import StopRequests
-from train.training import inspection
-from train.training import steps as states
-from train.training.job import Job
-from train.training.profiling import Profiler
-from train.training.steps import TrainState
+from train.runs.summary import Summary, read_metrics, summarize
+from train.training import steps
+from train.training.evaluation import TrainedNetwork
+from train.training.inspection import inspect
+from train.training.job import Job, prepare
+from train.training.state import ALL_FINITE, TrainState, from_items, no_sums, to_items
 
 SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait, or one step if that is longer
+FAR = 1e3  # times the training loss: beyond it, an evaluation sees other inputs than training did
 
-FAR = 1e3  # times the training loss: an evaluation that sees something else than training did
 
+def fit(config: Config, stop: StopRequests) -> Summary:
+    """Train a job to its end, or until a stop is requested, and return its summary.
 
-def fit(config: Config, stop: StopRequests) -> dict[str, Any]:
-    """Trains a job to its end, or until a stop is requested, and returns its summary.
-
-    Goes on from the newest checkpoint where the run directory has one; a finished job is left as it is.
-    Each process of a job calls it; the first one of them writes the files, but for the checkpoints.
+    A job resumes from the newest checkpoint in its run directory, if there is one; a finished job is left as
+    it is. Every process of a job calls this; all of them write the checkpoints, and the primary one the rest.
 
     Raises:
-      UserError: the run directory or the data cannot be used.
-      RunFailed: the loss became NaN or infinite, or the disk is full.
+      UserError: the run directory or the data cannot be used, or the processes were started differently.
+      RunFailed: the loss became NaN or infinite, or the disk or the memory is full.
     """
-    run_dir, first = Path(config.run_dir), distributed.is_first()
-    with distributed.all_or_none("use the run directory"):
-        earlier = run_directory.earlier_summary(config)
-        if run_directory.is_finished(earlier) and run_directory.same_length(config):
+    run_dir, primary = Path(config.run_dir), processes.is_primary()
+    processes.check_same_job(config)
+    with processes.raise_on_all("use the run directory"):
+        earlier = directory.earlier_summary(config)
+        if earlier and earlier.finished and directory.has_same_length(config):
             return earlier
-    with distributed.all_or_none("prepare the job"):
-        job = Job(config)
-        if run_directory.is_finished(earlier) and job.total_steps < earlier["step"]:
+    with processes.raise_on_all("prepare the job"):
+        job = prepare(config)
+        if earlier and earlier.finished and job.step_config.total_steps < (earlier.step or 0):
             raise UserError(
-                f"run_dir = '{run_dir}' holds {earlier['step']} steps of this job, now asked for "
-                f"{job.total_steps}; wanted as many or more. Give another --run_dir for a shorter run."
+                f"steps: expected at least the {earlier.step} that run_dir = '{run_dir}' holds, got "
+                f"{job.step_config.total_steps}. Give another --run_dir for a shorter run."
             )
+    processes.check_equal({"the data's fingerprint": job.data.fingerprint})
     with contextlib.ExitStack() as stack:
-        with distributed.all_or_none("use the run directory"):
-            if first:
-                run_directory.create(config)
-                stack.enter_context(run_directory.locked(run_dir))
+        with processes.raise_on_all("use the run directory"):
+            if primary:
+                stack.enter_context(directory.created_and_locked(run_dir))
         checkpoints = stack.enter_context(Checkpoints(run_dir))
         step = checkpoints.latest_step
-        with distributed.all_or_none("begin the run"):
+        with processes.raise_on_all("begin the run"):
             if step is None:
-                _check_that_none_is_gone(run_dir, earlier)
-            if first:
-                run_directory.begin(config, job.data)
-        state = job.initial if step is None else checkpoints.restore(step, job.initial)
-        run = _Run(job, checkpoints, stop)
-        error = None
-        with Logs(run_dir, first_step=step or 0, total_steps=job.total_steps, writes=first) as logs:
-            logs.say(summary.heading(job, step))
-            try:
-                with explained(), Profiler(run_dir, config.profile, writes=first) as profiler:
-                    run.train(state, logs, profiler)
-            except RunFailed as failure:
-                error = failure
-            seconds = logs.seconds
-        step = checkpoints.latest_step or 0
-        finished = step >= job.total_steps or run.stalled(step)
+                _check_checkpoints_present(run_dir, earlier)
+            if primary:
+                directory.begin(config, job.data)
+        state = job.initial
+        if step is not None:
+            state = from_items(checkpoints.restore(step, to_items(state)), like=state)
+        log = stack.enter_context(
+            Log(run_dir, first_step=step or 0, total_steps=job.step_config.total_steps, writes=primary)
+        )
+        log.print(_heading(job, step))
+        speed, error = Speed(), None
+        try:
+            with explained():
+                train(job, state, checkpoints, log, stop, speed)
+        except RunFailed as failure:
+            error = failure
+        finished = _is_finished(job, checkpoints, checkpoints.latest_step or 0)
         status = "failed" if error else "finished" if finished else "stopped"
-        reached = summary.summarize(run_dir, checkpoints, status, seconds, run.examples_per_second)
-        if first:
-            curves.draw(run_dir)
-            write_json(run_dir / "summary.json", reached)
+        rate = speed.steps * config.batch_size / speed.seconds if speed.steps else None
+        summary = summarize(run_dir, checkpoints, status, log.seconds, rate)
+        if primary:
+            # A disk that has failed the job may be too full for these files too.
+            ignored = [OSError] if error else []
+            with contextlib.suppress(*ignored):
+                curves.draw(run_dir)
+                write_json(run_dir / "summary.json", dataclasses.asdict(summary))
     if error:
         raise error
-    return reached
+    return summary
 
 
-def _check_that_none_is_gone(run_dir: Path, earlier: dict[str, Any] | None) -> None:
-    """Raises a UserError for a run without checkpoints that once had one."""
-    # Of the last evaluation the checkpoint may be missing still; those before it were saved.
-    saved = sorted({line["step"] for line in read_metrics(run_dir)})[:-1]
-    if earlier and earlier["step"]:
-        saved.append(earlier["step"])
-    if saved:
-        raise UserError(
-            f"run_dir = '{run_dir}' had reached step {max(saved)}, but its checkpoints are gone. Bring them "
-            "back, or give another --run_dir."
-        )
+@dataclass
+class Speed:
+    """How fast a session trains, without compilation, evaluation and saving."""
+
+    steps: int = 0
+    seconds: float = 0.0
 
 
-class _Run:
-    """One session of a job: from where it is to its end, or to a stop."""
-
-    def __init__(self, job: Job, checkpoints: Checkpoints, stop: StopRequests):
-        self._job, self._checkpoints, self._stop = job, checkpoints, stop
-        self._steps, self._seconds = 0, 0.0  # of training, without those that compile
-        self._warned = False
-
-    @property
-    def examples_per_second(self) -> float | None:
-        """The rate of training, without compilation, evaluation and saving."""
-        return self._steps * self._job.config.batch_size / self._seconds if self._steps else None
-
-    def stalled(self, step: int) -> bool:
-        """Tells whether the evaluations up to this step have stopped getting better."""
-        config = self._job.config
-        done, best = (at // config.eval_every for at in (step, self._checkpoints.best_step or 0))
-        return 0 < config.early_stopping <= done - best
-
-    def train(self, state: TrainState, logs: Logs, profiler: Profiler) -> None:
-        """Takes steps, evaluates and saves, in this order, until the end, a stop, or a failure."""
-        job, config = self._job, self._job.config
-        step, epoch, at_once, compiled = int(state.step), None, 1, False
-        if step == 0:
-            self._inspect(state, logs)
-        while step < job.total_steps and not self.stalled(step):
-            if epoch != step // job.steps_per_epoch:
-                epoch = step // job.steps_per_epoch
+def train(
+    job: Job, state: TrainState, checkpoints: Checkpoints, log: Log, stop: StopRequests, speed: Speed
+) -> None:
+    """Take steps, evaluate and save, in this order, until the end, a stop, or a failure."""
+    config, per_epoch, total = job.config, job.steps_per_epoch, job.step_config.total_steps
+    step, epoch, order, at_once, compiled = int(state.step), -1, None, 1, False
+    profiler, left_to_trace = contextlib.ExitStack(), config.profile
+    if step == 0:
+        _inspect(job, state, log)
+    with profiler:
+        while not _is_finished(job, checkpoints, step):
+            if epoch != step // per_epoch:
+                epoch = step // per_epoch
                 order = data.order(config.seed, epoch, len(job.data.train))
-                order = distributed.replicate(job.mesh, order) if job.on_device else order
-            first = step - epoch * job.steps_per_epoch
-            next_eval = min((step // config.eval_every + 1) * config.eval_every, job.total_steps)
-            steps = min(at_once, job.steps_per_epoch - first, next_eval - step)
-            if compiled:
-                steps = profiler.before(steps)
+                order = processes.replicate(job.step_config.mesh, order) if job.on_device else order
+            first = step - epoch * per_epoch
+            next_eval = min((step // config.eval_every + 1) * config.eval_every, total)
+            count = min(at_once, per_epoch - first, next_eval - step)
+            if compiled and left_to_trace:
+                if left_to_trace == config.profile and processes.is_primary():
+                    profiler.enter_context(jax.profiler.trace(str(Path(config.run_dir) / "profile")))
+                count = min(count, left_to_trace)
 
             started = time.perf_counter()
-            state = self._take(state, order, first * config.batch_size, steps)
-            step = int(state.step)
+            state = _take(job, state, order, first * config.batch_size, count)
+            step = int(state.step)  # waits for the devices
             seconds = time.perf_counter() - started
-            profiler.after(steps)
-            if compiled:
-                self._steps, self._seconds = self._steps + steps, self._seconds + seconds
-            compiled = True
 
-            if int(state.failed_at) != states.NEVER:
-                raise self._failure(f"the loss of step {int(state.failed_at)}")
-            logs.advance(step)
-            wanted = max(1, min(2 * at_once, round(steps / seconds * SECONDS_PER_DISPATCH)))
-            # Every process has to take the same steps, and to stop after the same one.
-            signal, slowest = distributed.largest(self._stop.received or 0, -min(wanted, 2**20))
-            at_once = -slowest
-            if signal and self._stop.received is None:
-                self._stop.received = signal
+            if compiled:
+                speed.steps, speed.seconds = speed.steps + count, speed.seconds + seconds
+                left_to_trace -= min(count, left_to_trace)
+                if not left_to_trace:
+                    profiler.close()
+            compiled = True
+            if int(state.nonfinite_step) != ALL_FINITE:
+                raise _not_finite(f"the loss of step {int(state.nonfinite_step)}", checkpoints)
+            log.advance(step)
+            fitting = max(1, min(2 * at_once, round(count / seconds * SECONDS_PER_DISPATCH)))
+            # All processes have to take the same steps, and to stop after the same one.
+            at_once, signal = processes.agree(fitting, stop)
             if step == next_eval:
-                state = self._evaluate_and_save(state, logs)
+                state = _evaluate_and_save(job, state, checkpoints, log)
             elif signal:
-                self._checkpoints.save(state, None)
+                checkpoints.save(step, to_items(state), None)
             if signal:
                 break
 
-    def _take(self, state: TrainState, order: Any, start: int, steps: int) -> TrainState:
-        job, size = self._job, self._job.config.batch_size
-        if job.on_device:
-            return states.train_steps(job.recipe, state, job.source, order, start, steps, loop=job.loop)
-        for at in range(start, start + steps * size, size):
-            batch = distributed.shard(job.mesh, job.data.train.take(order[at : at + size]))
-            state = states.train_on_batch(job.recipe, state, job.source._replace(examples=batch))
-        return state
 
-    def _evaluate_and_save(self, state: TrainState, logs: Logs) -> TrainState:
-        job, step = self._job, int(state.step)
-        results: Results = {"train": jax.device_get(state.sums).means()}
-        for name in ("validation", "test"):
-            split = getattr(job.data, name)
-            if len(split):
-                results[name] = job.evaluate(state.evaluated, split)
-        logs.results(step, step / job.steps_per_epoch, results)
-        for split, values in results.items():
-            if not math.isfinite(values["loss"]):
-                raise self._failure(f"the {split} loss after step {step}")
-            if values["loss"] > FAR * max(1, results["train"]["loss"]) and not self._warned:
-                self._warned = True
-                logs.say(
-                    f"warning: the {split} loss is {values['loss']:.1e}, in training it was "
-                    f"{results['train']['loss']:.1e}. Running statistics of batch norm do not describe these "
-                    "inputs, as when they vary by 1e19 or more: the variance is then beyond float32, and "
-                    "left out of the running statistics. Scale the data."
-                )
-        self._inspect(state, logs)
-        state = state._replace(sums=distributed.replicate(job.mesh, states.no_sums()))
-        self._checkpoints.save(state, results.get("validation"))
-        return state
+def _take(job: Job, state: TrainState, order: Any, start: int, count: int) -> TrainState:
+    """Take `count` steps on the rows `order[start:]`: of the data on the devices, or batch by batch."""
+    size, mesh = job.config.batch_size, job.step_config.mesh
+    if job.on_device:
+        return steps.train_steps(job.step_config, state, job.inputs, order, start, count, loop=job.loop)
+    for at in range(start, start + count * size, size):
+        batch = processes.shard(mesh, job.data.train.take(order[at : at + size]))
+        state = steps.train_on_batch(job.step_config, state, job.inputs._replace(examples=batch))
+    return state
 
-    def _inspect(self, state: TrainState, logs: Logs) -> None:
-        if self._job.config.inspect:
-            logs.inspection(int(state.step), inspection.inspect(self._job, state))
 
-    def _failure(self, what: str) -> RunFailed:
-        step = self._checkpoints.latest_step
-        newest = "There is no checkpoint yet" if step is None else f"Step {step} is saved"
-        return RunFailed(f"{what} is not finite. {newest}. Try a lower optimizer.learning_rate.")
+def _check_checkpoints_present(run_dir: Path, earlier: Summary | None) -> None:
+    """Raise a UserError for a run without checkpoints that once had one."""
+    # A kill may have come between the last evaluation and its checkpoint; those before it were saved.
+    saved = sorted({line["step"] for line in read_metrics(run_dir)})[:-1]
+    if earlier and earlier.step:
+        saved.append(earlier.step)
+    if saved:
+        raise UserError(
+            f"run_dir = '{run_dir}' had reached step {max(saved)}, but its checkpoints are gone. Restore "
+            "them, or give another --run_dir."
+        )
+
+
+def _is_finished(job: Job, checkpoints: Checkpoints, step: int) -> bool:
+    """Return whether a job is at its end, or its evaluations have stopped getting better."""
+    every, patience = job.config.eval_every, job.config.early_stopping
+    evaluations_since_best = step // every - (checkpoints.best_step or 0) // every
+    return step >= job.step_config.total_steps or 0 < patience <= evaluations_since_best
+
+
+def _evaluate_and_save(job: Job, state: TrainState, checkpoints: Checkpoints, log: Log) -> TrainState:
+    """Log how good the state is, save it, and return it with new sums for the next line of the log."""
+    config, step = job.step_config, int(state.step)
+    trained = TrainedNetwork(
+        config.network, config.loss, config.mesh, state.evaluated, job.inputs.preprocessing
+    )
+    results: Results = {"train": config.loss.metrics(jax.device_get(state.sums))}
+    for name, split in (("validation", job.data.validation), ("test", job.data.test)):
+        if len(split):
+            results[name] = trained.evaluate(split)
+    log.results(step, step / job.steps_per_epoch, results)
+    for split, values in results.items():
+        if not math.isfinite(values["loss"]):
+            raise _not_finite(f"the {split} loss after step {step}", checkpoints)
+    _warn_if_far(results, log)
+    _inspect(job, state, log)
+    state = state._replace(sums=processes.replicate(config.mesh, no_sums(config)))
+    checkpoints.save(step, to_items(state), results.get("validation"))
+    return state
+
+
+def _warn_if_far(results: Results, log: Log) -> None:
+    train = results["train"]["loss"]
+    for split, values in results.items():
+        if values["loss"] > FAR * max(1, train):
+            log.print_once(
+                f"warning: the {split} loss is {values['loss']:.1e}, in training it was {train:.1e}. Running "
+                "statistics of batch norm do not describe these inputs, as when they vary by 1e19 or more: "
+                "the variance is then beyond float32, and left out of the running statistics. Scale the data."
+            )
+
+
+def _inspect(job: Job, state: TrainState, log: Log) -> None:
+    if job.config.inspect:
+        log.inspection(int(state.step), inspect(job.step_config, job.data, job.inputs, state))
+
+
+def _not_finite(what: str, checkpoints: Checkpoints) -> RunFailed:
+    step = checkpoints.latest_step
+    newest = "There is no checkpoint yet" if step is None else f"Step {step} is saved"
+    return RunFailed(f"{what} is not finite. {newest}. Try a lower optimizer.learning_rate.")
+
+
+def _heading(job: Job, step: int | None) -> str:
+    config, mesh = job.config, job.step_config.mesh
+    sizes = [f"{len(getattr(job.data, split)):,} {split}" for split in ("train", "validation", "test")]
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(job.initial.variables.params))
+    devices = f"{mesh.size} x " * (mesh.size > 1) + jax.devices()[0].device_kind
+    resumed = "" if step is None else f", going on from step {step:,}"
+    return (
+        f"data   {config.data.name}: {', '.join(sizes)} examples\n"
+        f"model  {config.model.name}: {parameters:,} parameters, norm {config.model.norm}\n"
+        f"run    {job.step_config.total_steps:,} steps of {config.batch_size} on {devices}{resumed}"
+    )

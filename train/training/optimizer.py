@@ -9,10 +9,10 @@ from train.config import Optimizer
 
 
 def schedule(config: Optimizer, *, steps: int, batch_size: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step: a linear warm-up from 0, then the schedule.
+    """Return the learning rate as a function of the step: a linear warm-up from 0, then the schedule.
 
-    Its peak is in proportion to the batch size where the job says for which batch size it is meant: Goyal et
-    al. 2017, "Accurate, Large Minibatch SGD", section 2.1.
+    Where the job gives the batch size that its peak is meant for, the peak is in proportion to the batch
+    size: Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 2.1.
 
     Cosine and line end with the job, at 0. Milestones are fractions of the whole job, warm-up included.
     """
@@ -34,17 +34,14 @@ def schedule(config: Optimizer, *, steps: int, batch_size: int) -> optax.Schedul
 
 
 def build(config: Optimizer, *, steps: int, batch_size: int) -> optax.GradientTransformation:
-    """Builds the optimizer that a job names. Weight decay spares scales and biases.
+    """Build the optimizer that a job names. Weight decay spares scales and biases.
 
-    Decay is part of the gradient in SGD and in LARS (You et al., 2017), and beside Adam's direction in AdamW
+    Decay is added to the gradient in SGD and in LARS (You et al., 2017), and to Adam's direction in AdamW
     (Loshchilov & Hutter, 2019) and in LAMB (You et al., 2020). LARS gives scales and biases plain momentum,
-    and LAMB plain Adam. What `clip_norm` bounds is the gradient without decay.
+    and LAMB plain Adam. `clip_norm` bounds the gradient without decay.
     """
-    rate, decay, momentum = (
-        schedule(config, steps=steps, batch_size=batch_size),
-        config.weight_decay,
-        config.momentum,
-    )
+    rate = schedule(config, steps=steps, batch_size=batch_size)
+    decay, momentum = config.weight_decay, config.momentum
     optimizer = {
         "sgd": optax.chain(
             optax.add_decayed_weights(decay, mask=_weights),
@@ -52,7 +49,7 @@ def build(config: Optimizer, *, steps: int, batch_size: int) -> optax.GradientTr
         ),
         "adamw": optax.adamw(rate, weight_decay=decay, mask=_weights),
         "lars": optax.lars(rate, decay, _weights, trust_ratio_mask=_weights, momentum=momentum),
-        # optax.lamb has a trust ratio for scales and biases too, which keeps a bias that starts at 0 near it.
+        # optax.lamb has a trust ratio for scales and biases too: a bias that starts at 0 would stay near it.
         "lamb": optax.chain(
             optax.scale_by_adam(eps=1e-6),
             optax.add_decayed_weights(decay, mask=_weights),
@@ -66,5 +63,5 @@ def build(config: Optimizer, *, steps: int, batch_size: int) -> optax.GradientTr
 
 
 def _weights(params):
-    """Marks what decays: a scale or bias shrunk by decay would only change what the network can represent."""
+    """Mark the parameters that decay: all but scales and biases."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)

@@ -1,85 +1,77 @@
-"""Where on the curve of their activation inputs lie, and that scale and bias can put them anywhere."""
+"""Where the inputs of activations are on their curve (Ioffe & Szegedy 2015, section 3)."""
 
+import functools
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
-from train.studies import charts as pictures
-from train.studies.page import Picture, Section, Table
-from train.studies.sections.wording import listed, number
-from train.studies.series import Series, inspected
+from train.studies import charts
+from train.studies.results import Group, inspected
+from train.studies.sections.section import Section, listed, number
 from train.training.inspection import EDGES
 
-CURVES = {
-    "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
-    "tanh": np.tanh,
-    "relu": lambda x: np.maximum(x, 0),
-}
-STEEPEST = {"sigmoid": 0.25, "tanh": 1.0, "relu": 1.0}  # the largest derivative
 
-
-def section(compared: Sequence[Series]) -> Section | None:
-    """Shows what activations get, before training and after it, and what that leaves of a gradient."""
-    seen = inspected(compared)
+def section(groups: Sequence[Group]) -> Section | None:
+    """Show what activations get, before training and after it, and how much of a gradient passes them."""
+    seen = inspected(groups)
     if not seen:
         return None
-    sentences = [
-        "The pictures show the inputs of the last hidden layer's activations over the activation itself: "
-        "before training, when batch norm's scale is 1 and its bias 0, and at the end, when both have learnt."
-    ]
-    for job in (job for job in seen if job.config.model.norm != "none"):
-        lines = job.inspections
-        first, last = _share(lines[0]), _share(lines[-1])
-        if len(lines) > 1 and "-" not in (first, last):
-            sentences.append(
-                f"In {job.name} {first} of these inputs lay between -1 and 1 while scale was 1 and bias 0, "
-                f"and {last} once both had learnt."
-            )
-    passing = {job.name: _passes(job, job.inspections[-1]) for job in seen}
+    sentences = []
+    passing = {job.name: _passing(job, -1) for job in seen}
     if known := [f"{share} in {name}" for name, share in passing.items() if share != "-"]:
         sentences.append(
-            f"Of the gradient that passes an activation at its steepest, at the end {listed(known)} passed "
-            "on average."
+            "At the end the activations of the last hidden layer passed on, on average, this share of the "
+            f"gradient that they pass where they are steepest: {listed(known)}."
         )
     errors = [line["identity_error"] for job in seen for line in job.inspections]
     if None not in errors:
         sentences.append(
-            "Batch norm can give back what it is given: with scale = sqrt(variance + epsilon) and bias = "
-            f"mean it changed none of these inputs by more than {number(max(errors), 2)} of the largest."
+            "Batch norm can represent the identity: with scale = sqrt(variance + epsilon) and bias = mean it "
+            f"changed none of these inputs by more than {number(max(errors), 2)} of the largest."
         )
-    return Section("Where on the curve", tuple(sentences), tuple(map(_picture, seen)), _table(seen))
+    shown = tuple(
+        charts.chart(
+            lambda axes, at=at: _histograms(axes, seen, at),
+            alt=f"Inputs of the activations {when}",
+            caption=f"Inputs of the last hidden layer's activations {when}, each over its highest bin.",
+        )
+        for when, at in (("before training", 0), ("at the end", -1))
+    )
+    header = ("inputs of the last hidden layer", "between -1 and 1, at first", "between -1 and 1, at the end")
+    header += ("gradient that passes, at first", "gradient that passes, at the end")
+    rows = tuple((job.name, *(f(job, at) for f in (_inside, _passing) for at in (0, -1))) for job in seen)
+    return Section("Where on the curve", tuple(sentences), shown, header, rows)
 
 
-def _share(line: dict) -> str:
-    inside = np.array(line["histograms"][-1], float)[(EDGES[:-1] >= -1) & (EDGES[1:] <= 1)]
+def _inside(job: Group, at: int) -> str:
+    inside = np.array(job.inspections[at]["histograms"][-1], float)[(EDGES[:-1] >= -1) & (EDGES[1:] <= 1)]
     return f"{inside.sum():.0%}" if np.isfinite(inside).all() else "-"
 
 
-def _passes(job: Series, line: dict) -> str:
-    slope = line["slope"][-1]
-    return "-" if slope is None else f"{slope / STEEPEST[job.config.model.activation]:.0%}"
+def _passing(job: Group, at: int) -> str:
+    slope, (_, steepest) = job.inspections[at]["slope"][-1], _curve(job.config.model.activation)
+    return "-" if slope is None else f"{slope / steepest:.0%}"
 
 
-def _picture(job: Series) -> Picture:
-    activation = job.config.model.activation
-
-    def describe(axes):
-        for index, (when, at) in enumerate((("before training", 0), ("at the end", -1))):
-            shares = np.array(job.inspections[at]["histograms"][-1], float)
-            pictures.histogram(axes, EDGES, shares / max(shares.max(), 1e-12), name=when, index=index)
-        x = np.linspace(EDGES[0], EDGES[-1], 200)
-        axes.plot(x, CURVES[activation](x), color=pictures.INK, linewidth=1.2, label=activation)
-        axes.set(xlabel="input of the activation", ylim=(min(0, CURVES[activation](x).min()) - 0.02, 1.08))
-        axes.set_title(job.name)
-
-    caption = f"{job.name}: inputs of the last hidden layer, each histogram over its highest bin."
-    return Picture(pictures.draw(describe, label=f"Inputs of the activations of {job.name}"), caption)
+@functools.cache
+def _curve(activation: str) -> tuple[np.ndarray, float]:
+    """Return an activation at the edges of the bins, and its largest derivative there."""
+    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(getattr(jax.nn, activation))))(np.float32(EDGES))
+    return np.asarray(values), float(slopes.max())
 
 
-def _table(seen: Sequence[Series]) -> Table:
-    header = ("inputs of the last hidden layer", "between -1 and 1, at first", "between -1 and 1, at the end")
-    rows = []
+def _histograms(axes, seen, at):
     for job in seen:
-        lines = [job.inspections[at] for at in (0, -1)]
-        rows.append((job.name, *map(_share, lines), *(_passes(job, line) for line in lines)))
-    return Table((*header, "gradient that passes, at first", "gradient that passes, at the end"), tuple(rows))
+        shares = np.array(job.inspections[at]["histograms"][-1], float)
+        shares, style = shares / max(shares.max(), 1e-12), charts.style(job.position)
+        axes.stairs(shares, EDGES, color=style["color"], alpha=0.25, fill=True)
+        axes.stairs(shares, EDGES, linewidth=1.4, label=charts.plain(job.name), **style)
+    lowest = 0.0
+    activations = dict.fromkeys(job.config.model.activation for job in seen)
+    for activation, linestyle in zip(activations, charts.STYLES):
+        curve, _ = _curve(activation)
+        lowest = min(lowest, curve.min())
+        ink = axes.xaxis.label.get_color()
+        axes.plot(EDGES, curve, color=ink, linestyle=linestyle, linewidth=1.2, label=activation)
+    axes.set(xlabel="input of the activation", ylim=(max(lowest, -1.06) - 0.02, 1.08))

@@ -1,103 +1,112 @@
-"""Why it works, as later work saw it: a smoother loss (Santurkar et al. 2018)."""
+"""How smooth the loss is along the steps of training (Santurkar et al. 2018)."""
 
 from collections.abc import Callable, Sequence
 
-from train.studies import charts as pictures
-from train.studies.page import Picture, Section, Table
-from train.studies.sections.wording import SAME, listed, median, number, ratio
-from train.studies.series import Series, inspected
+from train.studies import charts
+from train.studies.results import Group, inspected
+from train.studies.sections.section import Section, listed, median, number, times
 
 Line = dict
 
-# What is measured, as pictures and tables name it; the value of one line of inspection.jsonl.
+# What is measured, as the table names it, from one line of inspection.jsonl.
 MEASURES: dict[str, Callable[[Line], float | None]] = {
-    "range of the loss": lambda line: _range([line["loss"], *line["losses"]]),
-    "change of the gradient": lambda line: _largest(line["gradient_changes"]),
+    "range of the loss": lambda line: _reduce(lambda v: max(v) - min(v), [line["loss"], *line["losses"]]),
+    "change of the gradient": lambda line: _reduce(max, line["gradient_changes"]),
     "smoothness constant": lambda line: line["smoothness"],
-    "shift of the gradient": lambda line: _mean(line["gradient_shift"][1:]),
-    "cosine of the shift": lambda line: _mean(line["gradient_cosine"][1:]),
+    "shift of the gradient": lambda line: _reduce(_mean, line["gradient_shift"][1:]),
+    "cosine of the shift": lambda line: _reduce(_mean, line["gradient_cosine"][1:]),
 }
-CAPTIONS = {
-    "range of the loss": "Largest less smallest loss of a batch, from here to four steps along its gradient.",
-    "change of the gradient": "Largest distance of the gradient at these points from that where they start.",
-    "smoothness constant": "Largest change of the gradient over the distance moved: the lower, the smoother.",
-    "shift of the gradient": "Distance between a layer's gradient before and after the layers below it take "
-    "their step, mean over layers: internal covariate shift as Santurkar et al. measure it.",
-    "cosine of the shift": "Cosine of the angle between these two gradients: 1 is no shift.",
-}
+SMOOTHNESS, SHIFT = "smoothness constant", "shift of the gradient"
 
 
-def section(compared: Sequence[Series]) -> Section | None:
-    """Shows how loss and gradient change along a step, over training."""
-    seen = inspected(compared)
+def section(groups: Sequence[Group]) -> Section | None:
+    """Show how loss and gradient change along a step, at each training loss and over training."""
+    seen = inspected(groups)
     if not seen:
         return None
-    baseline, *others = seen
-    sentences = [
-        "Each job is measured along its own steps, of its own learning rate; numbers are medians over the "
-        "steps measured."
-    ]
-    for job in others:
-        parts = []
-        for name in ("range of the loss", "smoothness constant", "shift of the gradient"):
-            value, base = _typical(job, name), _typical(baseline, name)
-            if value is not None and base is not None:
-                parts.append(f"the {name} was {ratio(value, base, more='larger', less='smaller')}")
-        if parts:
-            sentences.append(f"In {job.name}, beside {baseline.name}, " + ", ".join(parts) + ".")
-    sentences.append(_verdict(baseline, others))
-    shown = tuple(_picture(seen, name) for name in MEASURES)
+    shown = (
+        charts.chart(
+            lambda axes: _over_loss(axes, seen),
+            alt=f"{SMOOTHNESS} over the training loss",
+            caption="Largest change of the gradient over the distance moved, from here to four steps along "
+            "the gradient, at each job's own learning rate: the lower, the smoother. Losses fall rightwards.",
+        ),
+        charts.chart(
+            lambda axes: _over_steps(axes, seen),
+            alt=f"{SHIFT} over steps",
+            caption="Distance between a layer's gradient before and after the layers below it take their "
+            "step, mean over layers: internal covariate shift as Santurkar et al. measure it.",
+        ),
+    )
     rows = tuple((job.name, *(number(_typical(job, name)) for name in MEASURES)) for job in seen)
-    return Section("Why it works", tuple(filter(None, sentences)), shown, Table(("median", *MEASURES), rows))
+    return Section(
+        "Why it works", _sentences(seen), shown, ("median over training, not at equal loss", *MEASURES), rows
+    )
 
 
-def _verdict(baseline: Series, others: Sequence[Series]) -> str | None:
-    """Says for which jobs at the baseline's learning rate the measured smoothness agrees with the paper's.
-
-    That is of batch norm beside none; what `ratio` calls the same is not smoother.
-    """
-    if baseline.config.model.norm != "none":
-        return None
-    rate = baseline.config.optimizer.learning_rate
-    alike = [job for job in others if job.config.optimizer.learning_rate == rate]
-    alike = [job for job in alike if job.config.model.norm in ("batch", "ghost", "flax")]
-    pairs = [
-        (job, _typical(job, "smoothness constant"), _typical(baseline, "smoothness constant"))
-        for job in alike
-    ]
-    pairs = [(job, value, base) for job, value, base in pairs if value is not None and base is not None]
-    if not pairs:
-        return None
-    smoother = [job.name for job, value, base in pairs if value * SAME <= base]
-    rougher = [job.name for job, value, base in pairs if value * SAME > base]
-    found = [f"{listed(smoother)} had the smoother loss, as Santurkar et al. found"] if smoother else []
-    if rougher:
-        found.append(f"{listed(rougher)} did not have the smoother loss that Santurkar et al. found")
-    return f"At the learning rate of {baseline.name}, {'; '.join(found)}."
+def _sentences(seen: Sequence[Group]) -> tuple[str, ...]:
+    """Compare each job's smoothness with the baseline's at equal training loss."""
+    baseline, *others = seen
+    parts = []
+    for job in others:
+        loss = _lowest_common_loss(baseline, job)
+        base, value = (None if loss is None else _smoothness_at(loss, each) for each in (baseline, job))
+        if base is not None and value is not None:
+            compared = times(value, base, more="larger", less="smaller")
+            parts.append(f"{compared} in {job.name} (at a loss of {number(loss)})")
+    if not parts:
+        return ()
+    return (
+        f"At equal training loss, the lowest that both reached, the smoothness constant was, compared with "
+        f"{baseline.name}, {listed(parts)}.",
+    )
 
 
-def _typical(job: Series, name: str) -> float | None:
+def _usable(job: Group) -> list[Line]:
+    return [line for line in job.inspections if line["loss"] is not None and line["smoothness"] is not None]
+
+
+def _lowest_common_loss(*jobs: Group) -> float | None:
+    lowest = [min((line["loss"] for line in _usable(job)), default=None) for job in jobs]
+    return _reduce(max, lowest)
+
+
+def _smoothness_at(loss: float, job: Group) -> float | None:
+    """Return the smoothness where training first reached a loss, interpolated between two measurements."""
+    lines = _usable(job)
+    for before, after in zip(lines, lines[1:]):
+        if before["loss"] > loss >= after["loss"]:
+            share = (before["loss"] - loss) / (before["loss"] - after["loss"])
+            return before["smoothness"] + share * (after["smoothness"] - before["smoothness"])
+    return None  # it began below it
+
+
+def _typical(job: Group, name: str) -> float | None:
     return median(MEASURES[name](line) for line in job.inspections)
 
 
-def _picture(seen: Sequence[Series], name: str) -> Picture:
-    def describe(axes):
-        for index, job in enumerate(seen):
-            lines = job.inspections
-            values = [MEASURES[name](line) for line in lines]
-            pictures.line(axes, [line["step"] for line in lines], values, name=job.name, index=index)
-        axes.set(xlabel="step", ylabel=name, yscale="linear" if name.startswith("cosine") else "log")
-
-    return Picture(pictures.draw(describe, label=f"{name} over steps"), CAPTIONS[name])
-
-
-def _range(values: list[float | None]) -> float | None:
-    return None if None in values else max(values) - min(values)
+def _over_loss(axes, seen):
+    for job in seen:
+        points = sorted((line["loss"], line["smoothness"]) for line in _usable(job) if line["loss"] > 0)
+        losses, values = zip(*points) if points else ((), ())
+        charts.line(axes, losses, values, name=job.name, index=job.position)
+    axes.set(xlabel="training loss", ylabel=SMOOTHNESS)
+    charts.logarithmic(axes, "x")
+    axes.invert_xaxis()
+    charts.logarithmic(axes)
 
 
-def _largest(values: list[float | None]) -> float | None:
-    return None if None in values else max(values)
+def _over_steps(axes, seen):
+    for job in seen:
+        steps, values = zip(*((line["step"], MEASURES[SHIFT](line)) for line in job.inspections))
+        charts.line(axes, steps, values, name=job.name, index=job.position)
+    axes.set(xlabel="step", ylabel=SHIFT)
+    charts.logarithmic(axes)
 
 
-def _mean(values: list[float | None]) -> float | None:
-    return None if None in values or not values else sum(values) / len(values)
+def _reduce(f, values):
+    return None if None in values or not values else f(values)
+
+
+def _mean(values):
+    return sum(values) / len(values)

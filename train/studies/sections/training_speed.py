@@ -1,179 +1,165 @@
-"""It trains faster, and where nothing else does."""
+"""How fast jobs train (Ioffe & Szegedy 2015, figure 2)."""
 
 import math
 from collections.abc import Sequence
 from functools import partial
 
-from train.studies import charts as pictures
-from train.studies import statistics as comparison
-from train.studies.page import Picture, Section, Table
-from train.studies.sections import learning
-from train.studies.sections.wording import accuracy, count, listed, median, number, with_range
-from train.studies.series import Series
-from train.studies.statistics import Spread, spread, spread_of_speedups, steps_to
-
-FAILED = {"failed": "failed", "refused": "was refused"}  # how a job ended that has an error
+from train.studies import charts
+from train.studies.charts import Chart
+from train.studies.results import Group, Run, Spread, is_measurable, speedups, spread, steps_to_best_of
+from train.studies.sections.section import Section, accuracy, count, listed, number, with_range
 
 _or_never = partial(with_range, missing="not reached")
-_times_in_words = partial(number, digits=2)  # evaluations are too far apart for more
+_times = partial(number, digits=2)  # evaluations are too far apart for more
 
 
-def section(compared: Sequence[Series]) -> Section:
-    """Shows accuracy over steps, and tells how fast each job came to the best accuracy of the baseline."""
-    shown = tuple(_pictures(compared))
-    return Section("How fast it trains", tuple(sentences(compared)), shown, _table(compared, compared[0]))
+def section(groups: Sequence[Group]) -> Section:
+    """Show accuracy over steps, and in how many steps each job reached the best accuracy of the baseline."""
+    references = _references(groups)
+    header = ("job", "norm", "learning rate", "best of the test curve", "at the best validation")
+    header += ("steps to the baseline's best", "speed-up")
+    header += (*(f"speed-up over {job.name}" for job in references[1:]), "seconds", "ended")
+    rows = tuple(row(job, groups[0], references) for job in groups)
+    shown = curves(groups, baseline=groups[0])
+    return Section("How fast it trains", tuple(sentences(groups)), shown, header, rows)
 
 
-def sentences(compared: Sequence[Series]) -> list[str]:
-    """Tells which jobs learnt, how well, and in how many steps to the best accuracy of the baseline."""
-    baseline, *others = compared
-    said = [*_failures(compared)]
-    idle = [job for job in compared if any(job.curves) and not learning.seeds_that_learnt(job)]
-    if idle:
-        classes = idle[0].classes
-        said.append(
-            f"{_reached(idle)}: that is not learning, for guessing one of {classes} classes gives about "
-            f"{1 / classes:.2g}."
+def sentences(groups: Sequence[Group]) -> list[str]:
+    """Say how long the baseline took to its best test accuracy, and which job was the fastest to it."""
+    baseline, *others = groups
+    learnt = [job for job in others if job.learns]
+    reached = with_range(baseline.best_accuracy, accuracy)
+    if not baseline.learns:
+        why = (
+            f"did not learn: its best test accuracy was {reached}"
+            if any(baseline.curves)
+            else "has no result"
         )
-    said += [
-        f"{job.name} {learning.in_words(job)}; it reached {learning.best_in_words(job)}."
-        for job in compared
-        if learning.seeds_that_learnt(job) and not learning.has_learnt(job)
+        said = [f"{baseline.name} {why}; what others took to it says nothing."]
+        best = max(learnt, key=lambda job: job.best_accuracy.median or 0, default=None)
+        return said + ([f"{best.name} reached {with_range(best.best_accuracy, accuracy)}."] if best else [])
+    if any(map(is_measurable, baseline.curves)):
+        taken = _or_never(steps_to_target(baseline, baseline), count)
+        said, parts = [f"{baseline.name} took {taken} steps to its best test accuracy, {reached}."], []
+        if others:
+            parts.append(_fastest(learnt, baseline, alone=len(others) == 1))
+    else:
+        said = [f"{baseline.name} was at its best test accuracy, {reached}, in its first evaluation"]
+        said = [said[0] + (": how many times faster others were is not known." if others else ".")]
+        parts = []
+    failed = [job.name for job in others if any(run.outcome.error for run in job.runs)]
+    idle = [job.name for job in others if any(job.curves) and not job.learns and job.name not in failed]
+    parts += [
+        f"{listed(names)} {what}" for names, what in ((idle, "did not learn"), (failed, "failed")) if names
     ]
-    learnt = [job for job in others if learning.has_learnt(job)]
-    if learning.has_learnt(baseline):
-        said += _times(learnt, baseline)
-    elif learnt:
-        said.append(f"{_reached(learnt)}, where {baseline.name} {learning.in_words(baseline)}.")
-    return said
+    return said + (["; ".join(parts) + "."] if parts else [])
 
 
-def _failures(compared: Sequence[Series]) -> list[str]:
-    return [
-        f"{job.name} with seed {run.config.seed} {FAILED[run.summary['status']]}: "
-        f"{run.summary['error'].partition('. ')[0].rstrip('.')}."
-        for job in compared
-        for run in job.runs
-        if run.summary["error"]
-    ]
-
-
-def _reached(jobs: Sequence[Series]) -> str:
-    return listed(f"{job.name} reached {learning.best_in_words(job)}" for job in jobs)
-
-
-def _times(jobs: Sequence[Series], baseline: Series) -> list[str]:
-    """Says how many steps the baseline took to its best accuracy, and how many others took to the same."""
-    measurable = list(filter(comparison.is_measurable, baseline.curves))
-    said = f"{baseline.name} was at its best, {learning.best_in_words(baseline)}, in its first evaluation" + (
-        ", so that how many times faster or slower others came there is not known." if jobs else "."
-    )
-    if measurable:
-        taken = with_range(_steps(measurable, measurable), count)
-        reached = with_range(spread(map(comparison.target, measurable), worst=-math.inf), accuracy)
-        said = f"{baseline.name} took {taken} steps to its best accuracy, {reached}."
-    return [said, *(beside for job in jobs if (beside := _beside(job, baseline)))]
-
-
-def _beside(job: Series, baseline: Series) -> str | None:
-    """Compares how fast one job was with the baseline, which both learnt; None if that is not known."""
-    pairs = [(own, theirs) for own, theirs in zip(job.curves, baseline.curves) if theirs]
-    reached = sum(steps_to(own, comparison.target(theirs)) is not None for own, theirs in pairs)
-    if not reached:
-        return f"{job.name} did not come there; it reached {learning.best_in_words(job)}."
-    measurable = [(own, theirs) for own, theirs in pairs if comparison.is_measurable(theirs)]
-    if not measurable:
-        return None
-    own, theirs = zip(*measurable)
-    times = spread_of_speedups(own, theirs)
-    if times.median is None:
-        best = learning.best_in_words(job)
-        return f"{job.name} came there with {reached} of {len(pairs)} seeds; it reached {best}."
+def _fastest(learnt: Sequence[Group], baseline: Group, *, alone: bool) -> str:
+    compared = [(times.median, job, times) for job in learnt if (times := speedups(job, baseline)).median]
+    if not compared:
+        seeds = " with most of its seeds" if len(baseline.runs) > 1 else ""
+        return f"The other job did not reach it{seeds}" if alone else f"No other job reached it{seeds}"
+    _, job, times = max(compared, key=lambda pair: pair[0] or 0)
+    steps = _or_never(steps_to_target(job, baseline), count)
     at_first = any(
-        curve and steps_to(curve, comparison.target(base)) == curve[0][0] for curve, base in measurable
+        own and steps_to_best_of(own, theirs) == own[0][0] for own, theirs in zip(job.curves, baseline.curves)
     )
-    fewer = times.median >= 1
-    shown = _or_never(times if fewer else times.inverted(), _times_in_words)
-    by = f"{shown} times {'fewer' if fewer else 'more'}"
+    return (
+        f"{job.name}{'' if alone else ', the fastest of the others,'} took {steps} to the same: "
+        f"{'at least ' * at_first}{_fewer_or_more(times)}"
+    )
+
+
+def _fewer_or_more(times: Spread) -> str:
     if times.low == times.high == 1:
-        by = "as many"
-    if at_first:
-        by += " or better, for it was there at its first evaluation"
-    return f"{job.name} took {_or_never(_steps(own, theirs), count)} steps to the same, {by}."
+        return "as many"
+    if times.median is not None and times.median >= 1:
+        return f"{_or_never(times, _times)} times fewer"
+    inverse = Spread(*(value and 1 / value for value in (times.median, times.high, times.low)))
+    return f"{_or_never(inverse, _times)} times more"
 
 
-def _steps(curves: Sequence[comparison.Curve], baselines: Sequence[comparison.Curve]) -> Spread:
-    pairs = zip(curves, baselines)
-    return spread((steps_to(curve, comparison.target(base)) for curve, base in pairs if base), worst=math.inf)
-
-
-def _pictures(compared: Sequence[Series]) -> list[Picture]:
-    if not any(curve for job in compared for curve in job.curves):
-        return []
-    target = spread(map(comparison.target, compared[0].curves), worst=-math.inf).median
-
-    def describe(axes, lowest=None):
-        for index, job in enumerate(compared):
-            draw_accuracy(axes, job, index)
-        if target is not None and learning.has_learnt(compared[0]):
-            pictures.level(axes, target, name=f"best of {compared[0].name}")
-        axes.set(xlabel="step", ylabel="test accuracy")
-        if lowest is not None:
-            axes.set_ylim(lowest, None)
-
-    seeds = max(len(job.runs) for job in compared)
-    over = (
-        f" Median of {seeds} seeds, or of those that came there; the shade is their range."
-        if seeds > 1
-        else ""
+def row(job: Group, baseline: Group, references: Sequence[Group]) -> tuple[str, ...]:
+    """Return the row of a job in the table."""
+    return (
+        job.name,
+        job.config.model.norm,
+        f"{job.config.optimizer.learning_rate:g}",
+        with_range(job.best_accuracy, accuracy),
+        with_range(job.over(lambda run: run.validated_accuracy, worst=-math.inf), accuracy),
+        _or_never(steps_to_target(job, baseline), count) if job.learns and baseline.learns else "-",
+        *(_speedup(job, reference) for reference in references),
+        number(job.over(lambda run: run.wall_seconds, worst=math.inf).median),
+        ended(job),
     )
-    shown = [
-        Picture(pictures.draw(describe, label="Test accuracy over steps"), f"Test accuracy over steps.{over}")
-    ]
-    finals = [reached for job in compared if (reached := learning.best_accuracy(job).median) is not None]
-    if target is not None and finals and learning.has_learnt(compared[0]):
-        lowest = min(0.99, math.floor(100 * (1 - 2.5 * (1 - min(target, *finals)))) / 100)
-        if lowest > 0:
-            near = pictures.draw(lambda axes: describe(axes, lowest), label="Test accuracy near the best")
-            shown.append(Picture(near, f"The same, above {lowest:.2f}."))
+
+
+def steps_to_target(job: Group, baseline: Group) -> Spread:
+    """Return the steps to the best test accuracy of the baseline, seed by seed."""
+    pairs = [(own, theirs) for own, theirs in zip(job.curves, baseline.curves) if theirs]
+    return spread((steps_to_best_of(own, theirs) for own, theirs in pairs), worst=math.inf)
+
+
+def ended(job: Group) -> str:
+    """Say how the runs of a job ended: "finished", "failed: the loss ... (1 of 3 seeds)"."""
+    by_end: dict[str, list[Run]] = {}
+    for run in job.runs:
+        error = f": {run.outcome.error.partition('. ')[0].rstrip('.')}" if run.outcome.error else ""
+        by_end.setdefault(run.outcome.status + error, []).append(run)
+    of = f" of {len(job.runs)} seeds"
+    return "; ".join(f"{end} ({len(runs)}{of})" if len(by_end) > 1 else end for end, runs in by_end.items())
+
+
+def curves(groups: Sequence[Group], *, baseline: Group | None = None) -> tuple[Chart, ...]:
+    """Return a chart of test accuracy over steps, and one of its upper end where that shows more."""
+    if not any(curve for job in groups for curve in job.curves):
+        return ()
+    seeds = max(len(job.runs) for job in groups)
+    over = f" Median of {seeds} seeds; the shade is their range." if seeds > 1 else ""
+    draw = partial(_draw, groups, baseline if baseline and baseline.learns else None)
+    alt = "Test accuracy over steps"
+    shown = (charts.chart(draw, alt=alt, caption=f"{alt}.{over}"),)
+    if (lowest := _near_the_best(groups)) > 0:
+        caption = f"The same, above {lowest:.2f}."
+        shown += (charts.chart(partial(draw, lowest=lowest), alt=f"{alt}, near the best", caption=caption),)
     return shown
 
 
-def draw_accuracy(axes, job: Series, index: int) -> None:
-    """Draws the test accuracy of a job over steps: median and range of the seeds that came there."""
-    by_step: dict[int, list[float]] = {}
-    for curve in job.curves:
-        for step, reached in curve:
-            by_step.setdefault(step, []).append(reached)
-    steps = sorted(by_step)
-    spreads = [spread(by_step[step], worst=-math.inf) for step in steps]
-    if spreads:
-        middle, low, high = zip(*spreads)
-        ranges = {"low": low, "high": high} if len(job.runs) > 1 else {}
-        pictures.line(axes, steps, middle, name=job.name, index=index, **ranges)
+def _references(groups: Sequence[Group]) -> list[Group]:
+    """Return the baseline, and every other job that learns without normalization: baselines of their own."""
+    return [groups[0], *(job for job in groups[1:] if job.config.model.norm == "none" and job.learns)]
 
 
-def _table(compared: Sequence[Series], baseline: Series) -> Table:
-    """A row a job; the speed-up over the baseline, and over every other job that has no normalization."""
-    references = [baseline] + [job for job in compared[1:] if job.config.model.norm == "none"]
-    header = ("job", "norm", "learning rate", "best test accuracy", "steps to the baseline's best")
-    rows = [
-        (
-            job.name,
-            job.config.model.norm,
-            f"{job.config.optimizer.learning_rate:g}",
-            learning.best_in_words(job),
-            _or_never(_steps(job.curves, baseline.curves), count) if learning.has_learnt(baseline) else "-",
-            *(_speedup(job, reference) for reference in references),
-            number(median(job.over(lambda run: run.summary["wall_seconds"]))),
-        )
-        for job in compared
-    ]
-    over = (f"speed-up over {reference.name}" for reference in references)
-    return Table((*header, *over, "seconds"), tuple(rows))
-
-
-def _speedup(job: Series, reference: Series) -> str:
-    if not learning.has_learnt(reference) or not any(map(comparison.is_measurable, reference.curves)):
+def _speedup(job: Group, reference: Group) -> str:
+    if not (job.learns and reference.learns and any(map(is_measurable, reference.curves))):
         return "-"
-    return _or_never(spread_of_speedups(job.curves, reference.curves), _times_in_words)
+    return _or_never(speedups(job, reference), _times)
+
+
+def _draw(groups, baseline, axes, lowest=None):
+    for job in groups:
+        _draw_accuracy(axes, job)
+    if baseline is not None:
+        charts.level(axes, baseline.best_accuracy.median, name=f"best of {baseline.name}")
+    axes.set(xlabel="step", ylabel="test accuracy")
+    if lowest is not None:
+        axes.set_ylim(lowest, 1 + 0.03 * (1 - lowest))
+
+
+def _draw_accuracy(axes, job):
+    """Draw the test accuracy of a job over steps: median and range of the seeds evaluated there."""
+    by_step: dict[int, list[float]] = {}
+    for step, reached in (point for curve in job.curves for point in curve):
+        by_step.setdefault(step, []).append(reached)
+    if not by_step:
+        return
+    middle, low, high = zip(*(spread(by_step[step], worst=-math.inf) for step in sorted(by_step)))
+    between = (low, high) if len(job.runs) > 1 else None
+    charts.line(axes, sorted(by_step), middle, name=job.name, index=job.position, between=between)
+
+
+def _near_the_best(groups: Sequence[Group]) -> float:
+    """Return an accuracy above which good jobs can be told apart; 0 if there is none."""
+    lowest = min((job.best_accuracy.median or 0 for job in groups if job.learns), default=1)
+    return math.floor(100 * (1 - 2.5 * (1 - lowest))) / 100 if lowest < 1 else 0

@@ -1,13 +1,36 @@
-"""The networks in Flax NNX."""
+"""A multi-layer perceptron, in Flax Linen and in Flax NNX."""
 
 from itertools import pairwise
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from train.models.initialization import LECUN, kernel_init
 from train.models.norms import Layer, Norm
+
+
+class MLP(nn.Module):
+    """For each width a linear map, normalization and the activation; then a linear map to the classes:
+    (n, ...) -> logits (n, classes)."""
+
+    widths: tuple[int, ...]
+    classes: int
+    norm: Norm
+    activation: Layer
+    kernel_std: float  # of the initial weights; 0 for the usual ones
+    dtype: str  # of the activations
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        init = kernel_init(self.kernel_std, LECUN)
+        x = self.norm.linen_input_layer(train=train)(x.reshape(x.shape[0], -1).astype(self.dtype))
+        options = {"use_bias": not self.norm.kind.has_bias, "kernel_init": init, "dtype": self.dtype}
+        for width in self.widths:
+            x = nn.Dense(width, **options)(x)
+            x = self.activation(self.norm.linen_layer(train=train)(x))
+        return nn.Dense(self.classes, kernel_init=init)(x.astype(jnp.float32))
 
 
 class Hidden(nnx.Module):
@@ -24,7 +47,7 @@ class Hidden(nnx.Module):
         dtype: str,
         rngs: nnx.Rngs,
     ):
-        options = {"use_bias": not norm.adds_bias, "kernel_init": kernel_init(kernel_std, LECUN)}
+        options = {"use_bias": not norm.kind.has_bias, "kernel_init": kernel_init(kernel_std, LECUN)}
         self.linear = nnx.Linear(inputs, width, **options, dtype=dtype, rngs=rngs)
         self.norm = norm.nnx_layer(width, rngs=rngs)
         self.activation = activation
@@ -33,8 +56,8 @@ class Hidden(nnx.Module):
         return self.activation(self.norm(self.linear(x)))
 
 
-class MLP(nnx.Module):
-    """The network of `train.models.MLP`: (n, ...), `features` values each -> logits (n, classes)."""
+class NNXMLP(nnx.Module):
+    """The network of `MLP`: (n, ...), `features` values each -> logits (n, classes)."""
 
     def __init__(
         self,

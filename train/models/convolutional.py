@@ -1,4 +1,7 @@
-"""Residual networks (He et al. 2016, "Deep Residual Learning for Image Recognition"), in Flax Linen."""
+"""Convolutional networks in Flax Linen: a small one, and residual ones.
+
+He et al. 2016, "Deep Residual Learning for Image Recognition".
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,13 +13,29 @@ import jax.numpy as jnp
 from train.models.initialization import HE, LECUN, kernel_init
 from train.models.norms import Layer, Norm
 
-# Section 4.2 and table 1: blocks in each stage, their kind, and whether the images are large.
-RESNETS = {
-    "resnet20": {"stages": (3, 3, 3), "bottleneck": False, "large": False},
-    "resnet56": {"stages": (9, 9, 9), "bottleneck": False, "large": False},
-    "resnet18": {"stages": (2, 2, 2, 2), "bottleneck": False, "large": True},
-    "resnet50": {"stages": (3, 4, 6, 3), "bottleneck": True, "large": True},
-}
+
+class CNN(nn.Module):
+    """For each width two 3x3 convolutions, each with normalization and activation, and 2x2 pooling; then the
+    mean over positions and a linear map to the classes: images (n, h, w, c) -> logits (n, classes)."""
+
+    widths: tuple[int, ...]
+    classes: int
+    norm: Norm
+    activation: Layer
+    kernel_std: float
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        init = kernel_init(self.kernel_std, LECUN)
+        x = self.norm.linen_input_layer(train=train)(x.astype(self.dtype))
+        options = {"use_bias": not self.norm.kind.has_bias, "kernel_init": init, "dtype": self.dtype}
+        for width in self.widths:
+            for _ in range(2):
+                x = nn.Conv(width, (3, 3), **options)(x)
+                x = self.activation(self.norm.linen_layer(train=train)(x))
+            x = nn.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
+        return nn.Dense(self.classes, kernel_init=init)(x.astype(jnp.float32).mean((1, 2)))
 
 
 class Convolution(nn.Module):
@@ -37,7 +56,7 @@ class Convolution(nn.Module):
             (self.size, self.size),
             self.strides,
             padding=self.size // 2,
-            use_bias=not self.norm.adds_bias,
+            use_bias=not self.norm.kind.has_bias,
             kernel_init=kernel_init(self.kernel_std, HE),
             dtype=self.dtype,
         )(x)
@@ -87,7 +106,7 @@ class ResNet(nn.Module):
     ones (table 1) it is a 7x7 convolution and a 3x3 pool, which halve the image each, and shortcuts project.
     """
 
-    stages: tuple[int, ...]  # how many blocks each has
+    blocks: tuple[int, ...]  # of each stage
     bottleneck: bool
     large: bool
     widths: tuple[int, ...]  # of each stage; bottlenecks put out 4 times as many channels
@@ -112,8 +131,8 @@ class ResNet(nn.Module):
         x = self.norm.linen_input_layer(train=train)(x.astype(self.dtype))
         x = self.activation(convolution(self.widths[0], size, strides, name="stem")(x))
         if self.large:
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        for stage, (blocks, width) in enumerate(zip(self.stages, self.widths)):
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        for stage, (blocks, width) in enumerate(zip(self.blocks, self.widths)):
             for i in range(blocks):
                 strides = 2 if stage and not i else 1
                 x = block(width, strides, name=f"stage{stage}_block{i}")(x)

@@ -1,0 +1,92 @@
+"""The networks that a job may name, from one table."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+
+from train.config import Model, NetworkName
+from train.errors import UserError
+from train.models.convolutional import CNN, ResNet
+from train.models.mlp import MLP, NNXMLP
+from train.models.network import LinenNetwork, Network, NNXNetwork
+from train.models.norms import NORMS, Norm, Rule, running_rule
+
+
+class Kind(NamedTuple):
+    """A kind of network."""
+
+    module: Callable[..., Any]  # takes widths, classes, norm, activation, kernel_std and dtype
+    widths: tuple[int, ...]  # the usual ones
+    for_images: bool = True
+    stages: int | None = None  # how many widths it has; None for any number
+    in_nnx: bool = False
+
+
+def _resnet(blocks: tuple[int, ...], widths: tuple[int, ...], **options: bool) -> Kind:
+    return Kind(partial(ResNet, blocks=blocks, **options), widths, stages=len(widths))
+
+
+SMALL, LARGE = (16, 32, 64), (64, 128, 256, 512)
+# The residual ones: He et al. 2016, section 4.2 and table 1.
+NETWORKS: dict[NetworkName, Kind] = {
+    "mlp": Kind(MLP, (128, 128), for_images=False),
+    "nnx_mlp": Kind(NNXMLP, (128, 128), for_images=False, in_nnx=True),
+    "cnn": Kind(CNN, (32, 64)),
+    "resnet20": _resnet((3, 3, 3), SMALL, bottleneck=False, large=False),
+    "resnet56": _resnet((9, 9, 9), SMALL, bottleneck=False, large=False),
+    "resnet18": _resnet((2, 2, 2, 2), LARGE, bottleneck=False, large=True),
+    "resnet50": _resnet((3, 4, 6, 3), LARGE, bottleneck=True, large=True),
+}
+
+
+def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Rule | None = None) -> Network:
+    """Build the network that a job names, for inputs of shape (n, *input_shape).
+
+    Args:
+      rule: the update rule of running statistics; if not given, as the config says.
+
+    Raises:
+      UserError: the network does not fit the inputs, its widths or its norm.
+    """
+    kind = NETWORKS[config.name]
+    widths = config.widths or kind.widths
+    _check(config, kind, widths, input_shape)
+    options = {
+        "widths": widths,
+        "classes": classes,
+        "norm": Norm(config, rule or running_rule(config)),
+        "activation": getattr(nn, config.activation),
+        "kernel_std": config.kernel_std,
+        "dtype": config.dtype,
+    }
+    if kind.in_nnx:
+        return NNXNetwork(kind.module, (("features", math.prod(input_shape)), *options.items()))
+    return LinenNetwork(kind.module(**options))
+
+
+def _check(config: Model, kind: Kind, widths: tuple[int, ...], input_shape: tuple[int, ...]) -> None:
+    if kind.for_images and len(input_shape) != 3:
+        raise UserError(
+            f"model.name: expected 'mlp' for vectors of length {input_shape[0]}, got '{config.name}', which "
+            "takes images."
+        )
+    if kind.stages and len(widths) != kind.stages:
+        raise UserError(
+            f"model.widths: expected {kind.stages} for model.name = '{config.name}', one for each stage, "
+            f"such as {list(kind.widths)}, got {list(widths)}."
+        )
+    if config.norm_inputs and not NORMS[config.norm].over_batch:
+        raise UserError(
+            "model.norm: expected one that normalizes each feature by itself with model.norm_inputs = true, "
+            f"{' or '.join(name for name in NORMS if NORMS[name].over_batch)}, got {config.norm!r}."
+        )
+    divisor = math.gcd(*widths)
+    if config.norm == "group" and divisor % config.norm_groups:
+        fitting = [str(d) for d in range(1, divisor + 1) if divisor % d == 0]
+        raise UserError(
+            f"model.norm_groups: expected a divisor of all model.widths = {list(widths)}, that is "
+            f"{' or '.join(fitting)}, got {config.norm_groups}."
+        )

@@ -1,0 +1,75 @@
+"""Evaluation over a split, and the best checkpoint of a run to do it with."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from train import models
+from train.config import Config
+from train.data import Preprocessing, Split, eval_batches
+from train.errors import UserError
+from train.models import Network, Variables
+from train.runs import directory, processes
+from train.runs.checkpoints import Checkpoints
+from train.runs.directory import Description
+from train.training import losses
+from train.training.losses import Loss
+from train.training.steps import eval_step
+
+EVAL_BATCH = 512  # examples on each device, so that the number of devices cannot change the results
+
+
+class TrainedNetwork(NamedTuple):
+    """A network with all that evaluation needs, on the devices of a mesh."""
+
+    network: Network
+    loss: Loss
+    mesh: Mesh
+    variables: Variables
+    preprocessing: Preprocessing
+
+    def evaluate(self, split: Split) -> dict[str, float]:
+        """Return the metrics over a split: sums in float64 over its examples, each counted once."""
+        sums = {"examples": len(split)}
+        for examples, mask in eval_batches(split, EVAL_BATCH * self.mesh.size):
+            examples = processes.shard(self.mesh, examples)
+            scores = eval_step(
+                self.network, self.loss, self.mesh, self.variables, self.preprocessing, examples
+            )
+            for name, values in jax.device_get(scores).items():
+                total = values[mask].sum(dtype=np.float64 if values.dtype != bool else np.int64)
+                sums[name] = sums.get(name, 0) + total
+        return self.loss.metrics(sums)
+
+
+class TrainedRun(NamedTuple):
+    """The best checkpoint of a run, without its training data."""
+
+    config: Config
+    data: Description
+    step: int
+    trained: TrainedNetwork
+
+
+def load_best(run_dir: Path) -> TrainedRun:
+    """Load the best checkpoint of a run, by validation.
+
+    Raises:
+      UserError: it is not a run, or has no checkpoint.
+    """
+    config, data = directory.read_config(run_dir), directory.read_data(run_dir)
+    mesh = processes.mesh_of(jax.devices())
+    network = models.build(config.model, data.shape, data.classes)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, *data.shape), np.float32))
+    like = jax.tree.map(lambda leaf: processes.replicated_like(mesh, leaf), shapes._asdict())
+    with Checkpoints(run_dir) as checkpoints:
+        step = checkpoints.best_step
+        if step is None:
+            raise UserError(f"'{run_dir}' has no checkpoint yet; train it first.")
+        variables = Variables(**checkpoints.restore(step, {"model": like})["model"])
+    preprocessing = processes.replicate(mesh, data.preprocessing)
+    trained = TrainedNetwork(network, losses.of(config.model), mesh, variables, preprocessing)
+    return TrainedRun(config, data, step, trained)
