@@ -17,11 +17,26 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 import jax  # noqa: E402  (reads the environment above)
 
+# Compiling is what the suite waits for, and values are held to the reference at any level of optimization.
+# XLA_FLAGS="" compiles all of it as a user's programs are.
+_flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):  # later ones have left only the emitters that take longer to compile
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 collect_ignore = ["data/torch_batch_norm.py"]  # needs PyTorch; the tests read what it wrote
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Mark doctests as slow: each compiles many programs of one operation."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -8,22 +8,31 @@ def _standard_promotion(standard_promotion):
     yield
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """Drawing curves.png takes longer than most jobs; tests/train/runs/test_curves.py draws it."""
+    from train.runs import curves
+
+    monkeypatch.setattr(curves, "draw", lambda run_dir: None)
+
+
+@pytest.fixture
+def refusal():
+    """Return the sentence with which a function refuses bad input."""
+    from train.errors import UserError
+
+    def refusal(function, *arguments, **options):
+        with pytest.raises(UserError) as error:
+            function(*arguments, **options)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return refusal
+
+
 @pytest.fixture
 def make_config(tmp_path):
-    """Makes a job of a second: a narrow MLP on the digits, 10 steps an epoch."""
-    from train.config import Config, Data, Model, Optimizer
+    """Make a job of a second in a run directory of this test, with changes if a test wants any."""
+    from tests.helpers import jobs
 
-    def make(**changes):
-        sections = {"data": Data, "model": Model, "optimizer": Optimizer}
-        values = {
-            "run_dir": str(tmp_path / "run"),
-            "steps": 30,
-            "eval_every": 12,
-            "devices": 1,
-            "model": {"widths": (16,)},
-        } | changes
-        return Config(
-            **{key: sections[key](**value) if key in sections else value for key, value in values.items()}
-        )
-
-    return make
+    return lambda **changes: jobs.make_config(**{"run_dir": tmp_path / "run"} | changes)

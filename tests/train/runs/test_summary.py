@@ -1,74 +1,69 @@
-import subprocess
-import sys
+import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import pytest
-from command import ROOT
-
-from train.training import loop
-from train.runs import summary
-from train.training.job import Job
-from train.runs.stopping import StopRequests
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    monkeypatch.setattr(loop.curves, "draw", lambda run_dir: None)
-
-
-def test_heading_says_what_is_trained_on_what(make_config):
-    job = Job(make_config())
-    lines = summary.heading(job, None).splitlines()
-    assert lines == [
-        "data   digits: 1,293 train, 144 validation, 360 test examples",
-        f"model  mlp: {64 * 16 + 2 * 16 + 16 * 10 + 10:,} parameters, norm batch",
-        f"run    30 steps of 128 on {jax.devices()[0].device_kind}",
-    ]
-    assert summary.heading(job, 1200).endswith(", going on from step 1,200")
-    job.mesh = SimpleNamespace(size=4)
-    assert summary.heading(job, None).endswith(f" on 4 x {jax.devices()[0].device_kind}")
-
-
-def test_rate_is_that_of_training_alone(make_config, monkeypatch):
-    """With a clock that goes on by a second whenever it is read."""
-    seconds = iter(range(10**6))
-    monkeypatch.setattr(loop.time, "perf_counter", lambda: next(seconds))
-    monkeypatch.setattr(loop, "SECONDS_PER_DISPATCH", 0)  # one step each
-    reached = loop.fit(make_config(steps=7, eval_every=3), StopRequests())
-    assert reached["examples_per_second"] == 128
-    assert reached["wall_seconds"] > 7
-
-
-def test_rate_of_a_session_that_only_compiled_is_not_known(make_config):
-    assert loop.fit(make_config(steps=1), StopRequests())["examples_per_second"] is None
-
-
-MEASURE = """
 import numpy as np
-from train.runs.summary import peak_host_bytes
-before = peak_host_bytes()
-np.ones(50_000_000)
-print(before, peak_host_bytes())
-"""
+
+from train.runs import summary
+from train.runs.log import Log
+from train.runs.summary import Summary
 
 
-def test_peak_of_the_host_counts_what_this_process_held_and_no_other():
-    held = bytearray(b"1") * 600_000_000
-    done = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, after = map(int, done.stdout.split())
-    assert before < len(held)
-    assert 380e6 < after - before < 450e6
+def test_summary_has_the_test_results_of_the_best_step_and_the_maximum_of_the_test_curve(tmp_path):
+    with Log(tmp_path, first_step=0, total_steps=30) as log:
+        for step, accuracy in ((10, 0.9), (20, 0.7), (30, 0.8)):
+            splits = {"train": 0.1, "validation": 0.2, "test": accuracy}
+            log.results(step, 1.0, {name: {"loss": 1 / step, "accuracy": a} for name, a in splits.items()})
+    checkpoints = SimpleNamespace(latest_step=30, best_step=20)
+    reached = summary.summarize(tmp_path, checkpoints, "stopped", 1.23456, 99.96)
+    assert (reached.status, reached.step, reached.best_step) == ("stopped", 30, 20)
+    assert (reached.test_accuracy, reached.test_loss, reached.best_test_accuracy) == (0.7, 0.05, 0.9)
+    assert (reached.wall_seconds, reached.examples_per_second) == (1.235, 100.0)
+    assert not reached.finished
+
+
+def test_summary_of_a_run_without_an_evaluation_has_no_numbers(tmp_path):
+    reached = summary.summarize(tmp_path, SimpleNamespace(latest_step=3, best_step=3), "stopped", 1.0, None)
+    assert (reached.test_accuracy, reached.test_loss, reached.best_test_accuracy) == (None, None, None)
+    assert reached.examples_per_second is None
+
+
+def test_broken_summary_counts_as_none(tmp_path):
+    path = tmp_path / "summary.json"
+    assert summary.read_summary(tmp_path) is None
+    for content in ("", "[]", '{"status": "fin', '{"step": 3}', '{"status": "finished", "step": "x"}', "3"):
+        path.write_text(content)
+        assert summary.read_summary(tmp_path) is None, content
+    path.write_text(json.dumps({"status": "finished"}))
+    assert not summary.read_summary(tmp_path).finished
+    path.write_text(json.dumps({"status": "finished", "step": 3}))
+    assert (
+        summary.read_summary(tmp_path) == Summary("finished", 3) and summary.read_summary(tmp_path).finished
+    )
+
+
+def test_peak_of_the_host_is_the_most_that_this_process_has_held():
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux
+        assert 10e6 < summary.peak_host_bytes() < 100e9
+        return
+    before = summary.peak_host_bytes()
+    now = int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1]) * 1024
+    more = before - now + 64 * 2**20
+    held = np.ones(more, np.uint8)
+    assert 32 * 2**20 < summary.peak_host_bytes() - before < 96 * 2**20
+    del held
+    assert summary.peak_host_bytes() > before + 32 * 2**20
 
 
 def test_peak_of_the_devices_is_that_of_the_fullest(monkeypatch):
-    def devices(*stats):
-        monkeypatch.setattr(
-            jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
-        )
+    def peak(*stats):
+        devices = [SimpleNamespace(memory_stats=lambda s=s: s) for s in stats]
+        monkeypatch.setattr(jax, "local_devices", lambda: devices)
         return summary.peak_device_bytes()
 
-    assert devices(None) is None
-    assert devices({"bytes_in_use": 3}, None) is None
-    assert devices({"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7}, {}) == 7
+    assert peak(None) is None
+    assert peak({"bytes_in_use": 3}, None) is None
+    assert peak({"peak_bytes_in_use": 5}, {"peak_bytes_in_use": 7}, {}) == 7

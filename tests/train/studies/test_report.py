@@ -1,210 +1,290 @@
+"""The page of a study, its files of numbers, and what the terminal shows, of jobs made from plain numbers."""
+
 import re
-from html import escape
+import signal
 from html.parser import HTMLParser
 
 import pytest
-from series_of import FAILED, REFUSED, inspected, line, run, series
 
-from train.studies import report
-from train.studies.sections import training_speed
+from tests.helpers.command import ROOT
+from tests.helpers.groups import (
+    FAILED,
+    NOTHING,
+    REFUSED,
+    colors,
+    group,
+    inspected,
+    line,
+    run,
+    undrawn,
+    write_run,
+)
+from train.__main__ import main
+from train.errors import RunFailed, UserError
+from train.runs.files import read_json
+from train.runs.summary import Summary
+from train.studies import charts, report, runner
+from train.studies.charts import Chart
+from train.studies.sections import CLAIMS, sweep
+from train.studies.sections.section import Section
 
-SETTING = " All on digits, for 100 steps, in batches of 128."
-ODD = 'a <b>&amp; "q" $x_1$ __y'
-NOTHING = {
-    **dict(units=[[None] * 3] * 3, movement=[None] * 2, histograms=[[None] * 64] * 2, slope=[None] * 2),
-    **dict(loss=None, losses=[None] * 4, gradient_changes=[None] * 4, smoothness=None, identity_error=None),
-    **dict(gradient_shift=[None] * 3, gradient_cosine=[None] * 3),
-    **dict.fromkeys(("batch_statistics", "running_statistics"), {"loss": None, "accuracy": 0.1}),
-}
-CLAIMS = {claim.__name__.rpartition(".")[2]: claim for claim in report.CLAIMS}
+ODD = "a <b>&amp; \"q\" 'p' $x_1$ 日本"
+RATE = "optimizer.learning_rate"
 
 
 class Page(HTMLParser):
-    """Checks that every element ends where it should; gathers what those say that are in no picture."""
+    """Checks that every element ends where it should; gathers what elements there are and what they say."""
 
-    def __init__(self, html):
+    def __init__(self, text):
         super().__init__()
-        self.open, self.said, self.pictures = [], {}, 0
-        self.feed(html)
+        self.open, self.elements, self.said = [], [], {}
+        self.feed(text)
         self.close()
-        assert self.open == [] and html.startswith("<!DOCTYPE html>") and "NaN" not in html
+        assert self.open == [] and text.startswith("<!DOCTYPE html>") and "nan" not in text.lower()
 
     def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "wbr"):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in ("meta", "wbr", "source", "img"):
             self.open.append(tag)
-        if "svg" not in self.open:
             self.said.setdefault(tag, []).append("")
-        self.pictures += tag == "svg"
-
-    def handle_startendtag(self, tag, attributes):
-        pass
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and "svg" not in self.open:
+        if self.open:
             self.said[self.open[-1]][-1] += data
 
-
-def sentences(sections):
-    return [sentence for section in sections if section for sentence in section.sentences]
-
-
-@pytest.fixture(scope="module")
-def compared():
-    return [
-        inspected(ODD, line(0), line(10), line(20), activation="sigmoid"),
-        inspected("bn", line(0), line(10, smoothness=1.0), norm="batch", activation="tanh", rate=0.1),
-        series("refused", REFUSED, norm="batch"),
-        inspected("nothing", line(0, **NOTHING), line(10, **NOTHING), norm="batch", activation="relu"),
-    ]
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
 
 
-@pytest.fixture(scope="module")
-def html(compared):
-    return report.comparison(compared)
+def section(text):
+    chart = Chart("data:light", "data:dark", text, text)
+    return Section(text, (text,) * 2, (chart,), (text, text), ((text, text),) * 2)
 
 
-def test_comparison_has_each_claim_with_its_sentences_as_they_are(compared, html):
+def claims(*groups):
+    return [found for claim in CLAIMS if (found := claim.section(groups))]
+
+
+def test_page_shows_every_text_as_it_is_written():
+    page = Page(report.render(ODD, ODD, [section(ODD)] * 3, ODD))
+    for tag, count in dict(title=1, h1=1, p=8, h2=3, a=3, figcaption=3, th=12, td=6).items():
+        assert page.said[tag] == [ODD] * count, tag
+    assert [image["alt"] for image in page.all("img")] == [ODD] * 3
+
+
+def test_page_needs_nothing_else_and_runs_nothing():
+    html = report.render("title", "intro", [section("a/b,c_d")] * 3, "footer")
     page = Page(html)
-    sections = [claim.section(compared) for claim in report.CLAIMS]
-    assert page.said["h2"] == [section.title for section in sections] and len(sections) == 5
-    intro, *told, footer = page.said["p"]
-    assert told == sentences(sections) and len(told) > 10
-    assert intro == f"The baseline is {ODD}; beside it bn, refused and nothing.{SETTING}"
-    assert footer == (
-        "Made from 4 runs, which took 6 seconds in all. Every sentence is computed from what was measured."
-    )
-    assert page.said["title"] == page.said["h1"] == [f"Comparison with {ODD}"]
-    assert escape(ODD) in html and "<b>" not in html
+    assert not re.search(r"https?:|//|@import|@font-face|url\(", html)
+    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "iframe", "object"})
+    assert {image["src"] for image in page.all("img")} == {"data:light"}
+    dark = {"media": "screen and (prefers-color-scheme: dark)", "srcset": "data:dark"}
+    assert page.all("source") == [dark] * 3 and f"@media {dark['media']}" in html and "@media print" in html
+    assert any("default-src 'none'; img-src data:" in meta.get("content", "") for meta in page.all("meta"))
 
 
-def test_comparison_has_each_picture_and_each_cell(compared, html):
-    page = Page(html)
-    sections = [claim.section(compared) for claim in report.CLAIMS]
-    assert page.said["figcaption"] == [picture.caption for each in sections for picture in each.pictures]
-    assert page.pictures == len(page.said["figcaption"]) == 1 + (3 + 1) + 3 + 5 + 1
-    assert page.said["td"] == [cell for each in sections for row in each.table.rows for cell in row[1:]]
-    assert page.said["figcaption"][1] == f"{ODD}: median (thick), 15th and 85th percentile of the inputs."
+def test_what_is_referred_to_exists_and_tables_can_be_reached_by_keyboard():
+    for count, links in ((2, 0), (3, 3)):
+        page = Page(report.render("", "", [section(f"{n}") for n in range(count)], ""))
+        ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+        assert len(ids) == len(set(ids)) == count
+        assert [link["href"] for link in page.all("a")] == [f"#{id}" for id in ids[:links]]
+        assert {each["aria-labelledby"] for _, each in page.elements if "aria-labelledby" in each} == set(ids)
+        boxes = [box for box in page.all("div") if box["class"] == "scroll"]
+        assert [(box["role"], box["tabindex"]) for box in boxes] == [("region", "0")] * count
 
 
-def test_same_comparison_has_the_same_bytes(compared, html):
-    assert report.comparison(compared) == html
+def test_claim_is_a_table_a_chart_or_two_and_two_sentences_at_most(monkeypatch):
+    undrawn(monkeypatch)
+    plain = inspected(ODD, line(0), line(10, loss=1.5), line(20), activation="sigmoid")
+    bn = inspected("bn", line(0), line(10, loss=1.0), norm="batch", activation="tanh", position=1)
+    nothing = inspected("none", line(0, **NOTHING), line(10, **NOTHING), norm="batch", position=2)
+    for groups in ([plain, bn, group("refused", REFUSED), nothing], [nothing, plain], [nothing]):
+        sections = claims(*groups)
+        assert len(sections) == 5
+        for each in sections:
+            assert len(each.sentences) <= 2 and 1 <= len(each.charts) <= 2
+            assert each.rows and {len(row) for row in each.rows} == {len(each.header)}
+        page = Page(report.render("title", "intro", sections, "footer"))
+        assert page.said["p"] == ["intro", *(text for each in sections for text in each.sentences), "footer"]
+        assert page.said["td"] == [cell for each in sections for row in each.rows for cell in row[1:]]
+    untrained = inspected("a", line(0), norm="batch")
+    assert [each.title for each in claims(untrained, group("b", REFUSED))] == ["How fast it trains"]
 
 
-def test_baseline_alone_is_a_comparison_of_which_more_is_to_come():
-    page = Page(report.comparison([series("plain", {10: 0.5, 20: 0.9}, seconds=1234.5)]))
-    assert page.said["p"] == [
-        "The baseline is plain." + SETTING,
-        "plain took 20 steps to its best accuracy, 0.9000.",
-        "Made from 1 run, which took 1,234 seconds in all. Every sentence is computed from what "
-        "was measured.",
-    ]
-
-
-def test_comparison_in_which_everything_is_refused_is_a_page_still():
-    page = Page(report.comparison([series("plain", REFUSED), series("bn", REFUSED)]))
-    assert page.said["h2"] == ["How fast it trains"] and page.pictures == 0
-    assert page.said["p"][-1].startswith("Made from 2 runs, which took 3 seconds in all.")
-
-
-def test_comparison_in_which_nothing_is_a_number_is_a_page_still():
-    page = Page(report.comparison([inspected("nothing", line(0, **NOTHING), norm="batch")]))
-    assert len(page.said["h2"]) == 5 and page.pictures == 10
-    assert "nan" not in " ".join(page.said["p"] + page.said["td"]).lower()
-
-
-def test_runs_of_which_nobody_took_the_time_took_none():
-    page = Page(report.comparison([series("plain", REFUSED, seconds=None)]))
-    assert "which took 0 seconds in all" in page.said["p"][-1]
-
-
-def test_twelve_jobs_are_told_apart(monkeypatch):
-    monkeypatch.setattr(report, "CLAIMS", (training_speed,))
-    html = report.comparison([series(f"job {n}", {10: 0.5, 20: 0.8 + n / 100}) for n in range(12)])
-    page = Page(html)
-    assert len(page.said["tr"]) == 13 and page.pictures == 2
-    looks = re.findall(r'style="fill: none; (stroke[^"]*)"', html)
-    assert len({look for look in looks if "stroke: #" in look}) == 12
-
-
-# Sweeps
-
-RATE = "optimizer.learning_rate"
-
-
-def sweep(*found, **options):
-    points, runs = zip(*found)
-    return report.sweep(options.get("title", "out"), points, runs)
-
-
-def test_sweep_has_a_section_for_each_key_of_numbers_and_all_jobs():
-    points = [
-        {"model.norm": norm, RATE: rate, "seed": seed}
-        for norm in ("batch", "none")
-        for rate in (0.1, 1.0)
-        for seed in (0, 1)
-    ]
-    runs = [
-        run(
-            {10: 0.5, 20: 0.9 - point[RATE] / 10},
-            lines=[line(0), line(20)],
-            norm=point["model.norm"],
-            seed=point["seed"],
+def test_name_keeps_its_colour_on_the_whole_page(monkeypatch):
+    drawn, places = undrawn(monkeypatch), {"a": 1, "b": 2, "c": 3}
+    jobs = [inspected(name, line(0), line(10), norm="batch", position=at) for name, at in places.items()]
+    claims(group("not inspected", {10: 0.9}), *jobs)
+    assert len(drawn) == 8
+    for alt, axes in drawn.items():
+        found = colors(axes)
+        assert {name: found[name] for name in places} == {n: charts.COLORS[at] for n, at in places.items()}, (
+            alt
         )
-        for point in points
+    drawn.clear()
+    values = [{"model.norm": norm, RATE: rate} for norm in ("batch", "ghost") for rate in (0.1, 1.0)]
+    lines = [line(0), line(10)]
+    runs = [run({10: 0.9}, name=f"{each}", values=each, lines=lines, norm="ghost") for each in values]
+    sweep.sections(report.group(runs))
+    accuracy, error, gap = (colors(axes) for axes in drawn.values())
+    assert accuracy == error and not set(error.values()) & set(gap.values())
+
+
+def test_comparison_json_has_an_object_a_job_of_medians_and_seeds():
+    plain = group("plain", {10: 0.2, 30: 0.9}, {10: 0.3, 20: 0.8})
+    bn = group("bn", {10: 0.8, 15: 0.95}, {10: 0.9, 20: 0.9}, seconds=4.0, norm="batch")
+    never = group("never", {10: 0.1}, FAILED, seconds=None)
+    baseline, other, last = report.entries([plain, bn, never])
+    keys = ["name", "best_test_accuracy", "steps_to_target", "speedup"]
+    assert list(other)[:4] == keys and list(other.values())[:4] == ["bn", pytest.approx(0.925), 12.5, 2.0]
+    assert other["ranges"]["steps_to_target"] == [10, 15] and other["wall_seconds"] == 4.0
+    assert other["speedup_over"] == {"plain": 2.0, "bn": 1.0, "never": None}
+    assert other["seeds"][0] == {
+        **{"seed": 0, "run_dir": "unused", "status": "finished", "error": None, "test_accuracy": 0.94},
+        **{"best_test_accuracy": 0.95, "steps_to_target": 15, "speedup": 2.0, "wall_seconds": 4.0},
+    }
+    assert (baseline["steps_to_target"], baseline["speedup"]) == (25, 1)
+    assert [last[key] for key in keys] == ["never", None, None, None]
+    assert last["seeds"][1]["error"] == FAILED["error"]
+
+
+def test_page_says_what_is_compared_and_what_its_accuracies_are():
+    common = "All on digits, for 100 steps, in batches of 128"
+    rates = [run(name=f"{rate}", values={RATE: rate, "seed": 0, "model.norm": "none"}) for rate in (1, 2)]
+    for groups, compare, intro in (
+        ([group("a", {})], True, f"The baseline is a. {common}."),
+        (
+            [group(n, {}, {}) for n in "abc"],
+            True,
+            f"The baseline is a; compared with it: b and c. {common}, with 2 seeds.",
+        ),
+        (report.group(rates), False, f"2 jobs over learning rate and norm. {common}."),
+    ):
+        assert " ".join(report._intro(groups, compare)) == intro
+    runs = [run(seconds=1234.5), run(seed=1, status="refused", lines=[line(0)])]
+    footer = report._footer(runs, True)
+    for text in (
+        "Made from 2 runs, which took 1,234 seconds in all. Every sentence is computed",
+        "The best of the test curve (best_test_accuracy) is its maximum over all evaluations",
+        "At the best validation is the test accuracy after best_step, at which the accuracy on the "
+        "validation",
+        "What was measured inside the networks is that of the first seed.",
+    ):
+        assert text in footer
+    assert "best_step" not in report._footer(runs, False) and "first seed" not in report._footer(
+        runs[:1], True
+    )
+
+
+# All of it, but for the training
+
+
+@pytest.fixture
+def study(monkeypatch, tmp_path, capsys):
+    """Returns a function that runs a command in `tmp_path`, with curves, errors or stops by a norm.
+
+    That returns the exit code, what was printed, the numbers and the page.
+    """
+    undrawn(monkeypatch)
+    monkeypatch.chdir(ROOT)
+
+    def study(words, **ends):
+        def fit(config, stop):
+            end = ends[config.model.norm]
+            if isinstance(end, Exception):
+                raise end
+            if end == "stopped":
+                stop.received = signal.SIGTERM
+                return Summary("stopped", step=0)
+            write_run(config, end)
+            return Summary("finished", 20, 10, end[10], 0.5, max(end.values()), wall_seconds=1.5)
+
+        monkeypatch.setattr(runner, "fit", fit)
+        code = main([*words.split(), "--num-processes", "1", "--out", str(tmp_path)])
+        (numbers,) = tmp_path.glob("*.json")
+        return code, capsys.readouterr().out, read_json(numbers), (tmp_path / "report.html").read_text()
+
+    return study
+
+
+COMPARE = "compare configs/digits_mlp_without.toml configs/digits_mlp.toml --seeds 2"
+NORMS = "sweep configs/digits_mlp.toml --model.norm none,batch,layer"
+SLOW, FAST, IDLE = {10: 0.5, 20: 0.9}, {10: 0.95, 20: 0.9}, {10: 0.15, 20: 0.1}
+
+
+def table(shown):
+    return [" ".join(row.split()) for row in shown.splitlines() if row[:2] == "  " and row.strip()]
+
+
+def test_comparison_writes_its_numbers_and_its_page_and_prints_a_table(study, tmp_path):
+    code, shown, jobs, html = study(COMPARE, none=SLOW, batch=FAST)
+    assert code == 0 and [(job["name"], job["speedup"]) for job in jobs] == [
+        ("digits_mlp_without", 1),
+        ("digits_mlp", 2),
     ]
-    html = report.sweep(ODD, points, runs)
+    assert jobs[1]["seeds"][1]["run_dir"] == f"{tmp_path}/digits_mlp,seed=1"
     page = Page(html)
-    assert page.said["h1"] == [f"Sweep: {ODD}"] and escape(ODD) in html and page.pictures == 3
-    assert page.said["h2"] == ["Over the learning rate", "Training and evaluation", "All jobs"]
-    assert page.said["p"][0] == "8 jobs, over norm, learning rate and seed." + SETTING
-    for norm in ("batch", "none"):
-        assert (
-            f"With norm = {norm} the best final test accuracy was 0.8900, at a learning rate of 0.1; it "
-            "learnt at every value, and ended at 0.8000 at the worst."
-        ) in page.said["p"]
-    assert page.said["th"][-4:] == [
-        f"norm = {norm}, learning rate = {rate}" for norm in ("batch", "none") for rate in (0.1, 1.0)
+    assert page.said["h1"] == ["Comparison with digits_mlp_without"] and len(page.all("img")) == 2
+    assert table(shown) == [
+        "job best of the test curve steps to the baseline's best speed-up ended",
+        "digits_mlp_without 0.9000 20 1.0 finished",
+        "digits_mlp 0.9500 10 2.0 finished",
     ]
-    assert report.sweep(ODD, points, runs) == html
+    files = [f"Numbers: {tmp_path}/comparison.json", f"Report: {tmp_path}/report.html"]
+    assert shown.splitlines()[-4:] == [*page.said["p"][1:3], *files]
 
 
-@pytest.mark.parametrize(
-    "points, jobs, intro, rows",
-    [
-        ([{}], [{"curve": {10: 0.9}}], "1 job.", ["out"]),
-        ([{RATE: 0.1}], [{"curve": {10: 0.9}}], "1 job, over learning rate.", ["learning rate = 0.1"]),
-        (
-            [{"model.norm": "batch"}, {"model.norm": "none"}],
-            [{"curve": {10: 0.9}}, FAILED],
-            "2 jobs, over norm.",
-            ["norm = batch", "norm = none"],
-        ),
-        ([{"seed": 0}, {"seed": 1}], [{"curve": {10: 0.9}}, REFUSED], "2 jobs, over seed.", ["out"]),
-        (
-            [{RATE: 0.1}, {RATE: 1}],
-            [REFUSED] * 2,
-            "2 jobs, over learning rate.",
-            ["learning rate = 0.1", "learning rate = 1"],
-        ),
-    ],
-)
-def test_sweep_without_numbers_to_draw_is_a_table(points, jobs, intro, rows):
-    page = Page(report.sweep("out", points, [run(**job) for job in jobs]))
-    assert page.said["h2"] == ["All jobs"] and page.pictures == 0
-    assert page.said["p"][0] == intro + SETTING and page.said["th"][4:] == rows
+def test_job_that_never_learnt_has_no_steps_to_a_target_in_the_terminal_or_on_the_page(study):
+    _, shown, _, html = study(COMPARE, none=IDLE, batch=IDLE)
+    assert table(shown)[1:] == [
+        f"{name} 0.1500 - - finished" for name in ("digits_mlp_without", "digits_mlp")
+    ]
+    assert Page(html).said["td"][4::8] == Page(html).said["td"][5::8] == ["-", "-"]
+    assert "digits_mlp_without did not learn: its best test accuracy was 0.1500" in shown
 
 
-def test_sweep_of_failed_jobs_says_so_and_draws_nothing_but_axes():
-    points, jobs = [{RATE: 0.1}, {RATE: 1.0}], [run(**FAILED, curve={10: 0.9})] * 2
-    page = Page(report.sweep("out", points, jobs))
-    assert page.said["p"][1] == "Here no job came to its end." and page.pictures == 2
-    assert page.said["td"] == ["failed", "-", "0.9000"] * 2
+def test_job_that_fails_or_is_refused_does_not_stop_the_rest(study, tmp_path):
+    ends = dict(none=RunFailed("the loss of step 3 is not finite. Lower."), batch=UserError("no such data."))
+    code, shown, (failed, refused, finished), html = study(NORMS, **ends, layer=FAST)
+    assert code == 2 and [job["status"] for job in (failed, refused, finished)] == [
+        "failed",
+        "refused",
+        "finished",
+    ]
+    assert (failed["model.norm"], failed["error"]) == ("none", "the loss of step 3 is not finite. Lower.")
+    assert refused["error"] == "no such data." and refused["step"] is None
+    assert (
+        finished.items()
+        >= {
+            **{"model.norm": "layer", "run_dir": f"{tmp_path}/model.norm=layer", "error": None, "step": 20},
+            **{
+                "best_step": 10,
+                "test_accuracy": 0.95,
+                "test_loss": 0.5,
+                "best_test_accuracy": 0.95,
+                "wall_seconds": 1.5,
+            },
+        }.items()
+    )
+    said = ["failed: the loss of step 3 is not finite", "refused: no such data", "finished"]
+    assert Page(html).said["td"][2::3] == said and table(shown)[1] == f"norm = none - - {said[0]}"
 
 
-@pytest.mark.parametrize("reached", [(1.0, 1.0), (1.0, 0.0), (0.9, 0.9)])
-def test_sweep_draws_jobs_that_are_all_right_or_all_wrong(reached):
-    points = [{RATE: 0.1}, {RATE: 1.0}]
-    assert Page(report.sweep("out", points, [run({10: at}) for at in reached])).pictures == 2
+def test_call_of_which_every_job_is_refused_leaves_what_an_earlier_one_wrote(study):
+    _, _, *before = study(NORMS, none=SLOW, batch=FAST, layer=FAST)
+    refused = dict.fromkeys(("none", "batch", "layer"), UserError("holds another job."))
+    code, shown, *after = study(NORMS, **refused)
+    assert code == 2 and "refused: holds another job" in shown and "Report" not in shown and after == before
+
+
+def test_stop_says_how_to_go_on_until_all_are_finished(study):
+    rest = "1 of 3 jobs have finished; the same line again goes on with the others."
+    code, shown, jobs, html = study(NORMS, none=SLOW, batch="stopped", layer=FAST)
+    assert code == 143 and rest in shown and rest in html
+    assert [job["status"] for job in jobs] == ["finished", "stopped"]
+    code, shown, jobs, html = study(NORMS, none=SLOW, batch=FAST, layer=FAST)
+    assert code == 0 and len(jobs) == 3 and rest not in shown + html

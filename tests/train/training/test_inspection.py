@@ -2,24 +2,21 @@
 
 import functools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiled import quick_jit
-from jobs import final_state, fit
 from numpy.testing import assert_allclose, assert_array_equal
 
-from train.config import Config, Data, Model, Optimizer
-from train.data import dataset as data
-from train.runs import processes as distributed
+from tests.helpers.jobs import final_state, fit, make_config, results
+from train import data
+from train.runs import processes
 from train.runs.checkpoints import Checkpoints
-from train.runs.log import Logs, read_inspections, read_metrics
-from train.training import inspection, loop
-from train.training import steps as states
-from train.training.job import Job
+from train.runs.log import Log, read_inspections
+from train.training import inspection, prepare, steps
+
+pytestmark = pytest.mark.slow
 
 KEYS = (
     "units movement histograms slope identity_error loss losses gradient_changes smoothness gradient_shift "
@@ -29,50 +26,44 @@ OPEN_EDGES = np.array([-np.inf, *np.arange(-7.75, 8, 0.25), np.inf])
 LAYERS = [["Dense_0", "BatchNorm_0"], ["Dense_1", "BatchNorm_1"], ["Dense_2"]]
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Compiling takes longer than all else: here every program runs a few times only."""
-    monkeypatch.setattr(inspection, "_measure", quick_jit(inspection._measure.__wrapped__, static_argnums=0))
-    monkeypatch.setattr(
-        states, "train_on_batch", quick_jit(states.train_on_batch.__wrapped__, static_argnums=0)
-    )
-    monkeypatch.setattr(loop.curves, "draw", lambda run_dir: None)
-
-
 def make_job(**changes):
-    sections = {"data": Data, "model": Model, "optimizer": Optimizer}
     model = {"widths": (6, 5), "activation": "sigmoid"} | changes.pop("model", {})
-    values = {"run_dir": "unused", "steps": 30, "devices": 1, "model": model} | changes
-    built = {key: sections[key](**value) if key in sections else value for key, value in values.items()}
-    return Job(Config(**built))
+    return prepare(make_config("unused", model=model, **changes))
 
 
 def batch_of(job, step):
-    """Returns the rows of the training split that a step takes, counted from 0."""
+    """Return the rows of the training split that a step takes, counted from 0."""
     epoch, at = divmod(step, job.steps_per_epoch)
     size = job.config.batch_size
     return data.order(job.config.seed, epoch, len(job.data.train))[at * size : at * size + size]
 
 
-def take(job, state, steps):
-    """Takes steps as a job does whose data do not lie on the devices."""
+def take(job, state, count):
+    """Take steps as a job does whose data are not on the devices."""
     state = jax.tree.map(jnp.copy, state)
-    for _ in range(steps):
-        batch = distributed.shard(job.mesh, job.data.train.take(batch_of(job, int(state.step))))
-        state = states.train_on_batch(job.recipe, state, job.source._replace(examples=batch))
+    for _ in range(count):
+        batch = job.data.train.take(batch_of(job, int(state.step)))
+        batch = processes.shard(job.step_config.mesh, batch)
+        state = steps.train_on_batch(job.step_config, state, job.inputs._replace(examples=batch))
     return state
 
 
+def inspect(job, state):
+    return inspection.inspect(job.step_config, job.data, job.inputs, state)
+
+
 # One job for all that is compared by value. Its learning rate differs from step to step.
+OPTIMIZER = {"schedule": "linear", "learning_rate": 0.4, "base_batch_size": 64}
+
+
 @functools.cache
 def sigmoid_job():
-    schedule = {"schedule": "linear", "learning_rate": 0.4, "base_batch_size": 64}
-    return make_job(optimizer=schedule)
+    return make_job(optimizer=OPTIMIZER)
 
 
 @functools.cache
 def reached(step):
-    """Returns the job's state at a step, the one after the next step, and what was measured between them."""
+    """Return the job's state at a step, the one after the next step, and what was measured between them."""
     job = sigmoid_job()
     params = job.initial.variables.params
     # Some inputs leave the histograms' range, so that their outermost bins have something to hold.
@@ -80,13 +71,13 @@ def reached(step):
     variables = job.initial.variables._replace(params=params | {"BatchNorm_0": norm})
     state = take(job, job.initial._replace(variables=variables), step)
     kept = jax.tree.map(np.array, state)
-    measured = inspection.inspect(job, state)
+    measured = inspect(job, state)
     jax.tree.map(assert_array_equal, state, kept)
     return jax.device_get(state), jax.device_get(take(job, state, 1)), measured
 
 
 def forward(params, x, stats=None, xp=np):
-    """Returns the logits, and what each activation gets."""
+    """Return the logits, and what each activation gets."""
     x, seen = x.reshape(len(x), -1), []
     for i in range(2):
         norm = params[f"BatchNorm_{i}"]
@@ -101,7 +92,10 @@ def forward(params, x, stats=None, xp=np):
 
 
 def mean_loss(params, x, labels, stats=None, xp=np):
-    logits, _ = forward(params, x, stats, xp)
+    return cross_entropy(forward(params, x, stats, xp)[0], labels, xp)
+
+
+def cross_entropy(logits, labels, xp=np):
     return (xp.log(xp.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]).mean()
 
 
@@ -119,12 +113,12 @@ def fixed_examples():
 
 
 def gradients(params, x, labels):
-    """Returns gradients in float64 of the function above, and of none of ours."""
+    """Return gradients in float64 of the function above, and of none of ours."""
     with jax.enable_x64(True):
         return wide(_gradient(params, x, labels))
 
 
-@quick_jit
+@jax.jit
 def _gradient(params, x, labels):
     return jax.grad(lambda params: mean_loss(params, x, labels, xp=jnp))(params)
 
@@ -198,7 +192,7 @@ def test_landscape_is_that_of_the_next_batch_along_its_gradient_in_learning_rate
     gradient = gradients(params, *batch)
     assert_allclose(measured["loss"], mean_loss(params, *batch), rtol=1e-5)
     # It is the loss that training sees.
-    assert_allclose(measured["loss"], float(following.sums.loss - state.sums.loss) / 128, rtol=1e-4)
+    assert_allclose(measured["loss"], float(following.sums["loss"] - state.sums["loss"]) / 128, rtol=1e-4)
     changes = []
     for factor, loss, change in zip(
         (0.5, 1, 2, 4), measured["losses"], measured["gradient_changes"], strict=True
@@ -250,74 +244,58 @@ def test_batch_norm_can_give_the_inputs_of_the_last_hidden_layer_back(step):
 @pytest.mark.parametrize(
     "options",
     [
-        {"model": {"name": "nnx_mlp", "norm": "layer"}, "optimizer": {"accumulate": 2, "average": 0.9}},
-        {"model": {"name": "cnn", "norm": "ghost", "dtype": "bfloat16", "widths": (4,)}},
-        {"model": {"norm": "none"}, "data": {"normalize": True}},
+        {"model": {"name": "nnx_mlp", "norm": "none"}, "optimizer": {"accumulate": 2, "average": 0.9}},
+        {"model": {"norm": "ghost", "dtype": "bfloat16"}, "data": {"normalize": True}, "devices": 4},
     ],
-    ids=["nnx layer norm, accumulated, averaged", "cnn ghost norm, bfloat16", "no norm"],
+    ids=["nnx without norm, accumulated, averaged", "ghost norm, bfloat16, on devices"],
 )
 def test_every_kind_of_job_is_measured_on_its_next_batch_and_the_fixed_examples(options):
-    job = make_job(**options)
-    state = take(job, job.initial, 1)
-    measured = inspection.inspect(job, state)
+    job = make_job(**options | {"model": options["model"] | {"widths": (4,)}})
+    network, variables = job.step_config.network, jax.device_get(job.initial.variables)
+    state = job.initial
+    if state.average is not None:  # is evaluated, and not what is trained and measured
+        state = state._replace(average=jax.tree.map(lambda leaf: leaf + 1, state.average))
+    measured = inspect(job, state)
     assert all(np.isfinite(value) for value in jax.tree.leaves(measured))
-    # Evaluation is a program of its own, which is tested by itself.
-    first = data.Split(job.data.train.inputs, job.data.train.labels, job.data.train.rows[:512])
-    assert measured["running_statistics"] == pytest.approx(job.evaluate(state.variables, first), rel=1e-3)
+    assert min(measured["movement"]) > 1e-4
 
-    batch, fixed = (job.data.train.take(rows) for rows in (batch_of(job, 1), np.arange(512)))
-    inputs, examples = (job.source.preprocessing(split.inputs) for split in (batch, fixed))
+    batch, fixed = (job.data.train.take(rows) for rows in (batch_of(job, 0), np.arange(512)))
+    inputs, examples = (job.data.preprocessing(split.inputs) for split in (batch, fixed))
 
-    @quick_jit
+    @jax.jit
     def run(variables):
-        logits, _ = job.recipe.network.apply(variables, inputs, train=True)
-        return logits, job.recipe.network.activation_inputs(variables, examples, train=True)
+        logits, _ = network.apply(variables, inputs, train=True)
+        evaluated, _ = network.apply(variables, examples, train=False)
+        return logits, evaluated, network.activation_inputs(variables, examples, train=True)
 
-    (logits, before), (_, after) = (
-        jax.tree.map(np.float64, run(at.variables)) for at in (state, take(job, state, 1))
-    )
+    logits, evaluated, layers = jax.tree.map(np.float64, run(variables))
     rounding = 0.05 if job.config.model.dtype == "bfloat16" else 1e-3
-    loss = (np.log(np.exp(logits).sum(-1)) - logits[np.arange(128), batch.labels]).mean()
-    assert_allclose(measured["loss"], loss, rtol=rounding)
-    layers = before, after, measured["movement"], measured["histograms"]
-    for old, new, movement, histogram in zip(*layers, strict=True):
-        old, new = (x.reshape(-1, x.shape[-1]) for x in (old, new))
-        distances = np.sqrt(((np.sort(new, 0) - np.sort(old, 0)) ** 2).mean(0)) / old.std(0)
-        assert_allclose(movement, np.median(distances), rtol=10 * rounding)
-        assert_allclose(histogram, np.histogram(old, OPEN_EDGES)[0] / old.size, atol=rounding)
-
-
-def test_streamed_data_and_devices_give_the_same_numbers():
-    job = sigmoid_job()
-    one = inspection.inspect(job, job.initial)
-    options = {"schedule": "linear", "learning_rate": 0.4, "base_batch_size": 64}
-    streamed = make_job(optimizer=options, data={"device_gib": 0.0})
-    assert not streamed.on_device and job.on_device
-    assert inspection.inspect(streamed, streamed.initial) == one
-    four = make_job(optimizer=options, devices=4)
-    assert four.mesh.size == 4
-    ours = inspection.inspect(four, four.initial)
-    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-5), ours, one)
+    assert_allclose(measured["loss"], cross_entropy(logits, batch.labels), rtol=rounding)
+    running = measured["running_statistics"]
+    assert_allclose(running["loss"], cross_entropy(evaluated, fixed.labels), rtol=rounding)
+    assert_allclose(running["accuracy"], (evaluated.argmax(-1) == fixed.labels).mean(), atol=rounding)
+    for layer, histogram in zip(layers, measured["histograms"], strict=True):
+        assert_allclose(histogram, np.histogram(layer, OPEN_EDGES)[0] / layer.size, atol=rounding)
 
 
 def test_where_the_learning_rate_is_0_there_is_no_step_to_measure():
     job = sigmoid_job()
-    end = job.initial._replace(step=jnp.full((), job.total_steps, jnp.int32))
-    measured = inspection.inspect(job, end)
-    for name, value in measured.items():
+    last = processes.replicate(job.step_config.mesh, np.int32(job.step_config.total_steps))
+    end = job.initial._replace(step=last)
+    for name, value in inspect(job, end).items():
         no_step = {bool(np.isnan(number)) for number in jax.tree.leaves(value)}
         assert no_step == {name in inspection.OF_THE_STEP}, name
 
 
-def test_what_is_no_number_becomes_null_and_does_not_keep_the_rest_from_being_written(tmp_path):
+def test_number_that_is_not_finite_becomes_null_and_the_rest_is_written(tmp_path):
     job = sigmoid_job()
     params = job.initial.variables.params
     head = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params["Dense_2"])
     variables = job.initial.variables._replace(params=params | {"Dense_2": head})
     broken = job.initial._replace(variables=variables, step=np.int32(7))
-    with Logs(tmp_path, first_step=0, total_steps=30) as logs:
-        logs.inspection(7, inspection.inspect(job, broken))
-        logs.inspection(8, inspection.inspect(job, job.initial))
+    with Log(tmp_path, first_step=0, total_steps=30) as log:
+        log.inspection(7, inspect(job, broken))
+        log.inspection(8, inspect(job, job.initial))
     assert "NaN" not in (tmp_path / "inspection.jsonl").read_text()
     first, second = read_inspections(tmp_path)
     assert (first["step"], second["step"]) == (7, 8)
@@ -327,44 +305,33 @@ def test_what_is_no_number_becomes_null_and_does_not_keep_the_rest_from_being_wr
     assert isinstance(second["loss"], float)
 
 
-# Two steps an epoch; stops fall on steps with and without an evaluation.
-SHORT = {"steps": 5, "eval_every": 2, "batch_size": 600, "optimizer": {"average": 0.9}}
-
-
-def test_a_job_is_measured_at_its_start_and_each_evaluation_and_does_not_change(make_config, tmp_path):
-    plain, seen = (
-        make_config(run_dir=str(tmp_path / str(inspect)), inspect=inspect, **SHORT)
-        for inspect in (False, True)
-    )
-    fit(plain), fit(seen)
-    assert [line["step"] for line in read_inspections(tmp_path / "True")] == [0, 2, 4, 5]
-    assert not (tmp_path / "False" / "inspection.jsonl").exists()
-    ours, theirs = (
-        [{**line, "seconds": None} for line in read_metrics(Path(config.run_dir))] for config in (seen, plain)
-    )
-    assert ours == theirs and len(ours) == 9
-    jax.tree.map(assert_array_equal, final_state(seen), final_state(plain))
-
-
-def test_an_interrupted_job_leaves_the_measurements_of_an_uninterrupted_one(
-    make_config, tmp_path, monkeypatch
+def test_job_is_measured_at_its_start_and_each_evaluation_whatever_interrupts_it_and_does_not_change(
+    tmp_path, monkeypatch
 ):
-    whole, parts = (make_config(run_dir=str(tmp_path / n), inspect=True, **SHORT) for n in ("whole", "parts"))
-    fit(whole)
-    assert fit(parts, stop_after=1)["status"] == "stopped"
+    model = {"widths": (6, 5), "activation": "sigmoid"}
+    configs = {
+        name: make_config(tmp_path / name, model=model, optimizer=OPTIMIZER, inspect=name != "plain")
+        for name in ("plain", "whole", "parts")
+    }
+    fit(configs["plain"]), fit(configs["whole"])
+    assert [line["step"] for line in read_inspections(tmp_path / "whole")] == [0, 12, 24, 30]
+    assert not (tmp_path / "plain" / "inspection.jsonl").exists()
+    assert results(tmp_path / "whole") == results(tmp_path / "plain")
+    states = (final_state(configs[name]) for name in ("whole", "plain"))
+    jax.tree.map(assert_array_equal, *states)
 
     def killed(*_):
         raise KeyboardInterrupt
 
+    assert fit(configs["parts"], stop_after=1).status == "stopped"
     # After a measurement, before the checkpoint that belongs to it; and then in the middle of the next one.
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Checkpoints, "save", killed)
-        fit(parts)
+        fit(configs["parts"])
     path = tmp_path / "parts" / "inspection.jsonl"
-    assert [line["step"] for line in read_inspections(path.parent)] == [0, 2]
+    assert [line["step"] for line in read_inspections(path.parent)] == [0, 12]
     with path.open("a") as file:
-        file.write('{"step": 4, "units": [[0.')
-    while fit(parts, stop_after=1)["status"] != "finished":
+        file.write('{"step": 24, "units": [[0.')
+    while not fit(configs["parts"], stop_after=3).finished:
         pass
     assert path.read_bytes() == (tmp_path / "whole" / "inspection.jsonl").read_bytes()
-    assert len(read_inspections(path.parent)) == 4

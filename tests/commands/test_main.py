@@ -1,0 +1,119 @@
+"""What commands print, leave behind and return."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.command import ROOT
+from train import __main__ as program
+from train import data
+from train.config import load
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, epochs, reached", [("digits_mlp_nnx", 20, 0.96), ("digits_cnn", 3, 0.9)])
+def test_digits_jobs_learn(tmp_path, command, name, epochs, reached):
+    """All of configs/digits_mlp.toml is trained in test_signals.py."""
+    flags = ["--epochs", epochs, "--run-dir", tmp_path]
+    code, _, complaint = command(f"configs/{name}.toml", *flags)
+    assert (code, complaint) == (0, "")
+    assert json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] >= reached
+
+
+def test_mnist_job_takes_its_file_from_the_environment(tmp_path, monkeypatch):
+    images, labels = np.zeros((600, 28, 28), np.uint8), np.arange(600) % 10
+    arrays = {"x_train": images, "y_train": labels, "x_test": images[:100], "y_test": labels[:100]}
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    monkeypatch.setenv("JBN_DATA", str(tmp_path))
+    loaded = data.load(load(ROOT / "configs" / "mnist_mlp.toml", []).data)
+    assert [len(split) for split in (loaded.train, loaded.validation, loaded.test)] == [540, 60, 100]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("JBN_DATA" not in os.environ, reason="needs MNIST in $JBN_DATA")
+def test_mnist_job_reaches_its_accuracy_on_real_mnist(tmp_path, command):
+    assert command("configs/mnist_mlp.toml", "--run_dir", tmp_path)[0] == 0
+    assert json.loads((tmp_path / "summary.json").read_text())["test_accuracy"] >= 0.98
+
+
+def test_bad_input_exits_2_with_a_message_and_no_traceback(command):
+    for arguments, named in (
+        (["configs/digits_mlp.toml", "--epocs", "3"], "--epochs"),
+        (["configs/digits_mlp.toml", "--seed", "zero"], "--seed"),
+        (["configs/digits_mlp.toml", "--seed", "-1"], "seed: expected a number >= 0"),
+        (["configs/digits_lmp.toml"], "configs/digits_lmp.toml does not exist"),
+        (
+            ["configs/mnist_mlp.toml", "--data.path", "/no/such.npz"],
+            "'/no/such.npz' does not exist; expected an .npz",
+        ),
+        (["eval", "/no/such/run"], "'/no/such/run' is not a run directory"),
+        (["eval"], "Missing from python -m train eval"),
+        (["predict", "/no/such/run"], "images: expected one file or more, got none"),
+        (
+            ["compare", "configs/digits_mlp.toml"],
+            "compare: expected two configs or more, the baseline first, got",
+        ),
+        (["sweep", "configs/digits_mlp.toml", "--seeds", "0"], "--seeds"),
+        (["trian", "configs/digits_mlp.toml"], "is neither a config nor a command.\nusage: python -m train"),
+    ):
+        code, printed, complaint = command(*arguments)
+        assert code == 2, arguments
+        assert printed == "" and named in complaint and "Traceback" not in complaint, (arguments, complaint)
+
+
+def test_usage_is_printed_and_asking_for_it_is_no_mistake(command):
+    for arguments, code in (([], 2), (["--help"], 0), (["-h"], 0)):
+        ended, printed, _ = command(*arguments)
+        assert ended == code and printed.startswith("usage: python -m train")
+        for name in ("eval", "predict", "export", "compare", "sweep", "list"):
+            assert f"\n  {name} " in printed
+
+
+def test_list_shows_every_config_in_a_line(command):
+    code, printed, _ = command("list")
+    names = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.toml"))
+    assert code == 0 and [line.split()[0] for line in printed.splitlines()] == names
+    assert all(len(line.split()) > 4 for line in printed.splitlines())
+
+
+def test_uncaught_exception_exits_1_with_its_traceback_alone_where_there_are_others(command, monkeypatch):
+    def broken(_):
+        raise ZeroDivisionError("of the program")
+
+    alone = []
+    monkeypatch.setattr(program.os, "_exit", alone.append)
+    monkeypatch.setitem(program.COMMANDS, "list", lambda: broken(0))
+    code, _, complaint = command("list")
+    assert (
+        code == 1 and "Traceback" in complaint and complaint.endswith("ZeroDivisionError: of the program\n")
+    )
+    assert alone == []
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    command("list")
+    assert alone == [1]
+
+
+def test_programs_are_cached_in_a_folder_of_this_program_and_a_users_setting_stays(tmp_path, monkeypatch):
+    ours = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XDG_"))}
+    cache = "JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE"
+
+    def used(**variables):
+        monkeypatch.setattr(os, "environ", ours | variables)
+        program._use_compilation_cache()
+        return [os.environ.get(name) for name in cache]
+
+    folder, size = used(XDG_CACHE_HOME=str(tmp_path / "caches"))
+    assert Path(folder).parent == tmp_path / "caches" / "jbn" and Path(folder).is_dir()
+    assert size == str(2**30)  # a limit, without which JAX does not lock the folder
+    folder, _ = used(HOME=str(tmp_path / "home"))
+    assert Path(folder).parent == tmp_path / "home" / ".cache" / "jbn"
+    home = {"XDG_CACHE_HOME": str(tmp_path / "other")}
+    assert used(**home, JAX_COMPILATION_CACHE_MAX_SIZE="5")[1] == "5"
+    assert (
+        used(JAX_COMPILATION_CACHE_DIR="elsewhere") == ["elsewhere", None] and not Path("elsewhere").exists()
+    )
+    (tmp_path / "file").touch()
+    assert used(XDG_CACHE_HOME=str(tmp_path / "file")) == [None, None]

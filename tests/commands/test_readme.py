@@ -1,0 +1,90 @@
+"""Every code block of the README runs, as a stranger would run it."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.helpers.command import ENVIRONMENT, ROOT
+from train.config import load, total_steps
+from train.runs.summary import Summary
+from train.studies import runner
+from train.training import job
+
+README = (ROOT / "README.md").read_text()
+INDENTED = re.findall(r"^    (.+)$", README.split("\n## ")[0], re.M)
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+@pytest.mark.slow
+def test_python_blocks_run_one_after_the_other():
+    """In a process that compiles them quickly: they are hundreds of programs that run once."""
+    assert len(blocks("python")) >= 11
+    code = "\n".join([*blocks("python"), "assert isinstance(running, jbn.Moments)"])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_first_lines_are_the_two_of_a_fresh_machine():
+    assert INDENTED == [
+        "pip install -e '.[train]' && python -m train configs/digits_mlp.toml",
+        "pip install -e '.[test]' && pytest",
+    ]
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """Go to a folder with the configs and a stand-in for MNIST, where runs may be written."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    rng = np.random.RandomState(0)
+    images, labels = rng.randint(0, 256, (600, 28, 28)).astype(np.uint8), rng.randint(0, 10, 600)
+    arrays = {"x_train": images, "y_train": labels, "x_test": images[:50], "y_test": labels[:50]}
+    np.savez(tmp_path / "mnist.npz", **arrays)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_shell_lines_run_in_their_order(checkout, command, monkeypatch):
+    """Their jobs take ten steps at most; those of compare and sweep none: tests/train/studies has them."""
+    monkeypatch.setattr(job, "total_steps", lambda *given: min(10, total_steps(*given)))
+    monkeypatch.setattr(runner, "fit", lambda config, stop: Summary("finished", step=0))
+    monkeypatch.chdir(checkout)
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    assert len(lines) >= 14
+    for line in lines:
+        program, *words = shlex.split(line)
+        assert (program, words[:2]) == ("python", ["-m", "train"])
+        code, printed, complaint = command(*words[2:])
+        assert (code, complaint) == (0, ""), line
+        assert printed
+    for study in ("digits_mlp-sweep", "deep_sigmoid-comparison", "rates", "batches", "momenta"):
+        assert (checkout / "runs" / study / "report.html").exists()
+
+
+@pytest.mark.parametrize("language, processes", [("bash", None), ("yaml", "2")])
+def test_lines_for_clusters_are_a_job_that_loads(language, processes):
+    (block,) = blocks(language)
+    # One command over several lines, up to one that begins something else.
+    command = re.search(r"python -m train ((?:.*\n)(?: +--.*\n)*)", block)[1]
+    config, *flags = shlex.split(command.replace("$JOB_COMPLETION_INDEX", "1"))
+    loaded = load(ROOT / config, flags)
+    assert loaded.run_dir == "/shared/runs/cifar10" and str(loaded.num_processes or None) == str(processes)
+
+
+def test_every_config_that_is_named_exists():
+    configs = re.findall(r"configs/\w+\.toml", README)
+    assert len(configs) >= 6 and all((ROOT / config).is_file() for config in configs)
+    assert (ROOT / "LICENSE").exists()
