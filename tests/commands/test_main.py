@@ -16,7 +16,7 @@ from train.config import load
 @pytest.mark.slow
 @pytest.mark.parametrize("name, epochs, reached", [("digits_mlp_nnx", 20, 0.96), ("digits_cnn", 3, 0.9)])
 def test_digits_jobs_learn(tmp_path, command, name, epochs, reached):
-    """All of configs/digits_mlp.toml is trained in test_signals.py."""
+    """Those of configs/digits_mlp.toml do in test_signals.py."""
     flags = ["--epochs", epochs, "--run-dir", tmp_path]
     code, _, complaint = command(f"configs/{name}.toml", *flags)
     assert (code, complaint) == (0, "")

@@ -20,7 +20,7 @@ from train.training import steps
 
 pytestmark = pytest.mark.slow
 
-JOB = ["configs/digits_mlp.toml", "--eval-every", "50", "--devices", "1"]
+JOB = ["configs/digits_mlp.toml", "--epochs", "30", "--eval-every", "50", "--devices", "1"]
 
 
 def wait(process, until):
@@ -80,7 +80,7 @@ def test_job_that_signals_stop_resumes_to_the_same_bits_in_a_terminal_and_is_eva
     done = finish(process)
     assert done.returncode == 143, done
     summary = json.loads((run_dir / "summary.json").read_text())
-    assert summary["status"] == "stopped" and 50 <= summary["step"] < 500
+    assert summary["status"] == "stopped" and 50 <= summary["step"] < 300
     assert done.stdout.splitlines()[-1].startswith(f"Stopped at step {summary['step']}: test accuracy 0.")
     # It has saved where it was, and lost nothing.
     assert results(run_dir)[-1]["step"] == summary["step"] // 50 * 50
@@ -88,14 +88,14 @@ def test_job_that_signals_stop_resumes_to_the_same_bits_in_a_terminal_and_is_eva
     code, shown = in_a_terminal(*job)
     assert code == 0, shown
     assert f"going on from step {summary['step']}" in shown
-    assert "steps/s" in shown and "500" in shown
+    assert "steps/s" in shown and "300" in shown
     # Its last line takes the place of the progress bar.
     last, summary = (
         shown.splitlines()[-1].rpartition("\x1b[2K")[2],
         json.loads((run_dir / "summary.json").read_text()),
     )
     assert last == (
-        f"Finished at step 500: test accuracy {summary['test_accuracy']:.4f} at step "
+        f"Finished at step 300: test accuracy {summary['test_accuracy']:.4f} at step "
         f"{summary['best_step']}, the best by validation. Files: {run_dir}. "
         f"Evaluate: python -m train eval {run_dir}"
     )
