@@ -112,6 +112,21 @@ def test_job_whose_end_was_not_noted_is_finished_by_its_checkpoint(copied):
     assert dataclasses.replace(again, **of_the_session) == dataclasses.replace(summary, **of_the_session)
 
 
+def test_job_whose_chart_finds_the_disk_full_is_not_noted_as_finished(copied, monkeypatch):
+    config, _ = copied
+    path = Path(config.run_dir) / "summary.json"
+    path.unlink()
+
+    def full(run_dir):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(loop.curves, "draw", full)
+        fit(config)
+    assert not path.exists()
+    assert fit(config).finished and path.exists()
+
+
 def test_run_whose_checkpoints_are_gone_does_not_begin_again_in_silence(copied, make_config):
     config, _ = copied
     shutil.rmtree(Path(config.run_dir) / "checkpoints")
