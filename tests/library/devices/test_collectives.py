@@ -38,6 +38,12 @@ def program(way):
     return jax.jit(jax.value_and_grad(loss_of(WAYS.get(way, train)), (0, 1), has_aux=True))
 
 
+def results(way, *args):
+    """Returns `y`, running moments, and the gradients to `x` and to the parameters."""
+    (_, (y, new)), (dx, dparams) = jax.tree.map(np.asarray, program(way)(*args))
+    return y, new, dx, dparams
+
+
 @cache
 def forward(way):
     return jax.jit(WAYS.get(way, train))
@@ -109,7 +115,7 @@ def test_further_derivatives_are_those_of_one_device(x64, way, derive):
 @slow
 def test_further_derivatives_of_many_narrow_samples_are_those_of_one_device():
     # So many on each device that the backward pass adds up a third sum, for GPUs.
-    x, target = (random((8 * 8200, 3), "bfloat16", mean, sd) for mean, sd in ((3, 2), (0, 1)))
+    x, target = (np.asarray(random((8 * 8200, 3), "bfloat16", mean, sd)) for mean, sd in ((3, 2), (0, 1)))
     params, running = layer(3)
 
     def derive(way):
@@ -129,7 +135,7 @@ def test_further_derivatives_of_many_narrow_samples_are_those_of_one_device():
 @slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
 def test_dtypes_are_those_of_one_device(dtype):
-    x, (params, running) = random(SHAPE, dtype), layer(3, dtype)
+    x, (params, running) = np.asarray(random(SHAPE, dtype)), layer(3, dtype)
     actual, expected = (
         forward(way)(x, None, params, running) for way in ("shard_map, two axes", "one device")
     )
@@ -144,7 +150,7 @@ def test_dtypes_are_those_of_one_device(dtype):
 def test_large_means_are_exact_from_the_first_step(way):
     params, running = layer(3)
     for size in (1e4, 1e6):
-        x = random(SHAPE, mean=size, sd=1)
+        x = np.asarray(random(SHAPE, mean=size, sd=1))
         y, new = forward(way)(x, None, params, running)
         mean, var, _ = reference.moments(x)
         step = np.spacing(np.float32(size))
@@ -180,26 +186,22 @@ def test_uncounted_rows_may_hold_anything_on_any_device(way):
     clean, params, mask, running, target = batch(ROWS < 5, "float32")
     poisoned, target = np.where(mask, clean, np.float32(np.nan)), np.where(mask, target, np.float32(0))
     poisoned[-1] = np.inf
-    (_, (y, new)), (dx, dparams) = program(way)(poisoned, params, mask, running, target)
+    y, new, dx, dparams = results(way, poisoned, params, mask, running, target)
     assert np.isfinite(y).all()
     assert_array_equal(dx[5:], 0)
-    (_, (y_clean, new_clean)), (dx_clean, dparams_clean) = program("one device")(
-        clean, params, mask, running, target
-    )
-    assert_close((y[:5], dx[:5], dparams, new), (y_clean[:5], dx_clean[:5], dparams_clean, new_clean), 1e-5)
+    y_clean, new_clean, dx_clean, dparams_clean = results("one device", clean, params, mask, running, target)
+    assert_close((y[:5], new, dx[:5], dparams), (y_clean[:5], new_clean, dx_clean[:5], dparams_clean), 1e-5)
 
-    nothing = np.zeros_like(mask)
-    (_, (y, new)), (dx, dparams) = program(way)(
-        np.full_like(poisoned, np.nan), params, nothing, running, target * 0
-    )
+    poisoned[:] = np.nan
+    y, new, *gradients = results(way, poisoned, params, np.zeros_like(mask), running, np.zeros_like(target))
     assert np.isfinite(y).all()
     jax.tree.map(assert_array_equal, new, running)
-    jax.tree.map(lambda leaf: assert_array_equal(leaf, 0), (dx, dparams))
+    jax.tree.map(lambda leaf: assert_array_equal(leaf, 0), gradients)
 
 
 @slow
 def test_moments_carry_their_gradient_over_devices(x64):
-    x, w = random((16, 3), "float64"), np.random.RandomState(1).rand(16, 3)
+    x, w = np.asarray(random((16, 3), "float64")), np.random.RandomState(1).rand(16, 3)
 
     def first_and_second(measure):
         def loss(x):
@@ -225,7 +227,7 @@ def in_scan(f):
 @pytest.mark.parametrize("stage", [jax.jit, jax.checkpoint, in_scan], ids=["jit", "checkpoint", "scan"])
 def test_gradient_of_a_vmap_that_was_staged_before(x64, stage):
     # JAX forgets the axis name in a custom rule here; the layer must not depend on it.
-    x, (params, running) = random((2, 16, 3), "float64"), layer(3, "float64")
+    x, (params, running) = np.asarray(random((2, 16, 3), "float64")), layer(3, "float64")
 
     def gradient(way, stage):
         one = lambda x: jnp.sum(jnp.sin(way(x, None, params, running)[0]))

@@ -52,7 +52,7 @@ def one_step(case, norm):
         grads, (y, stats_new) = jax.grad(loss, has_aux=True)(variables["params"])
         return variables, (y, grads, stats_new)
 
-    return run(np.stack([X + i for i in range(8)]) if case in STACKED else X)
+    return run(np.stack([X + i for i in range(8)]) if case == "vmap, all shared" else X)
 
 
 def members(norm, in_axes=0, axis_name=None, **variable_axes):
@@ -134,12 +134,10 @@ MODELS = {
     "cond": Branches,
     "shared in setup, called twice": Shared,
     "vmap, an ensemble": partial(members, in_axes=None, params=0, batch_stats=0),
-    "vmap, shared parameters": partial(members, params=None, batch_stats=0),
     "vmap, all shared": partial(members, params=None, batch_stats=None, axis_name="parts"),
 }
 
 
-STACKED = ("vmap, shared parameters", "vmap, all shared")
 QUICK = ("remat", "vmap, all shared")
 
 
