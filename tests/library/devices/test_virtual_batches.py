@@ -48,6 +48,7 @@ def assert_close(actual, wanted, tolerance=3e-5):
         assert_allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_parts_are_per_device_and_collectives_touch_only_the_running_moments():
     mesh = jax.make_mesh((DEVICES,), ("i",), axis_types=(AxisType.Auto,))
     f = partial(layer, size=2, axis_name="i")

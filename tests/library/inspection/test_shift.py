@@ -112,6 +112,7 @@ def test_nan_in_one_layer_stays_with_the_gradients_that_have_it():
     assert_array_equal(shift.cosine, [1, 1, np.nan])
 
 
+@pytest.mark.slow
 def test_the_program_holds_the_loss_once_however_many_layers():
     for depth in 1, 20:
         layers = [np.ones(3, np.float32)] * depth
@@ -191,6 +192,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.parametrize("norm", [jbn.linen.BatchNorm, nn.BatchNorm])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -216,6 +218,7 @@ class NNX(nnx.Module):
         return self.a_last(nnx.relu(self.a_norm(self.z_first(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_layers_of_an_nnx_network_are_split_joined_and_measured():
     graphdef, params, rest = nnx.split(NNX(nnx.Rngs(0)), nnx.Param, ...)

@@ -51,6 +51,7 @@ def shifted(image, pixels=2):
     return images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config, changes",
     [(FLIP, [mirrored]), (CROP, [cropped]), (SHIFT, [shifted]), (EVERYTHING, [mirrored, cropped, shifted])],
@@ -83,6 +84,7 @@ def test_changes_are_made_one_after_the_other_and_each_as_it_would_be_alone():
     assert_array_equal(run(EVERYTHING, IMAGES, KEY), images)
 
 
+@pytest.mark.slow
 def test_choices_for_an_image_depend_neither_on_the_others_nor_on_the_number_of_devices():
     whole = run(EVERYTHING, IMAGES, KEY)
     others = np.array(IMAGES)

@@ -189,6 +189,7 @@ def test_validation_is_held_out_of_the_training_data_and_never_of_the_test_data(
 # Large data
 
 
+@pytest.mark.slow
 def test_data_larger_than_memory_stay_mapped_and_are_never_in_memory_at_once(tmp_path, monkeypatch):
     shape = (64, 64, 3)
     monkeypatch.setattr(loading, "CHUNK", 64 * 4 * int(np.prod(shape)))

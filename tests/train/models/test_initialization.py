@@ -50,6 +50,7 @@ def assert_gaussian(kernel, std, name):
     assert_allclose((np.abs(kernel) > 2 * std).mean(), 0.0455, rtol=0.2, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", USUAL)
 def test_every_layer_starts_with_the_usual_weights_or_with_those_that_kernel_std_asks_for(name):
     assert initializers(name) == USUAL[name]

@@ -58,6 +58,7 @@ USUAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_hidden_layer_is_normalized_and_the_parameters_are_as_many_as_published(name):
     image, classes, parameters = USUAL[name]
@@ -94,6 +95,7 @@ def test_every_network_takes_every_norm_and_names_its_parameters_as_optimizers_a
             assert shapes(make(name, norm=norm, rule=jbn.pooled())) == variables, norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_each_activation_of_a_network_is_seen_once_in_its_dtype(name):
     for activation in ("relu", "sigmoid", "tanh"):

@@ -218,11 +218,13 @@ def resnet(layers, *, blocks, large):
     return layers.linear(x.mean((1, 2)), "Dense_0")
 
 
+@pytest.mark.slow
 def test_resnet20_is_what_the_paper_writes_down_where_shortcuts_pad_or_drop_channels():
     network = make("resnet20", widths=(3, 5, 4), activation="tanh", norm_inputs=True)
     assert_computes(network, partial(resnet, blocks=(3, 3, 3), large=False), "tanh")
 
 
+@pytest.mark.slow
 def test_resnet_for_large_images_is_what_the_paper_writes_down_where_shortcuts_project():
     module = ResNet(
         blocks=(1, 1),

@@ -156,6 +156,7 @@ def test_processes_are_connected_as_the_flags_or_the_cluster_say(make_config, co
         processes.initialize(make_config())
 
 
+@pytest.mark.slow
 def test_process_that_never_comes_ends_the_others_with_a_message(make_config, monkeypatch, capfd):
     ended = threading.Event()
     codes = []

@@ -158,6 +158,7 @@ def test_steps_of_one_dispatch_stay_inside_their_epoch_and_evaluation(make_confi
     assert dispatched == [(0, 1), (1, 2), (3, 4), (7, 3), (0, 2), (2, 8), (0, 4), (4, 6)]
 
 
+@pytest.mark.slow
 def test_rate_is_of_training_alone_without_the_dispatch_that_compiles(make_config, monkeypatch):
     """With a clock that advances by a second whenever it is read."""
     seconds = iter(range(10**6))

@@ -161,6 +161,7 @@ def test_accumulation_normalizes_each_part_and_keeps_the_statistics_of_the_whole
     assert_allclose(found["count"], 1 - 0.9**2 if debias else 2, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_number_of_steps_in_a_dispatch_cannot_change_a_bit():
     config, state, inputs = setup(data={"shift": 1}, optimizer={"average": 0.3})
     inside, outside = (take(config, state, inputs, 0, 5, loop=loop) for loop in (True, False))
@@ -184,6 +185,7 @@ def test_average_is_of_weights_and_statistics_and_forgets_the_start_quickly():
     assert state.evaluated is state.average and isinstance(state.average, Variables)
 
 
+@pytest.mark.slow
 def test_devices_take_the_same_steps_as_one_and_share_their_statistics():
     one, four = (take(*setup(devices=devices), 0, 5) for devices in (1, 4))
     assert_close(four, one)
