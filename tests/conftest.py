@@ -1,5 +1,7 @@
 """The strictest JAX that a user may run, for every test: what holds here holds with the defaults."""
 
+import gc
+import itertools
 import os
 import tempfile
 
@@ -24,6 +26,8 @@ if jax.__version_info__ < (0, 11):  # later ones have left only the emitters tha
     _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 
+gc.set_threshold(20_000, 20)  # a twelfth of the time is spent on looking for cycles at the default
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -37,6 +41,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, pytest.DoctestItem):
             item.add_marker(pytest.mark.slow)
+
+
+_modules = itertools.count(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Let go of what was compiled after every eighth module: it serves the next ones, but only grows."""
+    yield
+    if next(_modules) % 8 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -52,8 +52,10 @@ def test_heading_says_what_is_trained_on_what(finished, make_config):
 
 
 def test_seeds_of_a_job_share_all_their_programs_and_have_their_own_orders(
-    finished, make_config, monkeypatch, caplog
+    make_config, tmp_path, monkeypatch, caplog
 ):
+    first = make_config(seed=2, run_dir=str(tmp_path / "first"))
+    fit(first)
     orders, order = [], loop.data.order
     monkeypatch.setattr(loop.data, "order", lambda *given: orders.append(given) or order(*given))
     programs = (job.create, steps._many_steps, evaluation.eval_step)
@@ -63,7 +65,7 @@ def test_seeds_of_a_job_share_all_their_programs_and_have_their_own_orders(
         fit(seeded)
     assert "Compiling" not in caplog.text
     assert [program._cache_size() for program in programs] == sizes
-    assert results(seeded.run_dir) != results(finished[0].run_dir)
+    assert results(seeded.run_dir) != results(first.run_dir)
     assert list(dict.fromkeys(orders)) == [(3, epoch, 1293) for epoch in range(3)]
 
 
