@@ -1,10 +1,8 @@
 """Shardings that are part of an array's type: those of an explicit mesh, and what varies in a `shard_map`."""
 
 import math
-from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 
@@ -36,15 +34,3 @@ def replicate_unless_divisible(x: jax.Array, axis: int, parts: int) -> jax.Array
         return x
     spec = PartitionSpec(*(None if a == axis else names for a, names in enumerate(sharding.spec)))
     return reshard(x, NamedSharding(sharding.mesh, spec))
-
-
-def vary_like(values: Sequence[jax.Array], x: jax.Array) -> Sequence[jax.Array]:
-    """Mark values that are the same on all devices of a `shard_map` as varying like `x`.
-
-    JAX inserts this conversion by itself, once for each use of each value, and transposes each to a
-    collective of its own in the backward pass. Stacked and converted here, the values share one.
-    """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return values
-    stacked = jnp.stack(values)
-    return list(stacked + jnp.zeros_like(x, shape=(), dtype=stacked.dtype))

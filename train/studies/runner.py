@@ -57,7 +57,7 @@ def train_all(
         if outcome.error and processes.is_primary():
             print(f"{outcome.status}: {outcome.error}", flush=True)
         after_each(outcomes)
-        if stop.received is not None:
+        if processes.agree(0, stop).signal:
             break
     return outcomes
 

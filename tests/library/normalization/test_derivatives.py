@@ -1,6 +1,6 @@
 """The derivative rule: autodiff of the plain formula is the reference, in float64."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,17 @@ def test_moments_and_normalize_compose_to_the_same_gradient(x64, mask):
     x, scale, bias = arguments()
     dy = np.cos(reference.batch_norm(x, scale, bias, mask=MASKS[mask])) * TARGET
     expected = reference.gradients(x, dy, scale, mask=MASKS[mask])
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-9, atol=1e-11), actual, expected)
+
+
+@pytest.mark.parametrize("derivative", ["grad", pytest.param("hessian", marks=pytest.mark.slow)])
+def test_hidden_nan_acts_as_the_mean_also_where_a_loss_sees_its_output(x64, derivative):
+    mask = MASKS["Boolean"]
+    hidden = lambda x, *params: ours(jnp.where(mask, x, jnp.nan), *params, mask)
+    expected = lambda x, scale, bias: jnp.where(mask, plain(x, scale, bias, mask), bias[None])
+    actual, expected = (
+        jax.jit(partial(DERIVATIVES[derivative], loss_of(f)))(arguments()) for f in (hidden, expected)
+    )
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-9, atol=1e-11), actual, expected)
 
 

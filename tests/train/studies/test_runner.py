@@ -8,6 +8,7 @@ import pytest
 
 from tests.helpers.jobs import StopAfter
 from train.errors import RunFailed, UserError
+from train.runs import processes
 from train.runs.files import write_json
 from train.runs.stopping import StopRequests
 from train.runs.summary import Summary
@@ -87,6 +88,12 @@ def test_stop_ends_all_with_its_signal_unless_nothing_is_left(train):
     ):
         found, seen = train(*ends, received=received)
         assert (found, len(seen[-1])) == (code, begun), ends
+
+
+def test_stop_that_another_process_received_between_jobs_ends_all_here_too(train, monkeypatch):
+    monkeypatch.setattr(processes, "max_over_processes", lambda steps, received: [steps, signal.SIGTERM])
+    found, seen = train("finished", "finished")
+    assert (found, len(seen[-1])) == (143, 1)
 
 
 def test_programs_are_dropped_only_before_a_job_that_has_others(train, monkeypatch):
