@@ -99,6 +99,17 @@ def quick_init(key, shape, dtype=jnp.float32, **_):
     return 0.5 * jnp.sin(angles**2).reshape(shape)  # of full rank
 
 
+class Block(nnx.Module):
+    """A dense layer, a batch norm of the given class and tanh, for NNX."""
+
+    def __init__(self, norm, rngs, **options):
+        self.dense = nnx.Linear(4, 4, kernel_init=quick_init, rngs=rngs)
+        self.bn = norm(4, momentum=0.5, rngs=rngs, **options)
+
+    def __call__(self, x):
+        return jnp.tanh(self.bn(self.dense(x)))
+
+
 def opposite(train):
     return not train if isinstance(train, bool) else jnp.logical_not(train)
 

@@ -14,21 +14,12 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from tests.helpers import reference
-from tests.helpers.flax_layers import quick_init
+from tests.helpers.flax_layers import Block, quick_init
 from tests.helpers.layers import random
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 X = np.asarray(random((8, 4), mean=1))
 BOTH = (jbn.nnx.BatchNorm, nnx.BatchNorm)
-
-
-class Block(nnx.Module):
-    def __init__(self, norm, rngs, **options):
-        self.dense = nnx.Linear(4, 4, kernel_init=quick_init, rngs=rngs)
-        self.bn = norm(4, momentum=0.5, rngs=rngs, **options)
-
-    def __call__(self, x):
-        return jnp.tanh(self.bn(self.dense(x)))
 
 
 def state(model):
