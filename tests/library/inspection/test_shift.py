@@ -242,6 +242,7 @@ def test_layers_of_an_nnx_network_are_split_joined_and_measured():
     assert shift.distance[0] == 0 and shift.distance[1] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_layers_work_inside_jit_as_static_and_on_gradients():
     apply, params = linen()

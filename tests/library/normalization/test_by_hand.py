@@ -20,6 +20,7 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-6), tuple(actual), tuple(expected))
 
 
+@pytest.mark.slow
 def test_moments_without_a_count_have_none_yet():
     running, batch = jbn.Moments(np.full(3, 2, np.float32), np.full(3, 4, np.float32)), (MEAN, VAR, COUNT)
     assert running.count == 0 and len(jax.tree.leaves(running)) == 3

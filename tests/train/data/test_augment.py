@@ -77,6 +77,7 @@ def test_choices_follow_from_the_key():
     assert np.asarray(first != other).any((1, 2, 3)).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_changes_are_made_one_after_the_other_and_each_as_it_would_be_alone():
     images = IMAGES
     for config in (FLIP, CROP, SHIFT):

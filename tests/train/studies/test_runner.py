@@ -104,6 +104,7 @@ def test_programs_are_dropped_only_before_a_job_that_has_others(train, monkeypat
     assert len(cleared) == 1
 
 
+@pytest.mark.slow
 def test_jobs_that_differ_in_their_seed_share_their_compiled_programs(make_config, tmp_path):
     small, counts = dict(steps=1, model={"widths": (4,)}), []
     jobs = [make_config(run_dir=str(tmp_path / f"{seed}"), seed=seed, **small) for seed in (0, 1)]

@@ -51,6 +51,7 @@ def test_heading_says_what_is_trained_on_what(finished, make_config):
     assert heading.endswith(f" on 4 x {kind}, going on from step 1,200")
 
 
+@pytest.mark.slow
 def test_seeds_of_a_job_share_all_their_programs_and_have_their_own_orders(
     make_config, tmp_path, monkeypatch, caplog
 ):
@@ -101,6 +102,7 @@ def test_best_step_is_by_validation_and_not_by_test(make_config, monkeypatch):
     assert load_best(Path(make_config().run_dir)).step == 24
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_job_whose_validation_no_longer_gets_better(make_config, monkeypatch):
     config = make_config(eval_every=6, early_stopping=2)
     accuracies = [0.1, 0.5, 0.4, 0.3, 0.9]

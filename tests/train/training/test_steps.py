@@ -173,6 +173,7 @@ def test_number_of_steps_in_a_dispatch_cannot_change_a_bit():
         jax.tree.map(assert_array_equal, whole, parts)
 
 
+@pytest.mark.slow
 def test_average_is_of_weights_and_statistics_and_forgets_the_start_quickly():
     config, state, inputs = setup(data={"shift": 1}, optimizer={"average": 0.3})
     expected = wide(state.variables)
