@@ -6,10 +6,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 import jbn.linen
 import jbn.nnx
+from tests.helpers.layers import random
 
 
 def eager(f, **_):
@@ -90,6 +92,15 @@ class NNX:
 
     def infer(self, x, **kwargs):
         return self.step(self.params, self.stats, x, False, **kwargs)[0]
+
+
+both = pytest.mark.parametrize("flavour", [Linen, NNX])
+X, WEIGHT = (np.asarray(random((8, 4, 3), mean=1, seed=seed)) for seed in (0, 1))
+
+
+def make(flavour, x=X, **options):
+    """Returns a layer of ours in the flavour, its calls compiled."""
+    return flavour(flavour.ours, x, jit=jax.jit, **options)
 
 
 def quick_init(key, shape, dtype=jnp.float32, **_):

@@ -14,11 +14,10 @@ from numpy.testing import assert_allclose
 import jbn
 import jbn.linen
 import jbn.nnx
-from tests.helpers.flax_layers import NNX, Linen
+from tests.helpers.flax_layers import NNX, Linen, both
 from tests.helpers.layers import layer, random
 
 X = np.asarray(random((8, 3)))
-both = pytest.mark.parametrize("flavour", [Linen, NNX])
 
 
 def make(flavour, **options):

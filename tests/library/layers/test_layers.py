@@ -13,17 +13,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 import jbn
 from tests.helpers import flax_layers, reference
 from tests.helpers.compiled import COLLECTIVES
-from tests.helpers.flax_layers import NNX, Linen, gradients
+from tests.helpers.flax_layers import WEIGHT, X, both, gradients, make
 from tests.helpers.layers import random
 
-both = pytest.mark.parametrize("flavour", [Linen, NNX])
-X, WEIGHT = (np.asarray(random((8, 4, 3), mean=1, seed=seed)) for seed in (0, 1))
 SOME = np.arange(8)[:, None, None] > 2
 assert_close = partial(assert_allclose, atol=5e-6)
-
-
-def make(flavour, x=X, **options):
-    return flavour(flavour.ours, x, jit=jax.jit, **options)
 
 
 @cache

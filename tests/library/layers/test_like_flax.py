@@ -10,11 +10,10 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.helpers import reference
-from tests.helpers.flax_layers import NNX, Linen, gradients, quick_init
+from tests.helpers.flax_layers import NNX, Linen, both, gradients, quick_init
 from tests.helpers.layers import random
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-both = pytest.mark.parametrize("flavour", [Linen, NNX])
 X, WEIGHT = (np.asarray(random((8, 4, 3), mean=1, seed=seed)) for seed in (0, 1))
 MASKS = {
     "no mask": None,

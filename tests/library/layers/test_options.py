@@ -10,17 +10,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
 from tests.helpers import reference
-from tests.helpers.flax_layers import NNX, Linen, gradients, quick_init
+from tests.helpers.flax_layers import WEIGHT, Linen, X, both, gradients, make, quick_init
 from tests.helpers.layers import random
 
-both = pytest.mark.parametrize("flavour", [Linen, NNX])
-X, WEIGHT = (np.asarray(random((8, 4, 3), mean=1, seed=seed)) for seed in (0, 1))
 SOME = np.arange(8)[:, None, None] > 2
 assert_close = partial(assert_allclose, atol=5e-6)
-
-
-def make(flavour, x=X, **options):
-    return flavour(flavour.ours, x, jit=jax.jit, **options)
 
 
 # Dtypes.
