@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jbn._axes import expand, other_axes
 from jbn._collectives import NamedAxes, group_sum
 from jbn._dtypes import arithmetic_dtype
-from jbn._sharding import shard_like
+from jbn._sharding import shard_like, vary_like
 from jbn._statistics import Moments, cast, divide_by_unit, measure, select, zero_mean_where_var_is_inf
 from jbn._weights import share_of, weigh, where_counted
 from jbn._xla import prefers_spread, spread, unshared_on_cpu
@@ -162,13 +162,18 @@ def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
         again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
     again = again * unshared_on_cpu(inv_of_x)
     per_sample = lambda values: expand(values, x.ndim, axes)
-    Q = dscale - a * mean_ndx
+    Q, minus_mean = dscale - a * mean_ndx, -mean_dx
     if prefers_spread(x.shape, reduced, dtype):
-        centring = spread(-mean_dx, a, shape=x.shape, new_axes=reduced)
-    else:
-        centring = per_sample(-a * mean_dx)
-    # What acts as the mean moves with it.
-    offset = per_sample(dbias) + _where_usable(x, weights, centring)
+        minus_mean, Q, P = vary_like((minus_mean, Q, dbias), x)
+        (scale,) = vary_like((a,), x)  # by itself, because it is not a tangent
+        centring = spread(minus_mean, scale, shape=x.shape, new_axes=reduced)
+        offset = per_sample(P) + _where_usable(x, weights, centring)
+    elif weights is None:
+        P, Q = vary_like((dbias + a * minus_mean, Q), x)
+        offset = per_sample(P)
+    else:  # what acts as the mean moves with it
+        P, Q, minus_mean = vary_like((dbias, Q, a * minus_mean), x)
+        offset = per_sample(P) + _where_usable(x, weights, per_sample(minus_mean))
     dy = per_sample(a) * dx + again * per_sample(Q) + offset
     # The derivative of an infinite variance is 0.
     in_range = used.var < jnp.inf

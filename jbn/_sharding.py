@@ -1,8 +1,10 @@
 """Shardings that are part of an array's type: those of an explicit mesh, and what varies in a `shard_map`."""
 
 import math
+from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 
 
@@ -34,3 +36,16 @@ def replicate_unless_divisible(x: jax.Array, axis: int, parts: int) -> jax.Array
         return x
     spec = PartitionSpec(*(None if a == axis else names for a, names in enumerate(sharding.spec)))
     return reshard(x, NamedSharding(sharding.mesh, spec))
+
+
+def vary_like(values: Sequence[jax.Array], x: jax.Array) -> Sequence[jax.Array]:
+    """Mark values that are the same on all devices of a `shard_map` as varying like `x`.
+
+    JAX inserts this conversion by itself, once for each use of each value, and transposes it to a collective.
+    Stacked and converted here, the values share one; and converted before they are broadcast to the shape of
+    `x`, their gradients are summed over the samples first, and only then over the devices.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return values
+    stacked = jnp.stack(values)
+    return list(stacked + jnp.zeros_like(x, shape=(), dtype=stacked.dtype))

@@ -47,6 +47,28 @@ def test_a_layer_has_one_collective_forward_and_one_backward(learnt, weighted, g
     assert collectives(both_ways, x, mask, params, running, x) == ["all-reduce"] * 2
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_devices_exchange_a_few_numbers_a_feature_and_no_samples(dtype, masked):
+    # So many rows that 16-bit samples take the other backward pass.
+    x, mask = jax.ShapeDtypeStruct((8 * 8200, 3), dtype), jax.ShapeDtypeStruct((8 * 8200, 1), bool)
+    params, running = jbn.init(3)
+    forward = on_devices(
+        lambda x, mask, *rest: train(x, mask if masked else None, *rest, axis_name=NAMES)[0],
+        NAMES,
+        out_specs=P(NAMES),
+    )
+
+    def both_ways(x, mask, params, dy):
+        y, vjp = jax.vjp(lambda x, params: forward(x, mask, params, running), x, params)
+        return y, vjp(dy)
+
+    lowered = jax.jit(both_ways).lower(x, mask, params, x)
+    assert lowered.as_text().count("stablehlo.all_reduce") == 2  # one each way, before XLA combines any
+    sizes = [size for size, _ in all_reduces(lowered.compile().as_text())]
+    assert len(sizes) == 2 and max(sizes) <= 4 * 3 * 16  # bytes: 16 float32 numbers a feature
+
+
 @pytest.mark.slow
 def test_three_layers_have_three_collectives_each_way():
     x, (params, running) = random(SHAPE), layer(3)
