@@ -1,6 +1,7 @@
 """The log of a run: metrics.jsonl (the truth), inspection.jsonl, TensorBoard, and a table in the terminal."""
 
 import math
+import platform
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 from train.runs.files import JsonLines, read_lines
 
@@ -47,7 +50,7 @@ class Log:
             )
             if self._metrics.kept:
                 self._started -= self._metrics.kept[-1].get("seconds", 0.0)
-            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+            self._tensorboard = _EventFile(run_dir / "tensorboard", purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -102,7 +105,7 @@ class Log:
         for split, values in results.items():
             for key, value in values.items():
                 if math.isfinite(value):
-                    self._tensorboard.add_scalar(f"{key}/{split}", value, step)
+                    self._tensorboard.add(f"{key}/{split}", value, step)
         self._tensorboard.flush()
         if not self._in_table:
             self.print(_header(results))
@@ -113,6 +116,30 @@ class Log:
         """Write the measurements of a step, made inside the network."""
         if self._writes:
             self._inspections.append({"step": step, **measured})
+
+
+class _EventFile:
+    """A new file of scalars for TensorBoard.
+
+    tensorboardX's SummaryWriter writes in a thread: its `flush` does not wait for what is queued, which a
+    kill then loses, and nobody learns of a full disk.
+    """
+
+    def __init__(self, folder: Path, *, purge_step: int):
+        """Open the file; what earlier files have from `purge_step` on counts no longer."""
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{platform.node()}"  # as TensorBoard looks for
+        self._file = RecordWriter(str(folder / name))
+        self._write(0, file_version="brain.Event:2")
+        self._write(purge_step, session_log=SessionLog(status=SessionLog.START))
+        self.flush, self.close = self._file.flush, self._file.close
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Write one value."""
+        self._write(step, summary=scalar(name, value))
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 class _Rate(ProgressColumn):

@@ -142,14 +142,25 @@ def test_progress_shows_rate_and_time_left(tmp_path, capsys, seconds_per_step, s
     assert training.endswith(f" 60/100 {shown}")
 
 
-def test_tensorboard_has_the_same_values(tmp_path):
-    write(tmp_path, [10])
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    scalars, data = {}, file.read_bytes()
+def events(run_dir):
+    """Yields the events of the one file that TensorBoard reads."""
+    (file,) = (run_dir / "tensorboard").iterdir()
+    data = file.read_bytes()
     while data:  # records: length (8 bytes), its checksum (4), the event, its checksum (4)
         size = int.from_bytes(data[:8], "little")
-        for value in Event.FromString(data[12 : 12 + size]).summary.value:
-            scalars[value.tag] = value.simple_value
+        yield Event.FromString(data[12 : 12 + size])
         data = data[16 + size :]
-    assert scalars["loss/train"] == 1.5 and scalars["accuracy/test"] == 0.125
-    assert len(scalars) == 5  # all but the NaN
+
+
+def test_tensorboard_has_the_same_values_before_the_next_step_is_taken(tmp_path):
+    with Log(tmp_path, first_step=0, total_steps=100) as log:
+        log.results(10, 0.5, RESULTS)
+        # Not closed yet: a kill may come at any time.
+        found = {value.tag: value.simple_value for event in events(tmp_path) for value in event.summary.value}
+    assert found["loss/train"] == 1.5 and found["accuracy/test"] == 0.125
+    assert len(found) == 5  # all but the NaN
+
+
+def test_tensorboard_drops_what_was_logged_after_the_checkpoint(tmp_path):
+    write(tmp_path, [30], first_step=20)
+    assert [event.step for event in events(tmp_path) if event.HasField("session_log")] == [21]
