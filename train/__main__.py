@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from pydantic import Field
 from tyro.conf import Positional, arg
 
 from train.config import Config, load
@@ -70,7 +69,7 @@ def predict(run_dir: Positional[Path], images: Positional[tuple[Path, ...]]) -> 
 
     Args:
       run_dir: the run directory.
-      images: images, .npy arrays or .npz archives of them.
+      images: images, .npy arrays or .npz archives of them: bytes from 0 to 255, or numbers as in training.
     """
     from train import serving
 
@@ -121,7 +120,7 @@ class Compare:
     """The baseline, and the configs that are compared with it."""
     out: Path | None = None
     """The folder of the study; if not given, runs/BASELINE-comparison."""
-    seeds: Annotated[int, Field(ge=1)] = 1
+    seeds: int = 1
     """With how many seeds to train each job: its own and the following ones."""
 
 
@@ -137,7 +136,7 @@ class Sweep:
     """The config."""
     out: Path | None = None
     """The folder of the sweep; if not given, runs/CONFIG-sweep: give another one for another sweep."""
-    seeds: Annotated[int, Field(ge=1)] = 1
+    seeds: int = 1
     """With how many seeds to train each job: its own and the following ones; the page has medians, ranges."""
 
 
@@ -154,7 +153,8 @@ def study(command: str, words: list[str]) -> int:
         len(configs) < 2 if compare else len(configs) != 1
     ):
         expected = "two configs or more, the baseline first" if compare else "one config"
-        raise UserError(f"{command}: expected {expected}, got {' '.join(map(str, configs)) or 'none'}.")
+        got = " ".join(map(str, configs)) or "none before the first --key"
+        raise UserError(f"{command}: expected {expected}, got {got}.")
     if given.seeds < 1:
         raise UserError(f"--seeds: expected 1 or more, got {given.seeds}.")
     from train.studies.plan import plan
@@ -162,9 +162,12 @@ def study(command: str, words: list[str]) -> int:
     out = given.out or Path("runs") / f"{configs[0].stem}-{'comparison' if compare else 'sweep'}"
     planned = plan(configs, overrides, out=out, seeds=given.seeds)
     with _session(planned[0].config) as stop:
+        from train import models
         from train.runs import processes
         from train.studies import report, runner
 
+        for job in planned:
+            models.check(job.config.model, accumulate=job.config.optimizer.accumulate)
         runner.create_folder(out)
 
         def write(outcomes: list[runner.Outcome]) -> None:

@@ -55,7 +55,7 @@ class Data:
     """Pixels by which to pad training images with their reflection, to cut their size out again anywhere."""
     shift: NonNegative = 0
     """Pixels by which to move training images at most, in both directions; what comes in is black."""
-    device_gib: Annotated[float, Field(ge=0)] = 1.0
+    device_gib: NonNegativeFloat = 1.0
     """Data of up to this many GiB stay on the devices; of larger data they get one batch at a time."""
 
 
@@ -157,7 +157,7 @@ class Config:
     devices: Annotated[int | None, Field(ge=1)] = None
     """How many of this machine's devices to use; if not given, all devices of all processes."""
     coordinator: str | None = None
-    """HOST:PORT of process 0, where Slurm, Kubernetes, MPI or a TPU pod do not tell."""
+    """HOST:PORT of process 0, where Slurm, Kubernetes, MPI or a TPU pod do not provide it."""
     num_processes: Annotated[int | None, Field(ge=1)] = None
     """How many processes train together; 1 asks no cluster."""
     process_id: int | None = None
@@ -224,11 +224,6 @@ def check(config: Config) -> None:
             f"batch_size: expected a multiple of optimizer.accumulate = {accumulate}, such as {multiple}, "
             f"got {config.batch_size}."
         )
-    if accumulate > 1 and config.model.norm == "flax":
-        raise UserError(
-            f"optimizer.accumulate: expected 1 with model.norm = 'flax', whose running statistics cannot "
-            f"pool the parts of a batch, got {accumulate}; those of model.norm = 'batch' can."
-        )
     if config.early_stopping and not config.data.validation:
         raise UserError(
             f"data.validation: expected a fraction > 0 with early_stopping = {config.early_stopping}, which "
@@ -288,9 +283,10 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path} does not exist; `python -m train list` shows the configs.") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as TOML: {error}") from None
-    below = {}
-    if "base" in table:
-        below = _read(path.parent / str(table.pop("base")), (*above, path.resolve()))
+    below, base = {}, table.pop("base", None)
+    parse({"run_dir": ""} | table, where=f"{path}: ")  # by itself: its mistakes are not those of its base
+    if base is not None:
+        below = _read(path.parent / str(base), (*above, path.resolve()))
     if {"steps", "epochs"} & table.keys():
         below = {key: value for key, value in below.items() if key not in ("steps", "epochs")}
     sections = {

@@ -19,8 +19,8 @@ from train.runs.files import replace
 from train.training import TrainedRun, load_best, steps
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for as many bytes a pixel
-# Images are predicted this many at a time, the last ones beside zeros: one program for any number of them, in
-# which none's result depends on the others. Small, because a single image costs as much.
+# Images are predicted this many at a time, the last ones padded with zeros: one program for any number of
+# them, in which none's result depends on the others. Small, because a single image costs as much.
 PREDICT_BATCH = 32
 
 

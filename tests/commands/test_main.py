@@ -49,7 +49,7 @@ def test_bad_input_exits_2_with_a_message_and_no_traceback(command):
             ["configs/mnist_mlp.toml", "--data.path", "/no/such.npz"],
             "'/no/such.npz' does not exist; expected an .npz",
         ),
-        (["eval", "/no/such/run"], "'/no/such/run' is not a run directory"),
+        (["eval", "/no/such/run"], "'/no/such/run' does not exist; expected a run directory"),
         (["eval"], "Missing from python -m train eval"),
         (["predict", "/no/such/run"], "images: expected one file or more, got none"),
         (

@@ -69,6 +69,7 @@ def test_bad_input_of_batch_norm_is_named():
         (TypeError, "train=None; .* True, False, or a traced Boolean scalar", dict(train=None)),
         (TypeError, "train=array.*Boolean scalar", dict(train=np.array([True, False]))),
         (TypeError, "train='no'; .* True", dict(train="no")),
+        (TypeError, "train=1; .* True", dict(train=1)),
         (TypeError, "exact=None; expected True or False", dict(exact=None)),
         (TypeError, "exact=.*; expected True or False. .* a static argument", dict(exact=np.array(True))),
         (ValueError, "epsilon=0.0; expected a number > 0", dict(epsilon=0.0)),

@@ -66,12 +66,13 @@ def read(config: Data) -> tuple[Examples, Examples]:
             f"data.path: expected {reader.accepts}, for data.name = {config.name!r}, got none; or set "
             "$JBN_DATA to it."
         )
-    if reader.needs_path and not Path(path).exists():
-        raise UserError(f"data.path: '{path}' does not exist; expected {reader.accepts}.")
+    key = "data.path" if config.path else "$JBN_DATA"
     with reading(Path(path), reader.accepts):
+        if reader.needs_path and not Path(path).exists():
+            raise UserError(f"{key}: '{path}' does not exist; expected {reader.accepts}.")
         found = reader.read(Path(path))
     if not found:
-        raise UserError(f"data.path: expected {reader.accepts}, got '{path}', which has none of it.")
+        raise UserError(f"{key}: expected {reader.accepts}, got '{path}', which has none of it.")
     train, test = (_checked(path, part, found[f"x_{part}"], found[f"y_{part}"]) for part in ("train", "test"))
     of_train, of_test = (f"{inputs.dtype}{list(inputs.shape[1:])}" for inputs, _ in (train, test))
     if of_train != of_test:

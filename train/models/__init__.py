@@ -1,6 +1,7 @@
 """A config -> a `Network` of pure functions, in Flax Linen or NNX, with any normalization layer."""
 
 from train.models.build import build as build
+from train.models.build import check as check
 from train.models.network import Network as Network
 from train.models.network import Variables as Variables
 from train.models.norms import NORMS as NORMS

@@ -15,7 +15,7 @@ from train.models.network import LinenNetwork, Network, NNXNetwork
 from train.models.norms import NORMS, Norm, Rule, running_rule
 
 
-class Kind(NamedTuple):
+class NetworkKind(NamedTuple):
     """A kind of network."""
 
     module: Callable[..., Any]  # takes widths, classes, norm, activation, kernel_std and dtype
@@ -25,16 +25,16 @@ class Kind(NamedTuple):
     in_nnx: bool = False
 
 
-def _resnet(blocks: tuple[int, ...], widths: tuple[int, ...], **options: bool) -> Kind:
-    return Kind(partial(ResNet, blocks=blocks, **options), widths, stages=len(widths))
+def _resnet(blocks: tuple[int, ...], widths: tuple[int, ...], **options: bool) -> NetworkKind:
+    return NetworkKind(partial(ResNet, blocks=blocks, **options), widths, stages=len(widths))
 
 
 SMALL, LARGE = (16, 32, 64), (64, 128, 256, 512)
 # The residual ones: He et al. 2016, section 4.2 and table 1.
-NETWORKS: dict[NetworkName, Kind] = {
-    "mlp": Kind(MLP, (128, 128), for_images=False),
-    "nnx_mlp": Kind(NNXMLP, (128, 128), for_images=False, in_nnx=True),
-    "cnn": Kind(CNN, (32, 64)),
+NETWORKS: dict[NetworkName, NetworkKind] = {
+    "mlp": NetworkKind(MLP, (128, 128), for_images=False),
+    "nnx_mlp": NetworkKind(NNXMLP, (128, 128), for_images=False, in_nnx=True),
+    "cnn": NetworkKind(CNN, (32, 64)),
     "resnet20": _resnet((3, 3, 3), SMALL, bottleneck=False, large=False),
     "resnet56": _resnet((9, 9, 9), SMALL, bottleneck=False, large=False),
     "resnet18": _resnet((2, 2, 2, 2), LARGE, bottleneck=False, large=True),
@@ -49,11 +49,16 @@ def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Ru
       rule: the update rule of running statistics; if not given, as the config says.
 
     Raises:
-      UserError: the network does not fit the inputs, its widths or its norm.
+      UserError: the network does not fit the inputs, or `check` raises it.
     """
     kind = NETWORKS[config.name]
     widths = config.widths or kind.widths
-    _check(config, kind, widths, input_shape)
+    check(config)
+    if kind.for_images and len(input_shape) != 3:
+        raise UserError(
+            f"model.name: expected 'mlp' for vectors of length {input_shape[0]}, got '{config.name}', which "
+            "takes images."
+        )
     options = {
         "widths": widths,
         "classes": classes,
@@ -67,18 +72,22 @@ def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Ru
     return LinenNetwork(kind.module(**options))
 
 
-def _check(config: Model, kind: Kind, widths: tuple[int, ...], input_shape: tuple[int, ...]) -> None:
-    if kind.for_images and len(input_shape) != 3:
-        raise UserError(
-            f"model.name: expected 'mlp' for vectors of length {input_shape[0]}, got '{config.name}', which "
-            "takes images."
-        )
+def check(config: Model, *, accumulate: int = 1) -> None:
+    """Raise a UserError for a network that does not fit its widths, its norm, or accumulated gradients."""
+    kind, norm = NETWORKS[config.name], NORMS[config.norm]
+    widths = config.widths or kind.widths
     if kind.stages and len(widths) != kind.stages:
         raise UserError(
             f"model.widths: expected {kind.stages} for model.name = '{config.name}', one for each stage, "
             f"such as {list(kind.widths)}, got {list(widths)}."
         )
-    if config.norm_inputs and not NORMS[config.norm].over_batch:
+    if accumulate > 1 and norm.over_batch and not norm.pools:
+        pooling = [repr(name) for name in NORMS if NORMS[name].pools]
+        raise UserError(
+            f"optimizer.accumulate: expected 1 with model.norm = {config.norm!r}, whose running statistics "
+            f"cannot pool the parts of a batch, got {accumulate}; those of {' and '.join(pooling)} can."
+        )
+    if config.norm_inputs and not norm.over_batch:
         raise UserError(
             "model.norm: expected one that normalizes each feature by itself with model.norm_inputs = true, "
             f"{' or '.join(name for name in NORMS if NORMS[name].over_batch)}, got {config.norm!r}."

@@ -72,7 +72,7 @@ class NNXNetwork:
     """A `Network` of an NNX module, which each call makes anew and puts the variables into."""
 
     module: Callable[..., nnx.Module]
-    options: tuple[tuple[str, Any], ...]  # what makes it, beside `rngs`; pairs, because a dict has no hash
+    options: tuple[tuple[str, Any], ...]  # what makes it, besides `rngs`; pairs, because a dict has no hash
 
     @property
     def activation(self) -> Layer:

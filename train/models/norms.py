@@ -25,7 +25,7 @@ def running_rule(config: Model) -> Rule:
     return jbn.ema(config.norm_momentum, debias=config.norm_debias)
 
 
-class Kind(NamedTuple):
+class NormKind(NamedTuple):
     """A kind of normalization layer."""
 
     linen: Callable[..., Layer]
@@ -33,6 +33,7 @@ class Kind(NamedTuple):
     options: Callable[[Model, Rule], dict[str, Any]] = lambda config, rule: {}
     has_bias: bool = False  # so that the layer before it needs none
     over_batch: bool = False  # each feature by itself, over the batch; has running statistics, and a mode
+    pools: bool = False  # the running statistics can be those of several batches together
 
 
 def _identity(x: jax.Array) -> jax.Array:
@@ -46,31 +47,33 @@ def _no_layer(*_: Any, **__: Any) -> Layer:
 # Mean and variance are, in `batch` and `flax`, those of each feature over the batch and the positions of
 # images; in `ghost` likewise, over parts of the batch; in `layer` those of each example and position over the
 # features, as in Flax by default; in `group` those of each example over positions and a group of features.
-NORMS: dict[NormName, Kind] = {
-    "none": Kind(_no_layer, _no_layer),
-    "batch": Kind(
+NORMS: dict[NormName, NormKind] = {
+    "none": NormKind(_no_layer, _no_layer),
+    "batch": NormKind(
         jbn.linen.BatchNorm,
         jbn.nnx.BatchNorm,
         lambda config, rule: {"update": rule},
         has_bias=True,
         over_batch=True,
+        pools=True,
     ),
-    "ghost": Kind(
+    "ghost": NormKind(
         jbn.linen.BatchNorm,
         jbn.nnx.BatchNorm,
         lambda config, rule: {"update": rule, "virtual_batch_size": config.virtual_batch_size},
         has_bias=True,
         over_batch=True,
+        pools=True,
     ),
-    "flax": Kind(
+    "flax": NormKind(
         nn.BatchNorm,
         nnx.BatchNorm,
         lambda config, rule: {"momentum": config.norm_momentum},
         has_bias=True,
         over_batch=True,
     ),
-    "layer": Kind(nn.LayerNorm, nnx.LayerNorm, has_bias=True),
-    "group": Kind(
+    "layer": NormKind(nn.LayerNorm, nnx.LayerNorm, has_bias=True),
+    "group": NormKind(
         nn.GroupNorm,
         nnx.GroupNorm,
         lambda config, rule: {"num_groups": config.norm_groups},
@@ -90,7 +93,7 @@ class Norm:
     rule: Rule  # for the running statistics of jbn's layers
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> NormKind:
         """The line of the table."""
         return NORMS[self.config.norm]
 

@@ -65,9 +65,11 @@ def earlier_summary(config: Config) -> Summary | None:
     summary = read_summary(path)
     may_grow = LENGTH if summary and summary.finished else ()
     if differing := configs.differences(read_config(path), config, ignore=NOT_COMPARED + may_grow):
+        only_length = not configs.differences(read_config(path), config, ignore=NOT_COMPARED + LENGTH)
         raise UserError(
             f"run_dir = '{path}' holds another job: {'; '.join(differing)}. Give another --run_dir, or go "
-            "back to the values there to resume it."
+            "back to the values there to resume it"
+            + ("; once it is finished, it may get more steps." if only_length else ".")
         )
     return summary
 
@@ -110,7 +112,7 @@ def begin(config: Config, dataset: Dataset) -> None:
     if (path / "data.json").exists() and (earlier := read_data(path)).fingerprint != description.fingerprint:
         raise UserError(
             f"run_dir = '{path}' was trained on other data (fingerprint {earlier.fingerprint}, now "
-            f"{description.fingerprint}). Give back the data that it had, or another --run_dir."
+            f"{description.fingerprint}). Restore those data, or give another --run_dir."
         )
     preprocessing = {name: value.tolist() for name, value in description.preprocessing._asdict().items()}
     with usable(path):
@@ -177,7 +179,12 @@ def read_data(path: Path) -> Description:
 
 
 def _read(path: Path, name: str, remedy: str) -> Any:
+    if not path.exists():
+        raise UserError(f"'{path}' does not exist; expected a run directory.")
     if not (path / name).is_file():
+        runs = sorted(found.parent for found in path.glob("*/config.json"))
+        if runs:  # as in the folder of a study
+            remedy = f"Give one of the runs in it, such as '{runs[0]}'."
         raise UserError(f"'{path}' is not a run directory: it has no {name}. {remedy}")
     try:
         return read_json(path / name)

@@ -53,8 +53,10 @@ def plan(paths: Sequence[Path], overrides: Sequence[str], *, out: Path, seeds: i
         stem = [path.stem] if len(paths) > 1 or not varied else []
         for seed in range(config.seed, config.seed + seeds):
             of_seed = [f"seed={seed}"] if seed != config.seed else []
-            folder = ",".join([*stem, *(f"{key}={text(value)}" for key, value in values.items()), *of_seed])
-            run_dir = str(out / folder.replace("/", "_").replace(" ", "-"))
+            parts = [
+                f"{key}={text(value)}".replace("/", "_").replace(" ", "-") for key, value in values.items()
+            ]
+            run_dir = str(out / ",".join([*stem, *parts, *of_seed]))
             if run_dir in planned:
                 raise UserError(f"two jobs would be '{run_dir}'; give each config and each value once.")
             job = dataclasses.replace(config, seed=seed, run_dir=run_dir)
@@ -67,8 +69,10 @@ def plan(paths: Sequence[Path], overrides: Sequence[str], *, out: Path, seeds: i
 
 def named(values: dict[str, Any], *, without: str = "") -> str:
     """Name a job by its values, whatever its seed: "norm = batch, learning rate = 0.1"."""
-    kept = {key: text(value).removesuffix(".0") for key, value in values.items()}
-    return ", ".join(f"{short(key)} = {value}" for key, value in kept.items() if key not in ("seed", without))
+    kept = {key: value for key, value in values.items() if key not in ("seed", without)}
+    # Only of a number: names of files are different with and without.
+    said = lambda value: text(value).removesuffix(".0") if isinstance(value, float) else text(value)
+    return ", ".join(f"{short(key)} = {said(value)}" for key, value in kept.items())
 
 
 def short(key: str) -> str:

@@ -28,6 +28,7 @@ IN_TERMINAL = (
     "steps to the baseline's best",
     "speed-up",
     "final test accuracy",
+    "seconds",
     "ended",
 )
 
@@ -36,9 +37,11 @@ def write_numbers(
     out: Path, planned: Sequence[Planned], outcomes: Sequence[Outcome], *, compare: bool
 ) -> None:
     """Write comparison.json or results.json, unless every job was refused: then the file stays as it is."""
-    runs = [read(job, outcome) for job, outcome in zip(planned, outcomes)]
     if any(outcome.status != "refused" for outcome in outcomes):
-        write_json(numbers(out, compare=compare), entries(group(runs)) if compare else [*map(_result, runs)])
+        found = (
+            entries(group([*map(read, planned, outcomes)])) if compare else [*map(_result, planned, outcomes)]
+        )
+        write_json(numbers(out, compare=compare), found)
 
 
 def write_report(
@@ -124,11 +127,11 @@ def _of_seed(run: Run, baseline: Curve) -> dict[str, Any]:
     }
 
 
-def _result(run: Run) -> dict[str, Any]:
+def _result(job: Planned, outcome: Outcome) -> dict[str, Any]:
     """Return an object of results.json: the values, the run directory, the summary, and how it ended."""
-    summary = dataclasses.asdict(run.outcome.summary or Summary(status="failed"))
-    ended = {"status": run.outcome.status, "error": run.outcome.error}
-    return run.values | {"run_dir": run.config.run_dir} | summary | ended
+    summary = dataclasses.asdict(outcome.summary or Summary(status="failed"))
+    ended = {"status": outcome.status, "error": outcome.error}
+    return job.values | {"run_dir": job.config.run_dir} | summary | ended
 
 
 def _table(section: Section) -> Table:
@@ -181,7 +184,8 @@ def _footer(runs: Sequence[Run], compare: bool) -> str:
     if compare:
         said += (
             " At the best validation is the test accuracy after best_step, at which the accuracy on the "
-            "validation split was best (without such a split, the last step)."
+            "validation split was best, and of equal ones the loss lowest (without such a split, the last "
+            "step)."
         )
     if len({run.config.seed for run in runs}) > 1 and any(run.inspections for run in runs):
         said += " What was measured inside the networks is that of the first seed."

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from train import data
+from train import data, models
 from train.config import Config, total_steps
 from train.data import Dataset
 from train.errors import UserError
@@ -35,6 +35,7 @@ def prepare(config: Config) -> Job:
     Raises:
       UserError: the data, the network or the devices do not allow it.
     """
+    models.check(config.model, accumulate=config.optimizer.accumulate)
     dataset = data.load(config.data)
     data.check_augmentation(config.data, dataset.example_shape)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), config.batch_size)
@@ -71,6 +72,8 @@ def prepare(config: Config) -> Job:
 
 
 def _start_from(run_dir: Path, initial: TrainState, step_config: StepConfig) -> TrainState:
+    if not (run_dir / "config.json").exists():
+        raise UserError(f"init_from: expected a run directory, got '{run_dir}', which has no config.json.")
     variables = load_best(run_dir).trained.variables
     ours, theirs = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (initial.variables, variables))
     if ours != theirs:

@@ -48,8 +48,9 @@ def fit(config: Config, stop: StopRequests) -> Summary:
     with processes.raise_on_all("prepare the job"):
         job = prepare(config)
         if earlier and earlier.finished and job.step_config.total_steps < (earlier.step or 0):
+            length = "steps" if config.epochs is None else f"epochs = {config.epochs:g}"
             raise UserError(
-                f"steps: expected at least the {earlier.step} that run_dir = '{run_dir}' holds, got "
+                f"{length}: expected at least the {earlier.step} steps that run_dir = '{run_dir}' holds, got "
                 f"{job.step_config.total_steps}. Give another --run_dir for a shorter run."
             )
     processes.check_equal({"the data's fingerprint": job.data.fingerprint})

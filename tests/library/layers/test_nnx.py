@@ -88,6 +88,8 @@ def test_views_share_the_variables_and_have_a_mode_of_their_own():
     assert_array_equal(inference(X), frozen(X))
     assert np.max(np.abs(inference(X) - before)) > 0.1
     assert not model.bn.use_running_average and not model.bn.frozen
+    assert not nnx.view(inference, use_running_average=False).bn.use_running_average
+    assert not nnx.view(frozen, frozen=False).bn.frozen
 
 
 def test_frozen_is_set_for_a_whole_model():

@@ -124,6 +124,11 @@ def test_scale_and_bias_may_be_given_in_the_call(flavour):
 def test_running_statistics_start_as_their_initializers_say(flavour):
     positive = lambda *args: 2 + quick_init(*args)
     layer = make(flavour, mean_init=positive, var_init=positive, scale_init=quick_init)
+    other = flavour(
+        flavour.ours, X, mean_init=lambda *_: jnp.full(3, 2.0), var_init=lambda *_: jnp.full(3, 5.0)
+    )
+    assert_array_equal(other.stats["mean"], 2)
+    assert_array_equal(other.stats["var"], 5)
     drawn = np.concatenate([layer.stats["mean"], layer.stats["var"]])
     assert len(set(drawn.tolist())) == 6 and np.all((drawn > 1) & (drawn < 3))
     expected = reference.normalize(X, *layer.stats.values(), layer.params["scale"])

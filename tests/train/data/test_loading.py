@@ -40,12 +40,13 @@ def test_a_further_reader_in_the_table_is_all_that_a_further_data_set_needs(tmp_
     )
 
 
-def test_data_are_found_by_flag_or_environment(tmp_path, monkeypatch):
+def test_data_are_found_by_flag_or_environment(tmp_path, monkeypatch, refusal):
     for name in ("mnist", "cifar10", "npz"):
         np.savez(tmp_path / f"{name}.npz", **arrays())
         monkeypatch.setenv("JBN_DATA", str(tmp_path))
         by_environment, _ = read(Data(name=name))
         monkeypatch.setenv("JBN_DATA", "/nowhere")
+        assert refusal(read, Data(name=name)).startswith("$JBN_DATA: '/nowhere' does not exist; expected")
         by_flag, _ = read(Data(name=name, path=str(tmp_path)))
         by_file, _ = read(Data(name=name, path=str(tmp_path / f"{name}.npz")))
         for train in by_environment, by_flag, by_file:
@@ -228,7 +229,7 @@ def test_fingerprint_tells_other_data(given):
     others = []
     for key, at in [
         ("x_train", (19, 3, 3)),
-        ("x_train", (0, 0, 0)),
+        *(("x_train", (row, 1, 2)) for row in range(19)),
         ("x_test", (7, 3, 3)),
         ("y_train", 11),
         ("y_test", 0),

@@ -12,7 +12,7 @@ import pytest
 
 import jbn
 from train.config import Model, NetworkName
-from train.models import NORMS, build
+from train.models import NORMS, build, check
 from train.models.build import NETWORKS
 
 IMAGES = jnp.asarray(np.random.RandomState(0).rand(4, 8, 8, 1), jnp.float32)
@@ -172,6 +172,15 @@ def test_networks_that_do_not_fit_are_refused_with_what_would(refusal):
             "model.norm: expected one that normalizes each feature by itself with model.norm_inputs = true, "
             f"batch or ghost or flax, got '{norm}'."
         )
+    for norm, kind in NORMS.items():
+        if norm == "flax":
+            assert refusal(check, Model(norm=norm), accumulate=2) == (
+                "optimizer.accumulate: expected 1 with model.norm = 'flax', whose running statistics cannot "
+                "pool the parts of a batch, got 2; those of 'batch' and 'ghost' can."
+            )
+        else:
+            check(Model(norm=norm), accumulate=2)
+            assert kind.pools == kind.over_batch
     for name in ("mlp", "nnx_mlp", "cnn"):
         assert refusal(make, name, widths=(16, 12), norm="group", norm_groups=8) == (
             "model.norm_groups: expected a divisor of all model.widths = [16, 12], that is 1 or 2 or 4, got "

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 import jbn
 from train.config import Model, NormName
 from train.models import NORMS, build, running_rule
-from train.models.norms import Kind, Norm
+from train.models.norms import Norm, NormKind
 
 IMAGES = np.random.RandomState(0).normal(1, 2, (8, 3, 2, 6)).astype(np.float32)
 VECTORS = np.random.RandomState(1).normal(1, 2, (8, 6)).astype(np.float32)
@@ -168,8 +168,8 @@ def test_a_further_norm_keeps_the_bias_of_the_layers_before_it_unless_it_says_th
         assert stats == variables.batch_stats == {}
         return [path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(variables.params)]
 
-    monkeypatch.setitem(NORMS, "rms", Kind(nn.RMSNorm, nnx.RMSNorm))
+    monkeypatch.setitem(NORMS, "rms", NormKind(nn.RMSNorm, nnx.RMSNorm))
     names = names_of_parameters()
     assert names.count("bias") == names.count("kernel") == 1 + names.count("scale")
-    monkeypatch.setitem(NORMS, "rms", Kind(nn.RMSNorm, nnx.RMSNorm, has_bias=True))
+    monkeypatch.setitem(NORMS, "rms", NormKind(nn.RMSNorm, nnx.RMSNorm, has_bias=True))
     assert names_of_parameters().count("bias") == 1  # of the head

@@ -8,10 +8,15 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from train import data
-from train.config import NOT_COMPARED, Data, flatten
+from train.config import Data, flatten
 from train.errors import UserError
 from train.runs import directory
 from train.runs.files import write_json
+
+MAY_CHANGE = (
+    *("run_dir", "data.path", "profile", "devices"),
+    *("coordinator", "num_processes", "process_id", "peer_timeout"),
+)
 
 
 @functools.cache
@@ -78,7 +83,7 @@ def test_every_key_is_compared_but_how_and_where_a_job_runs(make_config):
     begin(config)
     for key, value in flatten(dataclasses.asdict(config)).items():
         changed = change(config, key, f"not {value}")
-        if key in NOT_COMPARED:
+        if key in MAY_CHANGE:
             assert key == "run_dir" or directory.earlier_summary(changed) is None
         else:
             with pytest.raises(UserError, match=f"holds another job: {key} = "):
@@ -152,7 +157,12 @@ def test_config_that_cannot_be_read_is_named(make_config, tmp_path):
         with pytest.raises(UserError, match="config.json' (cannot be read|is not a job of this program)"):
             directory.earlier_summary(config)
     with pytest.raises(UserError, match="is not a run directory: it has no config.json"):
-        directory.read_config(tmp_path)
+        (tmp_path / "empty").mkdir()
+        directory.read_config(tmp_path / "empty")
+    study = Path(config.run_dir).parent
+    for path, message in ((study, f"such as '{config.run_dir}'"), (study / "no", "no' does not exist; exp")):
+        with pytest.raises(UserError, match=message):
+            directory.read_config(path)
 
 
 def test_data_are_described_for_those_who_use_the_network_later(make_config):

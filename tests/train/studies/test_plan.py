@@ -40,6 +40,14 @@ def test_every_combination_is_a_job_in_a_folder_of_its_own():
         assert jobs[3].name == "norm = batch, learning rate = 1" and jobs[3].config.batch_size == 64
 
 
+def test_names_and_folders_are_as_different_as_what_they_stand_for(tmp_path):
+    spaced = tmp_path / "a b.toml"
+    spaced.write_text(DIGITS.read_text())
+    jobs = planned("--data.path v1,v1.0,v/1", paths=(DIGITS, spaced))
+    assert [job.name for job in jobs[:3]] == [f"digits_mlp, path = {p}" for p in ("v1", "v1.0", "v/1")]
+    assert folders(jobs)[2:4] == ["digits_mlp,data.path=v_1", "a b,data.path=v1"]
+
+
 def test_configs_are_named_after_their_files_and_flags_go_to_all_of_them():
     jobs = planned("--seed 3 --steps 7", paths=(BASELINE, OTHER))
     names = ["raw_inputs", "raw_inputs_bn"]

@@ -1,5 +1,6 @@
 """The page of a study, its files of numbers, and what the terminal shows, of jobs made from plain numbers."""
 
+import dataclasses
 import re
 import signal
 from html.parser import HTMLParser
@@ -165,6 +166,9 @@ def test_page_says_what_is_compared_and_what_its_accuracies_are():
         (report.group(rates), False, f"2 jobs over learning rate and norm. {common}."),
     ):
         assert " ".join(report._intro(groups, compare)) == intro
+    a, b = run(name="a"), run(name="b")
+    b = b._replace(config=dataclasses.replace(b.config, steps=None, epochs=3.0, batch_size=64))
+    assert report._intro(report.group([a, b]), True)[1:] == ["All on digits."]
     runs = [run(seconds=1234.5), run(seed=1, status="refused", lines=[line(0)])]
     footer = report._footer(runs, True)
     for text in (
@@ -175,6 +179,7 @@ def test_page_says_what_is_compared_and_what_its_accuracies_are():
         "What was measured inside the networks is that of the first seed.",
     ):
         assert text in footer
+    assert "first seed" not in report._footer(runs[1:], True)
     assert "best_step" not in report._footer(runs, False) and "first seed" not in report._footer(
         runs[:1], True
     )
@@ -230,9 +235,9 @@ def test_comparison_writes_its_numbers_and_its_page_and_prints_a_table(study, tm
     page = Page(html)
     assert page.said["h1"] == ["Comparison with digits_mlp_without"] and len(page.all("img")) == 2
     assert table(shown) == [
-        "job best of the test curve steps to the baseline's best speed-up ended",
-        "digits_mlp_without 0.9000 20 1.0 finished",
-        "digits_mlp 0.9500 10 2.0 finished",
+        "job best of the test curve steps to the baseline's best speed-up seconds ended",
+        "digits_mlp_without 0.9000 20 1.0 1.50 finished",
+        "digits_mlp 0.9500 10 2.0 1.50 finished",
     ]
     files = [f"Numbers: {tmp_path}/comparison.json", f"Report: {tmp_path}/report.html"]
     assert shown.splitlines()[-4:] == [*page.said["p"][1:3], *files]
@@ -241,7 +246,7 @@ def test_comparison_writes_its_numbers_and_its_page_and_prints_a_table(study, tm
 def test_job_that_never_learnt_has_no_steps_to_a_target_in_the_terminal_or_on_the_page(study):
     _, shown, _, html = study(COMPARE, none=IDLE, batch=IDLE)
     assert table(shown)[1:] == [
-        f"{name} 0.1500 - - finished" for name in ("digits_mlp_without", "digits_mlp")
+        f"{name} 0.1500 - - 1.50 finished" for name in ("digits_mlp_without", "digits_mlp")
     ]
     assert Page(html).said["td"][4::8] == Page(html).said["td"][5::8] == ["-", "-"]
     assert "digits_mlp_without did not learn: its best test accuracy was 0.1500" in shown
@@ -271,7 +276,7 @@ def test_job_that_fails_or_is_refused_does_not_stop_the_rest(study, tmp_path):
         }.items()
     )
     said = ["failed: the loss of step 3 is not finite", "refused: no such data", "finished"]
-    assert Page(html).said["td"][2::3] == said and table(shown)[1] == f"norm = none - - {said[0]}"
+    assert Page(html).said["td"][3::4] == said and table(shown)[1] == f"norm = none - - - {said[0]}"
 
 
 def test_call_of_which_every_job_is_refused_leaves_what_an_earlier_one_wrote(study):

@@ -102,6 +102,10 @@ def test_programs_are_dropped_only_before_a_job_that_has_others(train, monkeypat
     rates = [{"learning_rate": rate} for rate in (0.1, 0.1, 0.1, 0.2, 0.2)]
     train(*["finished"] * 5, seed=[0, 1, 2, 0, 1], optimizer=rates)
     assert len(cleared) == 1
+    for keys in ({"batch_size": [64, 128]}, {"steps": [30, 31]}, {"data": [{}, {"flip": True}]}):
+        cleared.clear()
+        train("finished", "finished", **keys)
+        assert len(cleared) == 1, keys
 
 
 @pytest.mark.slow

@@ -45,11 +45,16 @@ def test_job_starts_from_the_best_parameters_and_statistics_of_another(make_conf
 def test_start_from_another_network_or_from_no_run_is_refused(make_config, finished):
     run_dir = finished[0].run_dir
     for change, message in (
-        ({"init_from": "/no/such/run"}, "'/no/such/run' is not a run directory"),
+        ({"init_from": "/no/such/run"}, "init_from: expected a run directory, got '/no/such/run'"),
         ({"model": {"norm": "none", "widths": (16,)}}, "holds the parameters of another network"),
     ):
         with pytest.raises(UserError, match=message):
             prepare(make_config(**{"init_from": run_dir} | change))
+
+
+def test_augmentation_that_the_data_cannot_bear_is_refused(make_config):
+    with pytest.raises(UserError, match="data.crop: expected less than 8 for images"):
+        prepare(make_config(data={"crop": 8}))
 
 
 def test_batch_larger_than_the_data_is_refused(make_config):

@@ -93,13 +93,14 @@ def test_train_lines_are_means_since_the_line_before(finished, make_config):
     assert int(state.sums["examples"]) == 128 * int(state.step) > 0
 
 
-def test_best_step_is_by_validation_and_not_by_test(make_config, monkeypatch):
+def test_best_step_is_by_validation_and_not_by_test(make_config, monkeypatch, capsys):
     found = iter([0.2, 0.1, 0.9, 0.3, 0.5, 0.8])  # validation and test after steps 12, 24 and 30
-    evaluate = lambda *_: {"loss": 1.0, "accuracy": next(found)}
+    evaluate = lambda *_: {"loss": 2e6, "accuracy": next(found)}
     monkeypatch.setattr(TrainedNetwork, "evaluate", evaluate)
     summary = fit(make_config())
     assert (summary.best_step, summary.test_accuracy, summary.best_test_accuracy) == (24, 0.3, 0.8)
     assert load_best(Path(make_config().run_dir)).step == 24
+    assert capsys.readouterr().out.count("warning: the validation loss is 2.0e+06") == 1
 
 
 @pytest.mark.slow
@@ -160,6 +161,13 @@ def test_steps_of_one_dispatch_stay_inside_their_epoch_and_evaluation(make_confi
     fit(make_config())
     # Doubling, up to the ends of the epochs (10, 20, 30) and the evaluations (12, 24, 30).
     assert dispatched == [(0, 1), (1, 2), (3, 4), (7, 3), (0, 2), (2, 8), (0, 4), (4, 6)]
+
+
+def test_steps_of_one_dispatch_are_those_that_the_processes_agree_on(make_config, monkeypatch, dispatched):
+    monkeypatch.setattr(loop, "SECONDS_PER_DISPATCH", 1e9)
+    monkeypatch.setattr(loop.processes, "agree", lambda steps, stop: (2, 0))  # another process is slower
+    fit(make_config(steps=5))
+    assert dispatched == [(0, 1), (1, 2), (3, 2)]
 
 
 @pytest.mark.slow

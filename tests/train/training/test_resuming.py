@@ -100,7 +100,9 @@ def test_more_steps_extend_a_finished_job_also_after_a_kill_and_fewer_are_refuse
     summary = fit(make_config(steps=40))
     assert (summary.status, summary.step) == ("finished", 40)
     assert [line["step"] for line in results(make_config().run_dir)][::3] == [12, 24, 30, 36, 40]
-    with pytest.raises(UserError, match="steps: expected at least the 40 that run_dir = .* holds, got 20"):
+    with pytest.raises(
+        UserError, match="steps: expected at least the 40 steps that run_dir = .* holds, got 20"
+    ):
         fit(make_config(steps=20))
 
 

@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from train.config import Data, Model, Optimizer
-from train.data import Examples, Preprocessing
+from train.data import Examples, Preprocessing, augment
 from train.models import Variables
 from train.runs import processes
 from train.training import evaluation, job, steps
@@ -192,6 +192,11 @@ def test_devices_take_the_same_steps_as_one_and_share_their_statistics():
     assert_close(four, one)
 
 
+def test_batch_is_split_over_the_devices():
+    config, state, inputs = setup(devices=4)
+    assert "all-reduce" in one_step.lower(config, state, inputs, jnp.arange(8)).compile().as_text()
+
+
 @pytest.mark.slow
 def test_batches_from_the_host_on_several_devices_give_the_same_steps_also_in_parts():
     options = {"optimizer": {"accumulate": 2}, "data": {"flip": True}}
@@ -214,6 +219,10 @@ def test_augmentation_follows_from_seed_and_step_and_reaches_the_network():
 
     rows = np.asarray(ORDER[:8])
     plain = losses(logits_of(wide(state.variables.params), X[rows]), DATA.labels[rows]).sum()
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    moved = (np.asarray(augment(config.data, key, DATA.inputs[rows])) - 100.0) / 64  # raw pixels: black is 0
+    logits = logits_of(wide(state.variables.params), moved.reshape(8, 16))
+    assert loss(0, 0) == pytest.approx(losses(logits, DATA.labels[rows]).sum(), rel=1e-5)
     assert loss(0, 0) == loss(0, 0)
     assert abs(np.subtract.outer(*2 * [[loss(0, 0), loss(1, 0), loss(0, 1), plain]]) + np.eye(4)).min() > 1e-3
 

@@ -8,7 +8,7 @@ from train.studies import charts
 from train.studies.plan import named, short
 from train.studies.results import Group, Run, Spread, spread
 from train.studies.sections import evaluation_gap
-from train.studies.sections.section import Section, accuracy, listed, with_range
+from train.studies.sections.section import Section, accuracy, listed, number, with_range
 from train.studies.sections.training_speed import curves, ended
 
 Line = dict[float, Spread]  # value of a key -> final test accuracy over seeds
@@ -102,10 +102,15 @@ def _of(values: Mapping[str, Any], what: str) -> str:
 def _all_jobs(groups: Sequence[Group], *, compare: bool) -> Section:
     """List how all jobs ended; with `compare`, where no number is varied, compare them."""
     rows = tuple(
-        (job.name, *(with_range(a, accuracy) for a in (job.final_accuracy, job.best_accuracy)), ended(job))
+        (
+            job.name,
+            *(with_range(a, accuracy) for a in (job.final_accuracy, job.best_accuracy)),
+            number(job.over(lambda run: run.wall_seconds, worst=math.inf).median),
+            ended(job),
+        )
         for job in groups
     )
-    header = ("job", "final test accuracy", "best of the test curve", "ended")
+    header = ("job", "final test accuracy", "best of the test curve", "seconds", "ended")
     known = {job.name: reached for job in groups if (reached := job.final_accuracy.median) is not None}
     said = listed(f"{accuracy(known[name])} with {name}" for name in _named(known)) if known else ""
     sentence = f"The final test accuracy was{_of(known, 'jobs')} {said}." if known else "No job finished."

@@ -35,9 +35,13 @@ def sentences(groups: Sequence[Group]) -> list[str]:
             if any(baseline.curves)
             else "has no result"
         )
-        said = [f"{baseline.name} {why}; what others took to it says nothing."]
+        said = [f"{baseline.name} {why}, so there is no speed-up over it."]
         best = max(learnt, key=lambda job: job.best_accuracy.median or 0, default=None)
-        return said + ([f"{best.name} reached {with_range(best.best_accuracy, accuracy)}."] if best else [])
+        return said + (
+            [f"The best of the others, {best.name}, reached {with_range(best.best_accuracy, accuracy)}."]
+            if best
+            else []
+        )
     if any(map(is_measurable, baseline.curves)):
         taken = _or_never(steps_to_target(baseline, baseline), count)
         said, parts = [f"{baseline.name} took {taken} steps to its best test accuracy, {reached}."], []

@@ -44,6 +44,8 @@ def test_drift_is_how_far_the_median_of_a_typical_unit_goes_in_widths(drawn):
     assert section.rows[0][-1] == "0.333"
     (curve,) = points(drawn["Percentiles of a unit's inputs over steps"]).values()
     np.testing.assert_array_equal(curve, [[0, 0], [10, np.nan], [20, 0]])
+    back = [{"units": [[at - 1, at, at + 1]] * 3} for at in (0.0, 3.0, 1.0)]
+    assert covariate_shift.section([job("bn", *back)]).rows[0][-1] == "1.50"
 
 
 def test_share_of_inputs_and_of_gradients_is_that_of_the_last_hidden_layer_first_and_last(drawn):
@@ -122,6 +124,12 @@ def test_gap_between_statistics_is_the_largest_and_the_last_of_norms_over_the_ba
     )
     assert section.sentences == (said,) and section.rows == (("bn", "2.0", "-25", "12", "0.400", "0.300"),)
     assert points(drawn[section.charts[0].alt]) == {"bn": [[10, pytest.approx(2)], [20, -25], [30, 12.5]]}
+    section = evaluation_gap.section([gaps("low", -0.3, -0.2), gaps("high", 0.25, 0.001)])
+    assert (
+        "was -30 points of accuracy, in low after 10 steps; at the end it was -20 points there, and below "
+        in (section.sentences[0])
+    )
+    assert section.sentences[0].endswith("one point in 1 of 2 jobs.")
     norms = enumerate(["batch", "ghost", "flax"] * 4)
     section = evaluation_gap.section([gaps(f"{n}", n / 100, 0.001 * n, norm=norm) for n, norm in norms])
     assert "at the end it was 1.1 points there, and below one point in 10 of 12 jobs." in section.sentences[0]

@@ -48,7 +48,7 @@ def test_norms_are_compared_by_their_best_and_by_where_they_are_near_it(drawn):
     assert (accuracy.get_xscale(), accuracy.get_yscale(), error.get_yscale()) == ("log", "linear", "log")
     assert [text.get_text() for text in accuracy.get_xticklabels()] == ["0.1", "1", "10"]
     assert jobs.title == "All jobs" and jobs.sentences == jobs.charts == ()
-    assert jobs.rows[2][1:] == ("-", "-", "failed: the loss of step 7 is not finite")
+    assert jobs.rows[2][1:] == ("-", "-", "1.50", "failed: the loss of step 7 is not finite")
 
 
 def test_each_key_of_numbers_has_a_section_with_a_line_for_each_combination_of_the_others(drawn):
@@ -102,9 +102,10 @@ def test_sweep_without_numbers_compares_its_jobs(drawn):
         "model.norm = batch",
         "0.9700",
         "0.9900",
+        "1.50",
         "finished",
     )
-    assert jobs.header == ("job", "final test accuracy", "best of the test curve", "ended")
+    assert jobs.header == ("job", "final test accuracy", "best of the test curve", "seconds", "ended")
     assert points(drawn["Test accuracy over steps"])["model.norm = batch"] == [[10, 0.99], [20, 0.97]]
     (jobs,) = sweep.sections(study(({SIZE: 1}, FAILED | {"curve": {10: 0.9}}), ({SIZE: 2}, REFUSED)))
     assert jobs.sentences == ("No job finished.",)

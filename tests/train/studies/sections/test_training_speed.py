@@ -34,9 +34,9 @@ def test_baseline_and_the_fastest_of_the_others_are_in_words():
          "plain was at its best test accuracy, 0.9000, in its first evaluation: how many times faster "
          "others were is not known."),
         ([IDLE, FAST, NEVER],
-         "plain did not learn: its best test accuracy was 0.1200; what others took to it says nothing.",
-         "bn reached 0.9500."),
-        ([FAILED, IDLE], "plain has no result; what others took to it says nothing."),
+         "plain did not learn: its best test accuracy was 0.1200, so there is no speed-up over it.",
+         "The best of the others, bn, reached 0.9500."),
+        ([FAILED, IDLE], "plain has no result, so there is no speed-up over it."),
     ):  # fmt: skip
         of_seeds = [each if isinstance(each, list) else [each] for each in curves]
         sentences = training_speed.sentences(
