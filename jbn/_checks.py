@@ -54,13 +54,15 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
     fits_last, fits_first = (_broadcasts(shape, x.shape) for shape in (last, first))
     as_first = f"mask[{', '.join(['...', *['None'] * len(ones)])}]"
     if not fits_last:
-        fix = (
-            f"its first axes are those of x: pass {as_first}"
+        expected = (
+            f"the last axes of x, but its axes are the first ones: pass {as_first}"
             if fits_first
-            else "give it one value for each position, or size 1 along the axes that share a value, as in "
-            "mask[:, None]"
+            else f"at most {x.ndim} axes, each as long as that axis of x, or of size 1 where its positions "
+            "share a value"
         )
-        raise ValueError(f"mask of shape {mask.shape} does not broadcast to x of shape {x.shape}; {fix}.")
+        raise ValueError(
+            f"mask of shape {mask.shape} does not broadcast to x of shape {x.shape}; expected {expected}."
+        )
     if fits_first and first != last:
         raise ValueError(
             f"mask of shape {mask.shape} fits the last axes of x of shape {x.shape}, and the first as well; "
@@ -89,8 +91,8 @@ def as_epsilon(epsilon: float, *values: Any) -> float:
     smallest, most = float(jnp.finfo(dtype).tiny), float(jnp.finfo(dtype).max)
     if not smallest <= epsilon <= most:
         raise ValueError(
-            f"epsilon={epsilon}; expected a number > 0, such as 1e-5, and {smallest:.8g} at least, because a "
-            f"smaller one is 0 in {dtype} arithmetic."
+            f"epsilon={epsilon}; expected a number from {smallest:.8g}, below which it is 0 in {dtype} "
+            f"arithmetic, to {most:.8g}, such as 1e-5."
         )
     return epsilon
 
@@ -172,8 +174,8 @@ def check_features(
 ) -> None:
     """Check that an argument is of a type and each leaf has the shape of the features of `x`.
 
-    A leaf may be None, and a count may be a scalar. If `may_broadcast`, a leaf may be a scalar, or have all
-    axes of `x` and broadcast to it.
+    A count may be a scalar. If `may_broadcast`, a leaf may be None or a scalar, or have all axes of `x` and
+    broadcast to it.
 
     Raises:
       TypeError: it is of another type.
@@ -183,14 +185,28 @@ def check_features(
         raise TypeError(
             f"{name} is a {type(value).__name__}; expected jbn.{kind.__name__}, as jbn.init returns it."
         )
-    features = feature_shape(x, axes)
     for field, leaf in value._asdict().items():
-        shape = np.shape(leaf)
-        scalar = shape == () and (may_broadcast or field == "count")
-        if leaf is None or shape == features or scalar or (may_broadcast and _broadcasts(shape, x.shape)):
-            continue
-        or_all_axes = f" To differ by position, give it all {x.ndim} axes of x." if may_broadcast else ""
-        raise ValueError(
-            f"{name}.{field} has shape {shape}, but x of shape {x.shape} has features of shape {features} "
-            f"on axis {axes}; pass {name} made for these features (jbn.init), or another axis.{or_all_axes}"
-        )
+        if leaf is None:
+            if not may_broadcast:
+                raise TypeError(f"{name}.{field} is None; expected an array in the shape of the features.")
+        elif not (field == "count" and np.shape(leaf) == ()):
+            fix = f"pass {name} made for these features (jbn.init), or another axis"
+            check_shape(x, axes, f"{name}.{field}", leaf, fix, may_broadcast=may_broadcast)
+
+
+def check_shape(
+    x: jax.Array, axes: tuple[int, ...], name: str, value: Any, fix: str, *, may_broadcast: bool
+) -> None:
+    """Raise a ValueError for a value in another shape than the features of `x`.
+
+    If `may_broadcast`, it may be a scalar, or have all axes of `x` and broadcast to it.
+    """
+    shape, features = np.shape(value), feature_shape(x, axes)
+    if shape == features or (may_broadcast and (shape == () or _broadcasts(shape, x.shape))):
+        return
+    or_all_axes = f" To differ by position, give it all {x.ndim} axes of x." if may_broadcast else ""
+    axis = axes[0] if len(axes) == 1 else axes
+    raise ValueError(
+        f"{name} has shape {shape}; expected {features}, that of the features of x of shape {x.shape} on "
+        f"axis {axis}: {fix}.{or_all_axes}"
+    )

@@ -130,6 +130,11 @@ def _reduce_group(
     return reduce_rows(jnp.where(_is_row(group, rows), rows, 0), 0)
 
 
+def spell(names: Sequence[Hashable]) -> str:
+    """Return the names of axes as a user would write them."""
+    return repr(names[0] if len(names) == 1 else tuple(names))
+
+
 def _in_own_row(values, row, rows, names, collective=jax.lax.psum):
     empty = jnp.zeros((rows, *values.shape), values.dtype)
     return _call(collective, jnp.where(_is_row(row, empty), values[None], empty), names)
@@ -142,8 +147,8 @@ def _call(collective, values, names):
         manual = jax.sharding.get_abstract_mesh().manual_axes
         if manual and not set(names) <= set(manual):
             raise ValueError(
-                f"axis_name={names} names a vmap axis inside a jax.shard_map over {manual} that checks "
-                "replication, where JAX cannot add up; pass check_vma=False to that shard_map."
+                f"axis_name={spell(names)} names a vmap axis inside a jax.shard_map over {manual} that "
+                "checks replication, where JAX cannot add up; pass check_vma=False to that shard_map."
             ) from error
         raise
 

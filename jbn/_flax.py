@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._axes import Axes
-from jbn._checks import as_decay
+from jbn._axes import Axes, feature_axes
+from jbn._checks import as_decay, check_shape
 from jbn._collectives import AxisName
 from jbn._dtypes import promote
 from jbn._functional import batch_norm, init
@@ -123,15 +123,19 @@ def initial_statistic(
 
 
 def resolve_affine_param(
-    layer: Layer, name: str, learnt: jax.Array | None, given: ArrayLike | None
+    layer: Layer, x: jax.Array, name: str, learnt: jax.Array | None, given: ArrayLike | None
 ) -> jax.Array | None:
     """Return the scale or bias that the layer learns, without gradient if it is frozen, or the one given.
 
     Raises:
-      ValueError: there are both.
+      ValueError: there are both, or the one given does not fit `x`.
     """
+    if learnt is None and given is not None:
+        given, axes = jnp.asarray(given), feature_axes(x.ndim, layer.axis)
+        check_shape(x, axes, name, given, "give one made for these features", may_broadcast=True)
+        return given
     if learnt is None:
-        return None if given is None else jnp.asarray(given)
+        return None
     if given is not None:
         raise ValueError(
             f"{name} was given in the call of a BatchNorm that learns one of its own; expected one of the "

@@ -45,9 +45,10 @@ def moments(
         var   = sum(mask * |x - mean|^2) / count
 
     A large mean costs no accuracy. Both are measured about a shift c, and the rounding error of the variance
-    is that of a two-pass algorithm times 1 + (mean - c)^2 / var. That factor is at most 10 on a CPU (c is 0,
-    or else the mean of a first pass). Elsewhere c is the mean of a pilot, 64 of N samples: the factor is
-    hardly more than 2 for samples in random order, and at most N/64 in any order. See `jbn/_samples.py`.
+    is that of a two-pass algorithm times 1 + (mean - c)^2 / var. That factor is at most 10 on a CPU, and of
+    an array that the compiler shards (c is 0, or else the samples are read once more). Elsewhere it is 1 with
+    a mask, which takes two passes; without one, c is the mean of a pilot, 64 of N samples, and the factor
+    hardly more than 2 for samples in random order, and at most N/64 in any. `jbn/_samples.py` has a table.
     Where `count` is 0, all three are 0, the identity of `jbn.merge`. A variance beyond the dtype's range is
     infinite.
 
@@ -165,9 +166,12 @@ def merge(*parts: Moments) -> Moments:
     for part in parts:
         if not isinstance(part, Moments):
             raise TypeError(f"merge got a {type(part).__name__}; expected jbn.Moments, each as an argument.")
-        first, shape = np.shape(parts[0].mean), np.shape(part.mean)
-        if shape != first:
-            raise ValueError(f"merge got means of shapes {first} and {shape}; expected the same features.")
+        features = np.shape(parts[0].mean)
+        for field, leaf in part._asdict().items():
+            if np.shape(leaf) != features and not (field == "count" and np.shape(leaf) == ()):
+                raise ValueError(
+                    f"merge got a {field} of shape {np.shape(leaf)}; expected {features}, as the first mean."
+                )
     wide = arithmetic_dtype(*(part.mean for part in parts), *(part.var for part in parts))
     widened = [with_count_per_feature(cast(part, wide)) for part in parts]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *widened)

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from jbn._axes import other_axes
-from jbn._collectives import NamedAxes, smallest_group
+from jbn._collectives import NamedAxes, smallest_group, spell
 
 
 class OneValueWarning(UserWarning):
@@ -28,7 +28,8 @@ def warn_if_single_value(x: jax.Array, axes: tuple[int, ...], parts: int | None,
     elif over.names:
         sizes.append(smallest_group(over))
         where = (
-            f", counted over axis_name={over.names}" + (over.groups is not None) * " in the smallest group"
+            f", counted over axis_name={spell(over.names)}"
+            + (over.groups is not None) * " in the smallest group"
         )
     if math.prod(sizes) == 1:
         warnings.warn(

@@ -13,10 +13,12 @@ try:
     from flax.errors import ModifyScopeVariableError
     from flax.typing import Dtype, Initializer
 except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "flax":  # Flax is there, and lacks something itself
+        raise
     raise ImportError('jbn.linen needs Flax; install it with: pip install "jbn[flax]"') from error
 
 from jbn._axes import Axes, feature_axes, feature_shape
-from jbn._checks import as_array
+from jbn._checks import as_array, check_shape
 from jbn._collectives import AxisName
 from jbn._dtypes import arithmetic_dtype
 from jbn._flax import (
@@ -202,8 +204,8 @@ class BatchNorm(nn.Module):
         learnt_scale = param("scale", self.scale_init) if self.use_scale else None
         learnt_bias = param("bias", self.bias_init) if self.use_bias else None
         params = Params(
-            scale=resolve_affine_param(self, "scale", learnt_scale, scale),
-            bias=resolve_affine_param(self, "bias", learnt_bias, bias),
+            scale=resolve_affine_param(self, x, "scale", learnt_scale, scale),
+            bias=resolve_affine_param(self, x, "bias", learnt_bias, bias),
         )
         stats = {name: statistic(name) for name in required_statistics(self, initializing or train)}
         dtype = promoted_dtype(self, x, *jax.tree.leaves(params))
@@ -213,6 +215,8 @@ class BatchNorm(nn.Module):
             batch = moments(x, axis=self.axis, mask=mask)
             return normalize(x, batch, params, axis=self.axis, epsilon=self.epsilon, dtype=dtype)
         running = running_moments({name: stat.value for name, stat in stats.items()})
+        axes = feature_axes(x.ndim, self.axis)
+        check_shape(x, axes, '"batch_stats"', running.mean, "pass those of this layer", may_broadcast=False)
         running = cast(running, arithmetic_dtype(x, running.mean))
         y, running = apply_layer(self, x, params, running, train=train, mask=mask, dtype=dtype)
         if train is not False:

@@ -16,6 +16,8 @@ try:
     from flax.nnx.nn.dtypes import promote_dtype as promote_to_one_dtype
     from flax.typing import Dtype, Initializer, PromoteDtypeFn
 except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "flax":  # Flax is there, and lacks something itself
+        raise
     raise ImportError('jbn.nnx needs Flax; install it with: pip install "jbn[flax]"') from error
 
 from jbn._axes import Axes, feature_axes, feature_shape
@@ -241,16 +243,20 @@ class BatchNorm(nnx.Module):
         shape = feature_shape(x, feature_axes(x.ndim, self.axis))
         if shape != self.mean.shape:
             raise ValueError(
-                f"num_features={self.num_features}, but x of shape {x.shape} has features of shape {shape} "
-                f"on axis={self.axis}; build the layer with num_features={shape}, or another axis."
+                f"num_features={self.num_features}; expected {shape}, that of the features of x of shape "
+                f"{x.shape} on axis={self.axis}: build the layer with num_features={shape}, or another axis."
             )
         params = Params(
-            scale=resolve_affine_param(self, "scale", None if self.scale is None else self.scale[...], scale),
-            bias=resolve_affine_param(self, "bias", None if self.bias is None else self.bias[...], bias),
+            scale=resolve_affine_param(
+                self, x, "scale", None if self.scale is None else self.scale[...], scale
+            ),
+            bias=resolve_affine_param(self, x, "bias", None if self.bias is None else self.bias[...], bias),
         )
         stats = {name: getattr(self, name) for name in required_statistics(self, train)}
         if any(stat is None for stat in stats.values()):
-            raise ValueError(f"update={self.update} needs a count; give it to the constructor.")
+            raise ValueError(
+                f"update={self.update} was set later; expected it in the constructor, which makes its count."
+            )
         running = running_moments({name: stat[...] for name, stat in stats.items()})
         dtype = promoted_dtype(self, *self._promoted(x, running.mean, running.var, *params))
         y, running = apply_layer(self, as_inexact(x), params, running, train=train, mask=mask, dtype=dtype)

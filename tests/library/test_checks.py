@@ -39,7 +39,10 @@ def test_bad_input_of_moments_is_named():
 def test_bad_input_of_merge_is_named():
     named(ValueError, "merge got no moments", jbn.merge)
     named(TypeError, "merge got a list; .* jbn.Moments", jbn.merge, [RUNNING])
-    named(ValueError, r"merge got means of shapes \(3,\) and \(2,\)", jbn.merge, RUNNING, ELSEWHERE[1])
+    named(ValueError, r"merge got a mean of shape \(2,\); expected \(3,\)", jbn.merge, RUNNING, ELSEWHERE[1])
+    for field, shape in (("var", (2,)), ("var", ()), ("count", (2,)), ("count", (1, 3))):
+        other = RUNNING._replace(**{field: np.ones(shape, np.float32)})
+        named(ValueError, rf"merge got a {field} of shape .*; expected \(3,\)", jbn.merge, RUNNING, other)
 
 
 def test_bad_input_of_batch_norm_is_named():
@@ -48,9 +51,10 @@ def test_bad_input_of_batch_norm_is_named():
         (TypeError, "x has dtype int", dict(x=X.astype(np.int32))),
         (ValueError, "axis=5 is out of range", dict(axis=5)),
         (ValueError, r"axis=\(0, 0\) names a feature axis twice", dict(axis=(0, 0))),
-        (ValueError, r"has shape \(3,\), but x of shape \(4, 3\) .* shape \(4,\) on axis", dict(axis=0)),
-        (ValueError, r"running.mean has shape \(3,\).*features of shape \(5,\)", dict(x=np.ones((4, 5)))),
+        (ValueError, r"has shape \(3,\); expected \(4,\), .* x of shape \(4, 3\) on axis 0:", dict(axis=0)),
+        (ValueError, r"running.mean has shape \(3,\); expected \(5,\)", dict(x=np.ones((4, 5)))),
         (ValueError, r"params.scale has shape \(2,\).*jbn.init", dict(params=ELSEWHERE[0])),
+        (TypeError, "running.var is None; expected an array", dict(running=RUNNING._replace(var=None))),
         (TypeError, "params is a tuple; .* jbn.Params", dict(params=(1.0, 2.0))),
         (TypeError, "running is a Params; .* jbn.Moments", dict(running=PARAMS)),
         (
@@ -72,7 +76,7 @@ def test_bad_input_of_batch_norm_is_named():
         (TypeError, "train=1; .* True", dict(train=1)),
         (TypeError, "exact=None; expected True or False", dict(exact=None)),
         (TypeError, "exact=.*; expected True or False. .* a static argument", dict(exact=np.array(True))),
-        (ValueError, "epsilon=0.0; expected a number > 0", dict(epsilon=0.0)),
+        (ValueError, "epsilon=0.0; expected a number from 1.17.* to 3.4", dict(epsilon=0.0)),
         (TypeError, "epsilon=None; expected a number > 0", dict(epsilon=None)),
         (ValueError, "virtual_batch_size=0; .* a number of examples >= 1", dict(virtual_batch_size=0)),
         (ValueError, "virtual_batch_size=-2; .* a number", dict(virtual_batch_size=-2, train=False)),

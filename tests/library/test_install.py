@@ -17,3 +17,17 @@ def test_a_flax_layer_without_flax_says_what_to_install(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "flax", None)  # as if it were not installed
     with pytest.raises(ImportError, match=rf'{name} needs Flax.*pip install "jbn\[flax\]"'):
         importlib.import_module(name)
+
+
+@pytest.mark.parametrize("name", ["jbn.linen", "jbn.nnx"])
+def test_a_package_that_flax_itself_lacks_is_named(name, monkeypatch):
+    class Lacking:
+        def find_spec(self, module, *_):
+            if module == "flax.typing":
+                raise ModuleNotFoundError("No module named 'msgpack'", name="msgpack")
+
+    monkeypatch.setattr(sys, "meta_path", [Lacking(), *sys.meta_path])
+    for module in (name, "flax.typing"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    with pytest.raises(ModuleNotFoundError, match="msgpack"):
+        importlib.import_module(name)

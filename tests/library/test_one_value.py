@@ -26,7 +26,7 @@ def train_in_vmap(shape, **options):
 WARNED = {
     "one row": (lambda: train(ones(1, 3)), r"x of shape \(1, 3\) has one value per feature\. "),
     "one position": (lambda: train(ones(1, 1, 1, 3)), "every output is the bias"),
-    "one example in a vmap": (lambda: train_in_vmap((1, 3)), r"counted over axis_name=\('i',\)\."),
+    "one example in a vmap": (lambda: train_in_vmap((1, 3)), r"counted over axis_name='i'\."),
     "a group of one": (
         lambda: train_in_vmap((3, 3), axis_index_groups=[[0, 1], [2]]),
         "counted over .* in the smallest group",

@@ -178,3 +178,10 @@ def test_metadata_of_partitioned_variables_stays():
     spec = nn.get_partition_spec(variables | updated)
     assert spec["params"]["scale"] == spec["batch_stats"]["mean"] == jax.sharding.PartitionSpec("features")
     assert_allclose(updated["batch_stats"]["mean"].unbox(), 0.01 * X.mean(0), rtol=1e-5)
+
+
+def test_statistics_of_another_layer_are_named():
+    bare = jbn.linen.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
+    stats = {"batch_stats": {"mean": np.zeros(5, np.float32), "var": np.ones(5, np.float32)}}
+    with pytest.raises(ValueError, match=r'"batch_stats" has shape \(5,\); expected \(3,\), .* on axis 1'):
+        bare.apply(stats, X)

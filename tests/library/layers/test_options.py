@@ -164,11 +164,17 @@ def test_frozen_layer_gives_a_gradient_to_what_comes_from_outside(flavour):
 
 @both
 def test_what_makes_no_sense_is_named(flavour):
-    layer = flavour(flavour.ours, X)
+    layer, bare = flavour(flavour.ours, X), flavour(flavour.ours, X, use_scale=False, use_bias=False)
     given = "{0} was given in the call .* use_{0}=False"
     for error, message, call in [
         (ValueError, given.format("scale"), lambda: layer.train(X, scale=np.ones(3))),
         (ValueError, given.format("bias"), lambda: layer.train(X, bias=np.ones(3))),
+        (ValueError, r"^scale has shape \(5,\); expected \(3,\)", lambda: bare.train(X, scale=np.ones(5))),
+        (
+            ValueError,
+            r"^bias has shape \(8, 3\); expected \(3,\)",
+            lambda: bare.train(X, bias=np.ones((8, 3))),
+        ),
         (ValueError, "mask of shape .* does not broadcast", lambda: layer.train(X, mask=np.ones(8, bool))),
         (ValueError, "is not bound here", lambda: flavour(flavour.ours, X, axis_name="i").train(X)),
         (ValueError, "momentum=1.5 is outside", lambda: flavour(flavour.ours, X, momentum=1.5)),

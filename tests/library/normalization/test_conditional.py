@@ -130,7 +130,7 @@ def test_vmap_over_examples_has_parameters_of_each():
 
 def test_other_shapes_are_refused_with_the_two_that_are_wanted():
     x, running = random(SHAPE), jbn.init(3)[1]
-    fits = r"params.scale has shape .* features of shape \(3,\) .* all 3 axes of x"
+    fits = r"params.scale has shape .* expected \(3,\), .* all 3 axes of x"
     for shape in (6, 3), (4, 3), (2,), (6, 2, 3), (1, 6, 4, 3):
         params = jbn.Params(np.ones(shape, np.float32), None)
         with pytest.raises(ValueError, match=fits):

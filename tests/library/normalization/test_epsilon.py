@@ -110,7 +110,7 @@ def test_epsilon_that_float32_takes_for_something_else_is_refused():
         *(lambda epsilon, f=f: f(f.ours, x, epsilon=epsilon).train(x) for f in (Linen, NNX)),
     ]
     for epsilon in (1e-38, 1e-45, 5e-324, 0.0, -1e-5, float("inf"), float("nan"), 1e39):
-        named = rf"epsilon={re.escape(str(epsilon))}; expected a number > 0, .*1.1754944e-38 at"
+        named = rf"epsilon={re.escape(str(epsilon))}; expected a number from 1.1754944e-38"
         # The modules give it to the functions.
         for call in calls if epsilon in (1e-38, 0.0) else calls[:1]:
             with pytest.raises(ValueError, match=named):

@@ -17,10 +17,10 @@ REFUSED = [
     ((5, 5, 5), (5,), r"mask\[\.\.\., None, None\] for the first axes, mask.reshape\(1, 1, 5\)"),
     ((7, 7), (7,), r"mask\[\.\.\., None\] for the first axes, mask.reshape\(1, 7\)"),
     ((5, 5, 3), (5, 1), r"mask\[\.\.\., None\] for the first axes, mask.reshape\(1, 5, 1\)"),
-    ((4, 6, 3), (4, 6), r"does not broadcast.*its first axes are those of x: pass mask\[\.\.\., None\]"),
+    ((4, 6, 3), (4, 6), r"does not broadcast.*its axes are the first ones: pass mask\[\.\.\., None\]"),
     ((4, 6, 3), (4,), r"does not broadcast.*pass mask\[\.\.\., None, None\]"),
-    ((4, 6, 3), (2, 6), r"does not broadcast.*give it one value for each position"),
-    ((4, 3), (1, 4, 3), r"does not broadcast.*give it one value for each position"),
+    ((4, 6, 3), (2, 6), r"does not broadcast.*expected at most"),
+    ((4, 3), (1, 4, 3), r"does not broadcast.*expected at most"),
 ]
 
 
