@@ -31,6 +31,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 DataName = Literal["digits", "mnist", "cifar10", "npz"]
 NetworkName = Literal["mlp", "nnx_mlp", "cnn", "resnet20", "resnet56", "resnet18", "resnet50"]
 NormName = Literal["batch", "none", "ghost", "layer", "group", "flax"]
+LossName = Literal["cross_entropy", "squared_error"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,14 @@ class Model:
     """The standard deviation of Gaussian initial weights; 0 takes the network's usual ones."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of activations. Parameters, statistics and loss are float32."""
+    frozen: Literal["none", "norms", "statistics", "body"] = "none"
+    """What does not learn: with "norms" the running statistics, which training then normalizes with, and the
+    scale and bias of every norm; with "statistics" only those; with "body" everything but the last layer."""
+    loss: LossName = "cross_entropy"
+    """What training minimizes: cross_entropy of classes, or squared_error of numbers."""
+    class_weights: Literal["balanced"] | tuple[NonNegativeFloat, ...] = ()
+    """The weight of each class in the loss, in their order; "balanced" gives all classes the same weight
+    together, however many examples they have. If empty, all examples weigh the same."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,11 @@ class Config:
     early_stopping: NonNegative = 0
     """Evaluations without a better one, by validation, after which the job is finished; 0 goes to its end."""
     init_from: str | None = None
-    """A run directory from whose best checkpoint parameters and running statistics start."""
+    """Where parameters and running statistics start from: the best checkpoint of a run directory, or a
+    .safetensors or .npz file of PyTorch's resnet18 or resnet50."""
+    recalibrate: bool = False
+    """Whether to pool the running statistics anew over the training data, at the end, for the best
+    checkpoint: with the weights as they then are."""
     profile: NonNegative = 0
     """Steps to trace into the run directory's profile/, once the program is compiled; 0 traces none."""
     devices: Annotated[int | None, Field(ge=1)] = None
