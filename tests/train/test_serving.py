@@ -35,7 +35,7 @@ class Run:
     def __init__(self, path, **sections):
         config = Config(str(path), steps=1, **sections)
         dataset = data.load(config.data)
-        network = models.build(config.model, dataset.example_shape, dataset.classes)
+        network = models.build(config.model, dataset.example_shape, dataset.labels.outputs)
         images = np.zeros((1, *dataset.example_shape), np.float32)
         random = np.random.RandomState(0)
 

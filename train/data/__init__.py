@@ -4,6 +4,7 @@ from train.data.augment import augment as augment
 from train.data.augment import check_augmentation as check_augmentation
 from train.data.dataset import Dataset as Dataset
 from train.data.dataset import Examples as Examples
+from train.data.dataset import Labels as Labels
 from train.data.dataset import Preprocessing as Preprocessing
 from train.data.dataset import Split as Split
 from train.data.dataset import eval_batches as eval_batches

@@ -12,7 +12,7 @@ from train.errors import UserError
 
 class Examples(NamedTuple):
     inputs: np.ndarray  # (k, height, width, channels) or (k, features), uint8 or float32
-    labels: np.ndarray  # (k,), int32
+    labels: np.ndarray  # (k,), int32 of classes, float32 of numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Split:
     """The examples at some rows of arrays that may be larger than memory."""
 
     inputs: np.ndarray  # (m, ...), uint8 or float32: all rows of the file, possibly a memory map
-    labels: np.ndarray  # (m,), int32
+    labels: np.ndarray  # (m,), int32 of classes, float32 of numbers
     rows: np.ndarray  # (n,), int64: the rows that belong to the split, ascending
 
     def __len__(self) -> int:
@@ -44,11 +44,29 @@ class Preprocessing(NamedTuple):
         return (inputs.astype(np.float32) - self.mean) / self.std
 
 
+class Labels(NamedTuple):
+    """What the training data say of the labels: those of classes, or numbers. Equal by value."""
+
+    counts: tuple[int, ...] = ()  # training examples of each class; empty for numbers
+    names: tuple[str, ...] = ()  # of the classes, where the data have any
+    mean: float = 0.0  # of numbers, over the training data
+    std: float = 1.0
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs a network for them has: one for each class, or one number."""
+        return len(self.counts) or 1
+
+    def name(self, index: int) -> str:
+        """Return what a class is called."""
+        return self.names[index] if self.names else str(index)
+
+
 class Dataset(NamedTuple):
     train: Split
     validation: Split  # of length 0 where the job holds out none
     test: Split
-    classes: int
+    labels: Labels
     preprocessing: Preprocessing
     fingerprint: str  # differs for other training or test data, wherever they are and in whichever format
 

@@ -10,7 +10,7 @@ import numpy as np
 
 import jbn
 from train.config import Data
-from train.data.dataset import Dataset, Examples, Preprocessing, Split
+from train.data.dataset import Dataset, Examples, Labels, Preprocessing, Split
 from train.data.formats import READERS, permutation, reading
 from train.errors import UserError
 
@@ -44,7 +44,7 @@ def load(config: Data) -> Dataset:
         train=training,
         validation=Split(*train, np.sort(shuffled[:held_out])),
         test=Split(*test, np.arange(len(test.labels))),
-        classes=classes,
+        labels=Labels(counts=tuple(np.bincount(train.labels[training.rows], minlength=classes).tolist())),
         preprocessing=_preprocessing(config, training),
         fingerprint=_fingerprint(train, test),
     )

@@ -28,7 +28,7 @@ import numpy as np
 
 from train import config as configs
 from train.config import NOT_COMPARED, Config
-from train.data import Dataset, Preprocessing
+from train.data import Dataset, Labels, Preprocessing
 from train.errors import DISK_FULL, UserError
 from train.runs.files import as_json, read_json, write_json, write_next_to
 from train.runs.summary import Summary, read_summary
@@ -43,7 +43,7 @@ class Description(NamedTuple):
 
     shape: tuple[int, ...]  # of one example
     dtype: str
-    classes: int
+    labels: Labels
     preprocessing: Preprocessing
     fingerprint: str
 
@@ -115,12 +115,15 @@ def begin(config: Config, dataset: Dataset) -> None:
             f"{description.fingerprint}). Restore those data, or give another --run_dir."
         )
     preprocessing = {name: value.tolist() for name, value in description.preprocessing._asdict().items()}
+    labels = description.labels._asdict()
     with usable(path):
         written = write_next_to(path / "config.json", as_json(dataclasses.asdict(config)))
         # Before the new length is there, or a run that grows and is killed would look finished.
         (path / "summary.json").unlink(missing_ok=True)
         os.replace(written, path / "config.json")
-        write_json(path / "data.json", description._asdict() | {"preprocessing": preprocessing})
+        write_json(
+            path / "data.json", description._asdict() | {"labels": labels, "preprocessing": preprocessing}
+        )
         write_json(path / "environment.json", _environment())
 
 
@@ -141,7 +144,7 @@ def describe(dataset: Dataset) -> Description:
     return Description(
         dataset.example_shape,
         str(dataset.train.inputs.dtype),
-        dataset.classes,
+        dataset.labels,
         dataset.preprocessing,
         dataset.fingerprint,
     )
@@ -170,12 +173,24 @@ def read_data(path: Path) -> Description:
         return Description(
             shape=tuple(map(int, values["shape"])),
             dtype=str(values["dtype"]),
-            classes=int(values["classes"]),
+            labels=_labels(values),
             preprocessing=Preprocessing(**preprocessing),
             fingerprint=values["fingerprint"],
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path / 'data.json'}' does not describe data: {error}. {_RESTORE_DATA}") from None
+
+
+def _labels(values: dict[str, Any]) -> Labels:
+    if "labels" not in values:  # as earlier versions wrote it
+        return Labels(counts=(1,) * int(values["classes"]))
+    labels = values["labels"]
+    return Labels(
+        counts=tuple(map(int, labels["counts"])),
+        names=tuple(map(str, labels["names"])),
+        mean=float(labels["mean"]),
+        std=float(labels["std"]),
+    )
 
 
 def _read(path: Path, name: str, remedy: str) -> Any:

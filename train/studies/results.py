@@ -99,7 +99,7 @@ def read(planned: Planned, outcome: Outcome) -> Run:
     given = planned.name, planned.values, planned.config, outcome
     if outcome.status == "refused" or not (path / "data.json").exists():
         return Run(*given, None, [], [])
-    return Run(*given, read_data(path).classes, read_metrics(path), read_inspections(path))
+    return Run(*given, len(read_data(path).labels.counts), read_metrics(path), read_inspections(path))
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

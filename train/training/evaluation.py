@@ -62,7 +62,7 @@ def load_best(run_dir: Path) -> TrainedRun:
     """
     config, data = directory.read_config(run_dir), directory.read_data(run_dir)
     mesh = processes.mesh_of(jax.devices())
-    network = models.build(config.model, data.shape, data.classes)
+    network = models.build(config.model, data.shape, data.labels.outputs)
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, *data.shape), np.float32))
     like = jax.tree.map(lambda leaf: processes.replicated_like(mesh, leaf), shapes._asdict())
     with Checkpoints(run_dir) as checkpoints:
@@ -71,5 +71,5 @@ def load_best(run_dir: Path) -> TrainedRun:
             raise UserError(f"'{run_dir}' has no checkpoint yet; train it first.")
         variables = Variables(**checkpoints.restore(step, {"model": like})["model"])
     preprocessing = processes.replicate(mesh, data.preprocessing)
-    trained = TrainedNetwork(network, losses.of(config.model), mesh, variables, preprocessing)
+    trained = TrainedNetwork(network, losses.of(config.model, data.labels), mesh, variables, preprocessing)
     return TrainedRun(config, data, step, trained)

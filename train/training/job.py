@@ -44,7 +44,7 @@ def prepare(config: Config) -> Job:
         optimizer=config.optimizer,
         data=config.data,
         input_shape=dataset.example_shape,
-        classes=dataset.classes,
+        labels=dataset.labels,
         batch_size=config.batch_size,
         total_steps=total_steps(config, steps_per_epoch),
         mesh=processes.make_mesh(config),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from train.config import Model
+from train.data import Labels
 
 Sums = dict[str, Any]  # () each: the sum of every score over some examples, and how many examples these are
 
@@ -46,7 +47,7 @@ LOSSES = {
 }
 
 
-def of(model: Model) -> Loss:
+def of(model: Model, labels: Labels) -> Loss:
     """Return the loss that a network is trained for; there is one so far, whatever the network."""
     return LOSSES["cross_entropy"]
 

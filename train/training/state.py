@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from train import models
 from train.config import Data, Model, Optimizer
-from train.data import Examples, Preprocessing
+from train.data import Examples, Labels, Preprocessing
 from train.models import Network, Variables
 from train.models.norms import Rule
 from train.training import losses, optimizer
@@ -31,7 +31,7 @@ class StepConfig:
     optimizer: Optimizer
     data: Data  # for its augmentation
     input_shape: tuple[int, ...]  # of one example
-    classes: int
+    labels: Labels
     batch_size: int
     total_steps: int  # which the learning rate follows
     mesh: Mesh
@@ -39,12 +39,12 @@ class StepConfig:
     @cached_property
     def network(self) -> Network:
         """The network that is trained."""
-        return models.build(self.model, self.input_shape, self.classes)
+        return models.build(self.model, self.input_shape, self.labels.outputs)
 
     @cached_property
     def pooling_network(self) -> Network:
         """The same network, whose running statistics pool the samples of the parts of a batch."""
-        return models.build(self.model, self.input_shape, self.classes, rule=jbn.pooled())
+        return models.build(self.model, self.input_shape, self.labels.outputs, rule=jbn.pooled())
 
     @cached_property
     def transformation(self) -> optax.GradientTransformation:
@@ -59,7 +59,7 @@ class StepConfig:
     @property
     def loss(self) -> Loss:
         """What the network is trained for."""
-        return losses.of(self.model)
+        return losses.of(self.model, self.labels)
 
 
 class TrainState(NamedTuple):
@@ -103,7 +103,7 @@ def create(config: StepConfig, seed: jax.Array | np.uint32) -> TrainState:
 
 def no_sums(config: StepConfig) -> Sums:
     """Return the sums over no examples."""
-    logits, labels = jnp.zeros((0, config.classes)), jnp.zeros(0, jnp.int32)
+    logits, labels = jnp.zeros((0, config.labels.outputs)), jnp.zeros(0, jnp.int32)
     sums = jax.eval_shape(lambda: losses.add_up(config.loss.scores(logits, labels)))
     return {name: np.zeros((), leaf.dtype) for name, leaf in sums.items()}
 

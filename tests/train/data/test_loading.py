@@ -33,7 +33,7 @@ def test_a_further_reader_in_the_table_is_all_that_a_further_data_set_needs(tmp_
         (tmp_path / f"{key}.txt").write_text("1 2\n3 4\n" if "x" in key else "0 1")
     loaded = load(config)
     assert_array_equal(loaded.train.inputs, np.uint8([[1, 2], [3, 4]]), strict=True)
-    assert (loaded.classes, len(loaded.test)) == (2, 2)
+    assert (loaded.labels.outputs, len(loaded.test)) == (2, 2)
     assert refusal(load, Data(name="text")) == (
         "data.path: expected a folder of text files, for data.name = 'text', got none; or set $JBN_DATA to it"
         "."
@@ -166,7 +166,7 @@ def test_digits_are_split_in_three():
     for validation, sizes in (0.1, [1293, 144, 360]), (0, [1437, 0, 360]):
         loaded = load(Data(validation=validation))
         assert [len(loaded.train), len(loaded.validation), len(loaded.test)] == sizes
-        assert (loaded.classes, loaded.example_shape) == (10, (8, 8, 1))
+        assert (loaded.labels.outputs, loaded.example_shape) == (10, (8, 8, 1))
 
 
 def test_validation_is_held_out_of_the_training_data_and_never_of_the_test_data(given, refusal):
@@ -181,7 +181,7 @@ def test_validation_is_held_out_of_the_training_data_and_never_of_the_test_data(
             inputs, labels = split.take(slice(None))
             assert_array_equal(inputs[..., 0], values[f"x_{part}"][split.rows], strict=True)
             assert_array_equal(labels, values[f"y_{part}"][split.rows].astype(np.int32), strict=True)
-        assert loaded.classes == 4
+        assert loaded.labels.outputs == 4
     assert refusal(given(values), validation=0.999) == (
         "data.validation: expected a fraction that leaves some of 20 examples to train on, got 0.999."
     )

@@ -170,7 +170,7 @@ def test_data_are_described_for_those_who_use_the_network_later(make_config):
         config = make_config()
         begin(config, digits(**options))
         described = directory.read_data(Path(config.run_dir))
-        assert (described.shape, described.dtype, described.classes) == ((8, 8, 1), "float32", 10)
+        assert (described.shape, described.dtype, described.labels.outputs) == ((8, 8, 1), "float32", 10)
         assert described.fingerprint == digits().fingerprint
         for value, expected in zip(described.preprocessing, digits(**options).preprocessing):
             assert_array_equal(value, expected, strict=True)

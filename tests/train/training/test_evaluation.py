@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 from tests.helpers.jobs import fit, results
 from train import serving
 from train.config import Model
-from train.data import Preprocessing, Split
+from train.data import Labels, Preprocessing, Split
 from train.errors import UserError
 from train.models import Variables
 from train.runs import directory, processes
@@ -87,7 +87,7 @@ def test_run_without_a_checkpoint_cannot_be_evaluated(make_config):
 
 
 def test_cross_entropy_is_that_of_the_softmax_with_smoothed_labels():
-    loss = losses.of(Model())
+    loss = losses.of(Model(), Labels())
     assert loss is LOSSES["cross_entropy"]
     log_probabilities = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
     logits = jnp.float32(LOGITS)

@@ -12,6 +12,7 @@ import jbn
 from tests.helpers.jobs import fit, results
 from train import models
 from train.config import Data, Model, Optimizer
+from train.data import Labels
 from train.models import Variables
 from train.runs import processes
 from train.training import job
@@ -25,7 +26,7 @@ def make(**changes):
         "optimizer": Optimizer(base_batch_size=32, momentum=0.0, warmup_steps=0),
         "data": Data(),
         "input_shape": (4, 4, 1),
-        "classes": 3,
+        "labels": Labels((1, 1, 1)),
         "batch_size": 128,
         "total_steps": 100,
         "mesh": processes.mesh_of(jax.devices()[:1]),
@@ -41,7 +42,7 @@ def test_configs_of_equal_jobs_are_equal_and_compile_nothing_twice():
         "optimizer": Optimizer(),
         "data": Data(flip=True),
         "input_shape": (16,),
-        "classes": 4,
+        "labels": Labels((1, 1, 1, 1)),
         "batch_size": 64,
         "total_steps": 99,
         "mesh": processes.mesh_of(jax.devices()[:2]),

@@ -10,7 +10,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from train.config import Data, Model, Optimizer
-from train.data import Examples, Preprocessing, augment
+from train.data import Examples, Labels, Preprocessing, augment
 from train.models import Variables
 from train.runs import processes
 from train.training import evaluation, job, steps
@@ -33,7 +33,7 @@ def step_config(*, devices=1, data=None, optimizer=None, **model):
         optimizer=Optimizer(**{"schedule": "constant"} | (optimizer or {})),
         data=Data(**(data or {})),
         input_shape=(4, 4, 1),
-        classes=3,
+        labels=Labels(counts=(1, 1, 1)),
         batch_size=8,
         total_steps=100,
         mesh=processes.mesh_of(jax.devices()[:devices]),
