@@ -28,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # Each name is a line of a table too: READERS in train/data/formats.py, NETWORKS in train/models/build.py and
 # NORMS in train/models/norms.py. They stand here because flags and --help must not wait for JAX.
-DataName = Literal["digits", "mnist", "cifar10", "npz"]
+DataName = Literal["digits", "mnist", "cifar10", "npz", "csv", "folder"]
 NetworkName = Literal["mlp", "nnx_mlp", "cnn", "resnet20", "resnet56", "resnet18", "resnet50"]
 NormName = Literal["batch", "none", "ghost", "layer", "group", "flax"]
 LossName = Literal["cross_entropy", "squared_error"]
@@ -39,11 +39,20 @@ class Data:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     name: DataName = "digits"
-    """Which data: scikit-learn's handwritten digits (embedded), MNIST, CIFAR-10, or arrays of your own."""
+    """Which data: scikit-learn's handwritten digits (embedded), MNIST, CIFAR-10, or data of your own: arrays,
+    a table, or a folder of images, one folder a class."""
     path: str | None = None
     """The file or folder; if not given, $JBN_DATA. Digits need none."""
+    label: str = "label"
+    """The column of a table (name = "csv") that is to be predicted; all others are features."""
+    image_size: NonNegative = 0
+    """Pixels to which the shorter side of the images in a folder is scaled, before their middle square is
+    cut out; 0 takes them as they are, if all have one size."""
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The fraction of the examples to hold out for testing, where the data have no test split."""
     validation: Fraction = 0.1
-    """The fraction of the training data to hold out for choosing the best checkpoint; 0 holds out none."""
+    """The fraction of the training data to hold out for choosing the best checkpoint, where they have no
+    validation split of their own; 0 holds out none."""
     normalize: bool = False
     """Whether the network sees inputs less their mean, divided by their standard deviation, both over the
     training data: of each channel of images, of each feature of vectors."""
@@ -58,6 +67,8 @@ class Data:
     """Pixels by which to move training images at most, in both directions; what comes in is black."""
     device_gib: NonNegativeFloat = 1.0
     """Data of up to this many GiB stay on the devices; of larger data they get one batch at a time."""
+    cache: str | None = None
+    """The folder for images once decoded; if not given, data-cache beside the run directory."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +192,7 @@ class Config:
 
 # How and where a job runs does not change what it computes, but for rounding.
 NOT_COMPARED = (
-    *("run_dir", "data.path", "profile", "devices"),
+    *("run_dir", "data.path", "data.cache", "profile", "devices"),
     *("coordinator", "num_processes", "process_id", "peer_timeout"),
 )
 

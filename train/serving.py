@@ -11,14 +11,14 @@ from jax import export as jax_export
 from numpy.lib.npyio import NpzFile
 
 from train import data
-from train.data import Split
-from train.data.formats import member, npy, reading
+from train.data import Labels, images, tables
+from train.data.formats import member, npy
+from train.data.reading import reading, regular
 from train.errors import UserError
-from train.runs import processes
+from train.runs import directory, processes
 from train.runs.files import replace
 from train.training import TrainedRun, load_best, steps
 
-IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for as many bytes a pixel
 # Images are predicted this many at a time, the last ones padded with zeros: one program for any number of
 # them, in which none's result depends on the others. Small, because a single image costs as much.
 PREDICT_BATCH = 32
@@ -36,39 +36,52 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         # The embedded digits have no file; others like them come in the general layout.
         name = "npz" if config.name == "digits" else config.name
         config = dataclasses.replace(config, name=name, path=path)
-    _, (inputs, labels) = data.read(config)
+    given = data.load_test(
+        config,
+        loss=run.config.model.loss,
+        labels=run.data.labels,
+        columns=run.data.columns,
+        trained_on=run.data.fingerprint,
+        cache=directory.data_cache(run_dir),
+    )
     what = f"the test split of {path or config.path or config.name}"
-    if labels.max() >= (outputs := run.data.labels.outputs):
-        raise UserError(
-            f"{what}: expected labels up to {outputs - 1}, as in the data that the network was "
-            f"trained on, got up to {labels.max()}."
-        )
-    split = Split(_as_trained(run, what, inputs), labels, np.arange(len(labels)))
+    split = dataclasses.replace(given, inputs=_as_trained(run, what, given.inputs))
     return {"split": "test", "step": run.step, **run.trained.evaluate(split), "examples": len(split)}
 
 
 def predict(run_dir: Path, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """Yield the class and the probabilities of each image in the files, in their order.
+    """Yield the class and the probabilities of each image in the files, or the number, in their order.
 
-    A file is an image, an .npy array of one or more, or an .npz archive of one array or with `x_test`. All of
-    them are read before the first is predicted.
+    A file is an image, an .npy array of one or more, an .npz archive of one array or with `x_test`, or a .csv
+    table with the columns that the network was trained on. All are read before the first is predicted.
 
     Raises:
       UserError: a file cannot be read, or holds other images than those that the network was trained on.
     """
     run = load_best(run_dir)
-    files = [_as_trained(run, str(path), _read(path, run.data.shape)) for path in paths]
-    places = [(path, i) for path, images in zip(paths, files) for i in range(len(images))]
-    images = np.concatenate(files)
-    for start in range(0, len(images), PREDICT_BATCH):
-        part = images[start : start + PREDICT_BATCH]
-        padded = np.zeros((PREDICT_BATCH, *images.shape[1:]), images.dtype)
+    files = [_as_trained(run, str(path), _read(run, path)) for path in paths]
+    places = [(path, i) for path, of_file in zip(paths, files) for i in range(len(of_file))]
+    inputs = np.concatenate(files)
+    for start in range(0, len(inputs), PREDICT_BATCH):
+        part = inputs[start : start + PREDICT_BATCH]
+        padded = np.zeros((PREDICT_BATCH, *inputs.shape[1:]), inputs.dtype)
         padded[: len(part)] = part
         network, loss, mesh, variables, preprocessing = run.trained
         placed = processes.replicate(mesh, padded)
-        probabilities = np.asarray(steps.predict(network, loss, variables, preprocessing, placed))
-        for (path, i), row in zip(places[start:], probabilities[: len(part)]):
-            yield {"file": str(path), "image": i, "class": int(row.argmax()), "probabilities": row.tolist()}
+        outputs = np.asarray(steps.predict(network, loss, variables, preprocessing, placed))
+        for (path, i), output in zip(places[start:], outputs[: len(part)]):
+            kind = "image" if len(run.data.shape) == 3 else "row"
+            yield {"file": str(path), kind: i, **_in_words(run.data.labels, output)}
+
+
+def _in_words(labels: Labels, output: np.ndarray) -> dict[str, Any]:
+    """Name what a network puts out for one example: a number, or the probabilities of the classes."""
+    if not labels.counts:
+        return {"value": float(output)}
+    best, probabilities = int(output.argmax()), output.tolist()
+    if not labels.names:
+        return {"class": best, "probabilities": probabilities}
+    return {"class": labels.names[best], "probabilities": dict(zip(labels.names, probabilities))}
 
 
 def export(run_dir: Path, path: Path) -> str:
@@ -107,37 +120,25 @@ def export(run_dir: Path, path: Path) -> str:
     )
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """Read an image with as many channels as `shape` has, (h, w, channels), uint8; or an array as it is."""
-    with reading(path, "an image, an .npy array of images, or an .npz archive of one array or with x_test"):
-        if path.suffix.lower() not in (".npy", ".npz"):
-            return _read_image(path, shape)
-        if path.suffix.lower() == ".npy":
-            return npy(path)
-        with path.open("rb") as file, NpzFile(file) as archive:
+def _read(run: TrainedRun, path: Path) -> np.ndarray:
+    """Read an image, (h, w, channels), uint8, scaled as in training; or an array or a table as it is."""
+    shape, columns, suffix = run.data.shape, run.data.columns, path.suffix.lower()
+    if suffix == ".npy":
+        return npy(path)
+    if suffix == ".npz":
+        expected = "an .npz archive of one array or with x_test"
+        with reading(path, expected), regular(path).open("rb") as file, NpzFile(file) as archive:
             names = ["x_test"] if "x_test" in archive.files else archive.files
             if len(names) != 1:
                 raise ValueError(f"it has {names}")
             return member(archive, names[0])
-
-
-def _read_image(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    from PIL import Image
-
-    mode = IMAGE_MODES.get(shape[-1], "RGB")
-    with Image.open(path) as image:
-        # Known before a pixel is decoded, of which there may be more than memory holds.
-        if (image.height, image.width) != shape[:2]:
-            size = f"{image.height} x {image.width} pixels"
-            raise ValueError(f"it has {size}, and the network was trained on inputs of shape {list(shape)}")
-        # Pillow would cut off values above 255, and transparent pixels have no defined colour.
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"it has more than 8 bits a channel (mode {image.mode})")
-        alpha = np.asarray(image.convert("RGBA"))[..., 3] if image.has_transparency_data else np.uint8(255)
-        if mode != "RGBA" and alpha.min() < 255:
-            raise ValueError("it is transparent in places")
-        pixels = np.asarray(image.convert(mode))
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+    if columns:
+        return tables.features(path, columns)
+    if len(shape) != 3:
+        raise UserError(f"{path}: expected an .npy or .npz file of {run.data.inputs}, got another.")
+    size = run.config.data.image_size
+    with reading(path, images.EXPECTED):
+        return images.read(path, channels=shape[-1], size=shape[:2], image_size=size)
 
 
 def _as_trained(run: TrainedRun, what: str, given: np.ndarray) -> np.ndarray:
@@ -166,6 +167,10 @@ def _as_trained(run: TrainedRun, what: str, given: np.ndarray) -> np.ndarray:
         require(examples.dtype == np.uint8, "uint8")
         return examples
     if digits and examples.dtype == np.uint8:
+        require(
+            not 0 < examples.max() <= 16,
+            "bytes up to 255, or numbers up to 1, and not up to 16 (divide by 16.0)",
+        )
         return examples.astype(np.float32) / np.float32(255)
     require(np.issubdtype(examples.dtype, np.floating), f"{'uint8 or ' * digits}floating point")
     with np.errstate(over="ignore"):

@@ -176,6 +176,8 @@ RANGES = {
     "devices": ([1, None], {0: ">= 1"}),
     "num_processes": ([1, None], {0: ">= 1"}),
     "peer_timeout": ([1], {0: ">= 1"}),
+    "data.image_size": ([0, 224], {-1: ">= 0"}),
+    "data.test": ([0.001, 0.999], {0: "> 0", 1: "< 1", NAN: "> 0"}),
     "data.validation": ([0, 0.999], {-0.1: ">= 0", 1: "< 1", NAN: "< 1"}),
     "data.feature_scales": (
         [(), (1e-9, 1e9), (0.5, 0.5)],

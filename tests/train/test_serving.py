@@ -129,14 +129,19 @@ def test_data_of_another_kind_are_not_evaluated(colours, tmp_path, refusal):
         (
             COLOURS[:4, ..., :1],
             range(4),
-            f"one example of shape [6, 5, 3], or n ..., {trained} uint8[4, 6, 5, 1].",
+            f"the test split of {path}: expected one example of shape [6, 5, 3], or n ..., {trained} "
+            "uint8[4, 6, 5, 1].",
         ),
-        (np.float32(COLOURS[:4]), range(4), f"uint8, {trained} float32[4, 6, 5, 3]."),
-        (COLOURS[:4], range(1, 5), f"labels up to 3, {trained} up to 4."),
+        (
+            np.float32(COLOURS[:4]),
+            range(4),
+            f"the test split of {path}: expected uint8, {trained} float32[4, 6, 5, 3].",
+        ),
+        (COLOURS[:4], range(1, 5), f"{path}: expected labels up to 3, {trained} up to 4."),
     ]:
         np.savez(path, x_train=x, y_train=[*y], x_test=x, y_test=[*y])
         sentence = refusal(serving.evaluate, colours.path, path)
-        start, _, end = f"the test split of {path}: expected {expected}".partition("...")
+        start, _, end = expected.partition("...")
         assert sentence.startswith(start) and sentence.endswith(end)
 
 
@@ -198,7 +203,9 @@ def test_vectors_are_predicted_one_or_many(tmp_path, refusal):
     sentence = refusal(run.predicted, tmp_path / "bytes.npy")
     assert "bytes.npy: expected floating point, as in the data that" in sentence
     Image.fromarray(GREY).save(tmp_path / "image.png")
-    assert "inputs of shape [7]; expected an image" in refusal(run.predicted, tmp_path / "image.png")
+    assert "expected an .npy or .npz file of rows of dtype float32 and shape (n, 7)" in refusal(
+        run.predicted, tmp_path / "image.png"
+    )
 
 
 OTHER_ARRAYS = [
@@ -212,7 +219,7 @@ OTHER_ARRAYS = [
     (np.full((8, 8), None), "cannot be read: "),
     (
         {"a": np.zeros((8, 8)), "b": np.zeros((8, 8))},
-        "cannot be read: it has ['a', 'b']; expected an image, ",
+        "cannot be read: it has ['a', 'b']; expected an .npz archive of one array or with x_test.",
     ),
     (b"PK\x03\x04 and no more", "cannot be read: "),
 ]
@@ -235,17 +242,15 @@ def test_arrays_of_another_kind_are_refused_before_anything_is_predicted(digits,
 def test_pictures_of_another_kind_are_refused(digits, tmp_path, refusal):
     bad = tmp_path / "bad.png"
     for image, reason in [
-        (Image.new("I;16", (8, 8)), "it has more than 8 bits a channel (mode I;16)"),
+        (Image.new("I;16", (8, 8)), "it has more than 8 bits a channel; save it with 8"),
         (Image.new("RGBA", (8, 8), (9, 9, 9, 0)), "it is transparent in places"),
         (
             Image.new("L", (9, 8)),
-            "it has 8 x 9 pixels, and the network was trained on inputs of shape [8, 8, 1]",
+            "it has 8 x 9 pixels, where 8 x 8 are needed",
         ),
     ]:
         image.save(bad)
-        assert refusal(digits.predicted, bad).startswith(
-            f"{bad} cannot be read: {reason}; expected an image, "
-        )
+        assert refusal(digits.predicted, bad).startswith(f"{bad} cannot be read: {reason}")
     # The size is known, and refused, before a pixel is decoded: of this one there are none.
     Image.new("L", (10_000, 1000)).save(bad)
     bad.write_bytes(bad.read_bytes()[:60])

@@ -68,7 +68,9 @@ class Dataset(NamedTuple):
     test: Split
     labels: Labels
     preprocessing: Preprocessing
-    fingerprint: str  # differs for other training or test data, wherever they are and in whichever format
+    fingerprint: str  # differs for other data in any split, wherever they are and in whichever format
+    columns: tuple[str, ...] = ()  # names of the features of a table
+    notes: tuple[str, ...] = ()  # what the user should know of the data
 
     @property
     def example_shape(self) -> tuple[int, ...]:

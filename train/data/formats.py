@@ -1,17 +1,15 @@
 """Files -> raw arrays: NumPy's, MNIST's IDX files, CIFAR-10's binary batches. Nothing is ever unpickled.
 
-Each reader takes a path and returns the arrays under the names of the Keras layout, or an empty dict where
-the path has nothing of its kind. A further data set is a reader, a line of `READERS`, and a name in
+Each reader takes a path and returns what it found, the arrays under the names of the Keras layout, or None
+where the path has nothing of its kind. A further data set is a reader, a line of `READERS`, and a name in
 train/config.py.
 """
 
-import contextlib
 import gzip
 import math
 import struct
 import tarfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +18,13 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.lib.npyio import NpzFile
 
-from train.config import DataName
+from train.config import Data, DataName
+from train.data import folders, tables
+from train.data.reading import Found, reading, regular
 from train.errors import UserError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+OPTIONAL = ("x_test", "y_test", "x_validation", "y_validation")  # of arrays of one's own
 IDX_FILES = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -33,54 +34,55 @@ IDX_FILES = (
 CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 
 
-@contextlib.contextmanager
-def reading(path: Path, expected: str) -> Iterator[None]:
-    """Turn whatever goes wrong inside into a UserError that names the file."""
-    try:
-        with warnings.catch_warnings():
-            # NumPy warns of headers that Python 2 wrote, and reads them.
-            warnings.simplefilter("ignore")
-            yield
-    except UserError:
-        raise
-    # On unforeseen bytes a parser may fail with anything.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path} cannot be read: {reason}; expected {expected}.") from error
-
-
-def digits(_: Path) -> dict[str, np.ndarray]:
+def digits(_: Path) -> Found:
     """Read scikit-learn's handwritten digits: 8 x 8 pixels from 0 to 1, and a fixed test split."""
     # The file without scikit-learn, whose import takes longer than the job's training.
     package = find_spec("sklearn")
     if package is None or package.origin is None:
         raise UserError("data.name = 'digits' needs scikit-learn; pip install scikit-learn.")
-    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")
     inputs = (table[:, :-1] / 16).astype(np.float32).reshape(-1, 8, 8, 1)
     labels = table[:, -1].astype(np.int32)
     shuffled = permutation(0, len(labels))
     train, test = np.sort(shuffled[360:]), np.sort(shuffled[:360])
-    return dict(zip(KEYS, (inputs[train], labels[train], inputs[test], labels[test])))
+    return Found(dict(zip(KEYS, (inputs[train], labels[train], inputs[test], labels[test]))), (file,))
 
 
-def npz(path: Path, name: str = "npz") -> dict[str, np.ndarray]:
+def npz(path: Path, name: str = "npz") -> Found | None:
     """Read an .npz archive, or a folder of .npy files as memory maps, for data larger than memory."""
     if path.is_dir() and (path / f"{name}.npz").is_file():
         path = path / f"{name}.npz"
     if path.is_dir():
-        files = {key: path / f"{key}.npy" for key in KEYS if (path / f"{key}.npy").is_file()}
-        if files:
-            _require_all(path, files, KEYS)
-        return {key: npy(file) for key, file in files.items()}
-    with reading(path, "an .npz file of plain arrays"), path.open("rb") as file, NpzFile(file) as archive:
-        _require_all(path, archive, KEYS)
-        return {key: member(archive, key) for key in KEYS}
+        files = {
+            key: path / f"{key}.npy" for key in _wanted(path, [file.stem for file in path.glob("*.npy")])
+        }
+        return (
+            Found({key: npy(file) for key, file in files.items()}, tuple(files.values())) if files else None
+        )
+    with (
+        reading(path, "an .npz file of plain arrays"),
+        regular(path).open("rb") as file,
+        NpzFile(file) as archive,
+    ):
+        keys = _wanted(path, archive.files)
+        _require_all(path, archive.files, KEYS[:2])
+        return Found({key: member(archive, key) for key in keys}, (path,))
+
+
+def _wanted(path: Path, names: Sequence[str]) -> list[str]:
+    """Return which of these arrays are data; if any are, training data are, and inputs have labels."""
+    found = [key for key in dict.fromkeys(KEYS + OPTIONAL) if key in names]
+    needed = [f"{axis}_{key[2:]}" for key in found for axis in "xy"]
+    if found:
+        _require_all(path, found, [*KEYS[:2], *needed])
+    return found
 
 
 def npy(path: Path) -> np.ndarray:
     """Read an .npy file as a memory map."""
     with reading(path, "an .npy file of a plain array"):
-        return open_memmap(path, mode="r")
+        return open_memmap(regular(path), mode="r")
 
 
 def member(archive: NpzFile, name: str) -> np.ndarray:
@@ -91,7 +93,7 @@ def member(archive: NpzFile, name: str) -> np.ndarray:
     return array
 
 
-def mnist(path: Path) -> dict[str, np.ndarray]:
+def mnist(path: Path) -> Found | None:
     """Read MNIST as `npz` does, or from its four IDX files, each plain or .gz."""
     if found := npz(path, "mnist"):
         return found
@@ -99,11 +101,12 @@ def mnist(path: Path) -> dict[str, np.ndarray]:
         files = {name: file for name in IDX_FILES if (file := _idx_file(folder, name))}
         if files:
             _require_all(folder, files, IDX_FILES)
-            return {key: _idx(files[name]) for key, name in zip(KEYS, IDX_FILES)}
-    return {}
+            arrays = {key: _idx(files[name]) for key, name in zip(KEYS, IDX_FILES)}
+            return Found(arrays, tuple(files.values()))
+    return None
 
 
-def cifar10(path: Path) -> dict[str, np.ndarray]:
+def cifar10(path: Path) -> Found | None:
     """Read CIFAR-10 as `npz` does, or from its six binary batches, in a folder or a .tar.gz."""
     if path.is_file() and path.suffix in (".gz", ".tgz", ".tar"):
         return _cifar10_tar(path)
@@ -113,13 +116,14 @@ def cifar10(path: Path) -> dict[str, np.ndarray]:
         files = {name: folder / name for name in CIFAR10_FILES if (folder / name).is_file()}
         if files:
             _require_all(folder, files, CIFAR10_FILES)
-            return _cifar10({file: file.read_bytes() for file in files.values()})
+            arrays = _cifar10({file: file.read_bytes() for file in files.values()})
+            return Found(arrays, tuple(files.values()))
     archive = path / "cifar-10-binary.tar.gz"
-    return _cifar10_tar(archive) if archive.is_file() else {}
+    return _cifar10_tar(archive) if archive.is_file() else None
 
 
-def _require_all(path: Path, found: Mapping[str, Any], names: Sequence[str]) -> None:
-    if missing := [name for name in names if name not in found]:
+def _require_all(path: Path, found: Collection[str], names: Sequence[str]) -> None:
+    if missing := [name for name in dict.fromkeys(names) if name not in found]:
         raise UserError(f"{path}: expected {', '.join(names)}, got no {' and no '.join(missing)}.")
 
 
@@ -143,12 +147,12 @@ def _idx(path: Path) -> np.ndarray:
         return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-def _cifar10_tar(path: Path) -> dict[str, np.ndarray]:
+def _cifar10_tar(path: Path) -> Found:
     with reading(path, "a .tar.gz file of CIFAR-10's binary batches"), tarfile.open(path) as archive:
         members = {Path(member.name).name: member for member in archive if member.isfile()}
         _require_all(path, members, CIFAR10_FILES)
         files = {path / name: archive.extractfile(members[name]) for name in CIFAR10_FILES}
-        return _cifar10({name: file.read() for name, file in files.items() if file})
+        return Found(_cifar10({name: file.read() for name, file in files.items() if file}), (path,))
 
 
 def _cifar10(batches: dict[Path, bytes]) -> dict[str, np.ndarray]:
@@ -175,20 +179,27 @@ def permutation(seed: int | list[int], n: int) -> np.ndarray:
 class Reader(NamedTuple):
     """How to read a data set."""
 
-    read: Callable[[Path], dict[str, np.ndarray]]
+    read: Callable[[Path, Data], Found | None]
     accepts: str  # what a path may be
     needs_path: bool = True
 
 
-ARRAYS = (
-    "an .npz file with x_train, y_train, x_test and y_test, or a folder with these as {}.npz or as .npy files"
-)
+ARRAYS = "an .npz file with {}, or a folder with these as {}.npz or as .npy files"
+OWN = "x_train and y_train, and x_test and y_test if there are test data,"
 READERS: dict[DataName, Reader] = {
-    "digits": Reader(digits, "no path: they come with scikit-learn", needs_path=False),
-    "npz": Reader(npz, ARRAYS.format("npz")),
-    "mnist": Reader(mnist, f"{ARRAYS.format('mnist')}, or with {', '.join(IDX_FILES)}, each plain or .gz"),
+    "digits": Reader(
+        lambda path, config: digits(path), "no path: they come with scikit-learn", needs_path=False
+    ),
+    "npz": Reader(lambda path, config: npz(path), ARRAYS.format(OWN, "npz")),
+    "csv": Reader(tables.read, tables.ACCEPTS),
+    "folder": Reader(folders.read, folders.ACCEPTS),
+    "mnist": Reader(
+        lambda path, config: mnist(path),
+        f"{ARRAYS.format(', '.join(KEYS), 'mnist')}, or with {', '.join(IDX_FILES)}, each plain or .gz",
+    ),
     "cifar10": Reader(
-        cifar10,
-        f"{ARRAYS.format('cifar10')}, or with cifar-10-binary.tar.gz or its .bin files, or that .tar.gz file",
+        lambda path, config: cifar10(path),
+        f"{ARRAYS.format(', '.join(KEYS), 'cifar10')}, or with cifar-10-binary.tar.gz or its .bin files, or "
+        "that .tar.gz file",
     ),
 }

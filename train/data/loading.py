@@ -1,7 +1,7 @@
 """The data that a job names -> a `Dataset`."""
 
+import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,80 +9,140 @@ from pathlib import Path
 import numpy as np
 
 import jbn
-from train.config import Data
+from train.config import Data, LossName
+from train.data import fingerprints
 from train.data.dataset import Dataset, Examples, Labels, Preprocessing, Split
-from train.data.formats import READERS, permutation, reading
+from train.data.formats import READERS, permutation
+from train.data.labels import converted
+from train.data.reading import PARTS, Found, reading
 from train.errors import UserError
 
 CHUNK = 2**26  # bytes
 
 
-def load(config: Data) -> Dataset:
+def load(config: Data, *, loss: LossName = "cross_entropy", cache: Path | None = None) -> Dataset:
     """Load the data that a job names. Every split is a function of the files alone, and not of the seed.
+
+    Args:
+      config: which data.
+      loss: what the labels are: classes, or numbers.
+      cache: the folder for what is made of files once, unless the job names one.
 
     Raises:
       UserError: a file is missing or malformed, or there is nothing to train on.
     """
-    train, test = read(config)
-    examples = len(train.labels)
-    # Both count, for a class that only one of them has.
-    classes = int(max(train.labels.max(), test.labels.max())) + 1
-    if classes > examples:
-        raise UserError(
-            f"data.name = {config.name!r}: expected labels from 0 to the number of classes - 1, got labels "
-            f"up to {classes - 1} for {examples} training examples."
-        )
-    held_out = round(examples * config.validation)
-    if held_out == examples:
-        raise UserError(
-            f"data.validation: expected a fraction that leaves some of {examples} examples to train on, "
-            f"got {config.validation}."
-        )
-    shuffled = permutation(0, examples).astype(np.int64)
-    training = Split(*train, np.sort(shuffled[held_out:]))
+    path, found = _found(config, cache)
+    examples, names = _examples(path, found, loss)
+    splits, notes = _split(config, examples)
     return Dataset(
-        train=training,
-        validation=Split(*train, np.sort(shuffled[:held_out])),
-        test=Split(*test, np.arange(len(test.labels))),
-        labels=Labels(counts=tuple(np.bincount(train.labels[training.rows], minlength=classes).tolist())),
-        preprocessing=_preprocessing(config, training),
-        fingerprint=_fingerprint(train, test),
+        **splits,
+        labels=_labels(config, examples, splits["train"], names, loss),
+        preprocessing=_preprocessing(config, splits["train"]),
+        fingerprint=_fingerprint(config, loss, cache, found, examples, names),
+        columns=found.columns,
+        notes=(*found.notes, *notes),
     )
 
 
-def read(config: Data) -> tuple[Examples, Examples]:
-    """Read the training and the test data that a job names. The files have to stay as they are meanwhile.
+def load_test(
+    config: Data,
+    *,
+    loss: LossName,
+    labels: Labels,
+    columns: tuple[str, ...] = (),
+    trained_on: str | None = None,
+    cache: Path | None = None,
+) -> Split:
+    """Load the test split alone, for a network that was trained with these labels and columns.
 
-    Images get a channel axis where they have none. Floating point becomes float32; memory maps stay memory
-    maps.
+    Of data without a test split it is what training held out, if it was trained on them (if `trained_on` is
+    their fingerprint), else all of them.
 
     Raises:
-      UserError: a file is missing or malformed.
+      UserError: a file is missing or malformed, or has labels that the network does not know.
     """
+    path, found = _found(config, cache)
+    if columns and found.columns != columns:
+        if set(columns) != set(found.columns):
+            raise UserError(
+                f"{path}: expected the columns {', '.join(columns)}, got {', '.join(found.columns)}."
+            )
+        order = [found.columns.index(name) for name in columns]
+        found.arrays.update({key: x[:, order] for key, x in found.arrays.items() if key.startswith("x_")})
+    examples, names = _examples(path, found, loss, known=labels)
+    if "test" not in examples and _fingerprint(config, loss, cache, found, examples, names) != trained_on:
+        return Split(*examples["train"], np.arange(len(examples["train"].labels)))
+    return _split(config, examples)[0]["test"]
+
+
+def fingerprint(config: Data, *, loss: LossName, cache: Path | None = None) -> str | None:
+    """Return the fingerprint of the data that a job names; None if they are not where they were.
+
+    Raises:
+      UserError: a file is malformed.
+    """
+    path, _ = _path(config)
+    if path is not None and not path.exists():
+        return None
+    path, found = _found(config, cache)
+    return _fingerprint(config, loss, cache, found, *_examples(path, found, loss))
+
+
+def _path(config: Data) -> tuple[Path | None, str]:
+    """Return where the data are, None for embedded ones, and the name of what says so."""
     reader = READERS[config.name]
-    path = (config.path or os.environ.get("JBN_DATA")) if reader.needs_path else config.name
-    if not path:
+    given = config.path or os.environ.get("JBN_DATA")
+    if not reader.needs_path:
+        return None, ""
+    if not given:
         raise UserError(
             f"data.path: expected {reader.accepts}, for data.name = {config.name!r}, got none; or set "
             "$JBN_DATA to it."
         )
-    key = "data.path" if config.path else "$JBN_DATA"
-    with reading(Path(path), reader.accepts):
-        if reader.needs_path and not Path(path).exists():
+    return Path(given), "data.path" if config.path else "$JBN_DATA"
+
+
+def _found(config: Data, cache: Path | None) -> tuple[str, Found]:
+    """Read what is there, and return it with its name for errors."""
+    reader = READERS[config.name]
+    given, key = _path(config)
+    path = given or Path(config.name)
+    config = dataclasses.replace(config, cache=config.cache or str(cache or path.parent))
+    with reading(path, reader.accepts):
+        if given and not path.exists():
             raise UserError(f"{key}: '{path}' does not exist; expected {reader.accepts}.")
-        found = reader.read(Path(path))
-    if not found:
+        if given and not (path.is_file() or path.is_dir()):
+            raise UserError(f"{key}: '{path}' is neither a file nor a folder; expected {reader.accepts}.")
+        found = reader.read(path, config)
+    if found is None:
         raise UserError(f"{key}: expected {reader.accepts}, got '{path}', which has none of it.")
-    train, test = (_checked(path, part, found[f"x_{part}"], found[f"y_{part}"]) for part in ("train", "test"))
-    of_train, of_test = (f"{inputs.dtype}{list(inputs.shape[1:])}" for inputs, _ in (train, test))
-    if of_train != of_test:
-        raise UserError(
-            f"{path}: expected examples of one kind, got {of_train} in x_train, {of_test} in x_test."
-        )
-    return train, test
+    return str(path), found
 
 
-def _checked(path: str, part: str, x: np.ndarray, y: np.ndarray) -> Examples:
+def _examples(
+    path: str, found: Found, loss: LossName, *, known: Labels | None = None
+) -> tuple[dict[str, Examples], tuple[str, ...]]:
+    """Return the examples of each split that the files have, checked, and the names of classes.
+
+    Images get a channel axis where they have none. Floating point becomes float32; memory maps stay memory
+    maps.
+    """
+    parts = [part for part in PARTS if f"x_{part}" in found.arrays]
+    x, y = ({part: found.arrays[f"{axis}_{part}"] for part in parts} for axis in "xy")
+    for part in parts:
+        _check_shapes(path, part, x[part], y[part])
+    targets, names = converted(path, y, found.names, loss=loss, known=known)
+    inputs = {part: _inputs(path, part, x[part]) for part in parts}
+    kinds = {part: f"{a.dtype}{list(a.shape[1:])}" for part, a in inputs.items()}
+    for part, kind in kinds.items():
+        if kind != kinds["train"]:
+            raise UserError(
+                f"{path}: expected examples of one kind, got {kinds['train']} in x_train, {kind} in x_{part}."
+            )
+    return {part: Examples(inputs[part], np.asarray(targets[part])) for part in parts}, names
+
+
+def _check_shapes(path: str, part: str, x: np.ndarray, y: np.ndarray) -> None:
     def require(holds: bool, expected: str) -> None:
         if not holds:
             raise UserError(
@@ -91,18 +151,77 @@ def _checked(path: str, part: str, x: np.ndarray, y: np.ndarray) -> Examples:
             )
 
     require(x.ndim in (2, 3, 4), f"x_{part} of shape (n, features), (n, h, w) or (n, h, w, channels)")
-    require(y.shape in ((len(x),), (len(x), 1)), f"one label in y_{part} for each of the {len(x)} examples")
+    one_each = f"one label in y_{part} for each of the {len(x)} examples"
+    hint = " (of one-hot ones, save y.argmax(-1))" if y.ndim == 2 and len(y) == len(x) else ""
+    require(y.shape in ((len(x),), (len(x), 1)), one_each + hint)
     require(x.size > 0, "one example or more, of one number or more")
-    in_range = np.issubdtype(y.dtype, np.integer) and y.min() >= 0 and y.max() < 2**31
-    require(in_range, f"labels in y_{part} that are integers >= 0 and < 2**31")
-    is_bytes = x.dtype == np.uint8
-    require(is_bytes or np.issubdtype(x.dtype, np.floating), f"x_{part} of uint8 or floating point")
-    if not is_bytes and x.dtype != np.float32:
-        with np.errstate(over="ignore"):
-            x = x.astype(np.float32, subok=False)
-    finite = is_bytes or all(np.isfinite(x[rows]).all() for rows in chunks(x, len(x)))
-    require(finite, f"finite numbers in x_{part}")
-    return Examples(x[..., None] if x.ndim == 3 else x, y.reshape(-1).astype(np.int32, subok=False))
+    require(x.dtype == np.uint8 or x.dtype.kind == "f", f"x_{part} of uint8 or floating point")
+
+
+def _inputs(path: str, part: str, x: np.ndarray) -> np.ndarray:
+    if x.dtype != np.uint8:
+        if x.dtype != np.float32:
+            with np.errstate(over="ignore"):
+                x = x.astype(np.float32, subok=False)
+        if not all(np.isfinite(x[rows]).all() for rows in chunks(x, len(x))):
+            raise UserError(f"{path}: expected finite numbers in x_{part}, got others.")
+    return x[..., None] if x.ndim == 3 else x
+
+
+def _split(config: Data, examples: dict[str, Examples]) -> tuple[dict[str, Split], list[str]]:
+    """Return all three splits, and what to say of those that the files do not have."""
+    whole = {part: Split(*of_part, np.arange(len(of_part.labels))) for part, of_part in examples.items()}
+    count, notes = len(examples["train"].labels), []
+    rows = permutation(0, count).astype(np.int64)
+    if "test" not in whole:
+        held_out = round(count * config.test)
+        if not 0 < held_out < count:
+            raise UserError(
+                f"data.test: expected a fraction that holds out some of {count} examples, for the data "
+                f"have no test split, and leaves some, got {config.test}."
+            )
+        rows, test = rows[held_out:], rows[:held_out]
+        whole["test"] = Split(*examples["train"], np.sort(test))
+        notes.append(
+            f"The data have no test split: {held_out:,} of {count:,} examples are held out as one, the same "
+            f"in every run (data.test = {config.test:g})."
+        )
+    if "validation" not in whole:
+        held_out = round(len(rows) * config.validation)
+        if held_out == len(rows):
+            raise UserError(
+                f"data.validation: expected a fraction that leaves some of {len(rows)} examples to train on, "
+                f"got {config.validation}."
+            )
+        whole["validation"] = Split(*examples["train"], np.sort(rows[:held_out]))
+        rows = rows[held_out:]
+    return whole | {"train": Split(*examples["train"], np.sort(rows))}, notes
+
+
+def _labels(
+    config: Data, examples: dict[str, Examples], train: Split, names: tuple[str, ...], loss: LossName
+) -> Labels:
+    given = train.labels[train.rows]
+    if loss == "squared_error":
+        targets = given.astype(np.float64)
+        return Labels(mean=float(targets.mean()), std=float(targets.std()))
+    # All splits count, for a class that only one of them has.
+    classes = len(names) or 1 + max(int(of_part.labels.max()) for of_part in examples.values())
+    if classes > len(examples["train"].labels):
+        raise UserError(
+            f"data.name = {config.name!r}: expected labels from 0 to the number of classes - 1, got labels "
+            f"up to {classes - 1} for {len(examples['train'].labels)} training examples."
+        )
+    return Labels(counts=tuple(np.bincount(given, minlength=classes).tolist()), names=names)
+
+
+def _fingerprint(config: Data, loss: LossName, cache: Path | None, found: Found, examples, names) -> str:
+    """Hash all examples; of large files once, as long as their sizes and times stay the same."""
+    folder = Path(config.cache) if config.cache else cache
+    key = repr((loss, config.name, config.label))
+    return fingerprints.cached(
+        folder, found.files, key, lambda: fingerprints.of(examples, names, found.columns)
+    )
 
 
 def chunks(examples: np.ndarray, count: int) -> Iterator[slice]:
@@ -140,15 +259,3 @@ def _mean_and_std(split: Split) -> tuple[np.ndarray, np.ndarray]:
     # What is measured of a constant is rounding.
     varies = std > np.finfo(np.float32).eps * np.abs(mean)
     return mean, np.where(varies, std, np.float32(1))
-
-
-def _fingerprint(*parts: Examples) -> str:
-    """Hash shapes, dtypes, all labels, and inputs at rows that are few enough to take no time."""
-    digest = hashlib.sha256()
-    for inputs, labels in parts:
-        rows = np.linspace(0, len(inputs) - 1, min(len(inputs), 1024)).astype(np.int64)
-        digest.update(f"{inputs.dtype.name}{inputs.shape}".encode())
-        digest.update(labels.tobytes())
-        for part in chunks(inputs, len(rows)):
-            digest.update(inputs[rows[part]].tobytes())
-    return digest.hexdigest()[:16]

@@ -44,8 +44,17 @@ class Description(NamedTuple):
     shape: tuple[int, ...]  # of one example
     dtype: str
     labels: Labels
+    columns: tuple[str, ...]  # names of the features of a table
     preprocessing: Preprocessing
     fingerprint: str
+
+    @property
+    def inputs(self) -> str:
+        """What the network takes, in words."""
+        names = f": {', '.join(self.columns)}" if self.columns else ""
+        of = "images" if len(self.shape) == 3 else "rows"
+        scale = ", from 0 to 255" if self.dtype == "uint8" else ", in units of the training data"
+        return f"{of} of dtype {self.dtype} and shape (n, {', '.join(map(str, self.shape))}){scale}{names}"
 
 
 def earlier_summary(config: Config) -> Summary | None:
@@ -72,6 +81,11 @@ def earlier_summary(config: Config) -> Summary | None:
             + ("; once it is finished, it may get more steps." if only_length else ".")
         )
     return summary
+
+
+def data_cache(run_dir: Path) -> Path:
+    """Return the folder beside a run for what is made of its data once, and serves other runs too."""
+    return run_dir.parent / "data-cache"
 
 
 def has_same_length(config: Config) -> bool:
@@ -109,22 +123,34 @@ def begin(config: Config, dataset: Dataset) -> None:
       UserError: the run that is there was trained on other data.
     """
     path, description = Path(config.run_dir), describe(dataset)
-    if (path / "data.json").exists() and (earlier := read_data(path)).fingerprint != description.fingerprint:
-        raise UserError(
-            f"run_dir = '{path}' was trained on other data (fingerprint {earlier.fingerprint}, now "
-            f"{description.fingerprint}). Restore those data, or give another --run_dir."
-        )
+    check_same_data(path, description.fingerprint)
     preprocessing = {name: value.tolist() for name, value in description.preprocessing._asdict().items()}
-    labels = description.labels._asdict()
+    described = {
+        "inputs": description.inputs,
+        **description._asdict(),
+        "labels": description.labels._asdict(),
+        "preprocessing": preprocessing,
+    }
     with usable(path):
         written = write_next_to(path / "config.json", as_json(dataclasses.asdict(config)))
         # Before the new length is there, or a run that grows and is killed would look finished.
         (path / "summary.json").unlink(missing_ok=True)
         os.replace(written, path / "config.json")
-        write_json(
-            path / "data.json", description._asdict() | {"labels": labels, "preprocessing": preprocessing}
-        )
+        write_json(path / "data.json", described)
         write_json(path / "environment.json", _environment())
+
+
+def check_same_data(path: Path, fingerprint: str) -> None:
+    """Raise a UserError for a run directory whose run was trained on other data."""
+    if not (path / "data.json").exists():
+        return
+    earlier = read_data(path).fingerprint
+    # Earlier versions hashed a part of the data, to half as many digits.
+    if len(earlier) == len(fingerprint) and earlier != fingerprint:
+        raise UserError(
+            f"run_dir = '{path}' was trained on other data (fingerprint {earlier}, now {fingerprint}). "
+            "Restore those data, or give another --run_dir."
+        )
 
 
 @contextlib.contextmanager
@@ -145,6 +171,7 @@ def describe(dataset: Dataset) -> Description:
         dataset.example_shape,
         str(dataset.train.inputs.dtype),
         dataset.labels,
+        dataset.columns,
         dataset.preprocessing,
         dataset.fingerprint,
     )
@@ -174,6 +201,7 @@ def read_data(path: Path) -> Description:
             shape=tuple(map(int, values["shape"])),
             dtype=str(values["dtype"]),
             labels=_labels(values),
+            columns=tuple(map(str, values.get("columns", ()))),
             preprocessing=Preprocessing(**preprocessing),
             fingerprint=values["fingerprint"],
         )

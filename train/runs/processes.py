@@ -26,7 +26,7 @@ from train.runs.stopping import StopRequests
 
 AXIS = "data"  # the one axis of the mesh, over which batches are split
 # What may differ between the processes of a job: where each finds the others, and the data.
-OF_A_PROCESS = ("data.path", "coordinator", "num_processes", "process_id", "peer_timeout")
+OF_A_PROCESS = ("data.path", "data.cache", "coordinator", "num_processes", "process_id", "peer_timeout")
 
 
 def initialize(config: Config) -> None:

@@ -10,8 +10,8 @@ from train import data, models
 from train.config import Config, total_steps
 from train.data import Dataset
 from train.errors import UserError
-from train.runs import processes
-from train.training import steps
+from train.runs import directory, processes
+from train.training import mistakes, steps
 from train.training.evaluation import load_best
 from train.training.state import StepConfig, StepInputs, TrainState, create
 
@@ -27,6 +27,7 @@ class Job(NamedTuple):
     steps_per_epoch: int
     on_device: bool  # whether all training data are on the devices
     loop: bool  # whether many steps are a loop in one program
+    notes: tuple[str, ...]  # what the user should know before it starts
 
 
 def prepare(config: Config) -> Job:
@@ -36,7 +37,8 @@ def prepare(config: Config) -> Job:
       UserError: the data, the network or the devices do not allow it.
     """
     models.check(config.model, accumulate=config.optimizer.accumulate)
-    dataset = data.load(config.data)
+    cache = directory.data_cache(Path(config.run_dir))
+    dataset = data.load(config.data, loss=config.model.loss, cache=cache)
     data.check_augmentation(config.data, dataset.example_shape)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), config.batch_size)
     step_config = StepConfig(
@@ -68,6 +70,10 @@ def prepare(config: Config) -> Job:
         steps_per_epoch=steps_per_epoch,
         on_device=on_device,
         loop=on_device and steps.prefers_device_loop(step_config),
+        notes=(
+            *dataset.notes,
+            *(f"warning: {text}" for text in mistakes.likely(config, dataset, step_config)),
+        ),
     )
 
 

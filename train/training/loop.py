@@ -44,6 +44,7 @@ def fit(config: Config, stop: StopRequests) -> Summary:
     with processes.raise_on_all("use the run directory"):
         earlier = directory.earlier_summary(config)
         if earlier and earlier.finished and directory.has_same_length(config):
+            _check_same_data(config)
             return earlier
     with processes.raise_on_all("prepare the job"):
         job = prepare(config)
@@ -71,7 +72,7 @@ def fit(config: Config, stop: StopRequests) -> Summary:
         log = stack.enter_context(
             Log(run_dir, first_step=step or 0, total_steps=job.step_config.total_steps, writes=primary)
         )
-        log.print(_heading(job, step))
+        log.print("\n".join([_heading(job, step), *job.notes]))
         speed, error = Speed(), None
         try:
             with explained():
@@ -91,6 +92,14 @@ def fit(config: Config, stop: StopRequests) -> Summary:
     if error:
         raise error
     return summary
+
+
+def _check_same_data(config: Config) -> None:
+    """Raise a UserError if the data of a finished job were replaced; they may be gone."""
+    run_dir = Path(config.run_dir)
+    found = data.fingerprint(config.data, loss=config.model.loss, cache=directory.data_cache(run_dir))
+    if found is not None:
+        directory.check_same_data(run_dir, found)
 
 
 @dataclass

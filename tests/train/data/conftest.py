@@ -5,6 +5,7 @@ import pytest
 from train.config import Data
 from train.data import load
 from train.data.formats import READERS, Reader
+from train.data.reading import Found
 
 
 @pytest.fixture
@@ -12,7 +13,7 @@ def given(monkeypatch):
     """Have the data set "given" be arrays of a dict, by a line of the table of readers and no file."""
 
     def give(values):
-        reader = Reader(lambda path: values, "arrays", needs_path=False)
+        reader = Reader(lambda path, config: Found(values), "arrays", needs_path=False)
         monkeypatch.setitem(READERS, "given", reader)
         return lambda **options: load(Data(name="given", **options))
 

@@ -51,10 +51,10 @@ def test_cifar10_is_found_in_each_form_that_it_has(tmp_path):
         save_tar(tmp_path / "mine.tar", BATCHES, "w"),
     ):
         before = sorted(tmp_path.rglob("*"))
-        found = cifar10(path)
+        found = cifar10(path).arrays
         assert_same(found, CIFAR10, path.name)
         assert found["x_train"].flags.c_contiguous and sorted(tmp_path.rglob("*")) == before
-    assert cifar10(tmp_path) == {}
+    assert cifar10(tmp_path) is None
 
 
 def test_missing_batches_are_named(tmp_path, refusal):

@@ -38,6 +38,8 @@ def test_the_schema_and_the_table_of_readers_have_the_same_names():
 
 def test_digits_have_a_fixed_test_split_and_every_example_once(tmp_path):
     found = digits(tmp_path)
+    assert [file.name for file in found.files] == ["digits.csv.gz"]
+    found = found.arrays
     assert {key: (array.shape, array.dtype.name) for key, array in found.items()} == {
         "x_train": ((1437, 8, 8, 1), "float32"),
         "y_train": ((1437,), "int32"),
@@ -64,19 +66,19 @@ def test_npz_is_read_however_it_was_written(tmp_path):
         given["x_test"] = np.asfortranarray(given["x_test"])
         for save in (np.savez, np.savez_compressed):
             save(path, **given, more=np.zeros(3))
-            assert_same(npz(path), given, f"{dtype} {save.__name__}")
+            assert_same(npz(path).arrays, given, f"{dtype} {save.__name__}")
 
 
 def test_folder_may_hold_the_archive_or_npy_files_which_stay_memory_maps(tmp_path):
-    assert npz(tmp_path) == {}
+    assert npz(tmp_path) is None
     given = ARRAYS | {"x_train": np.asfortranarray(ARRAYS["x_train"]), "more": np.zeros(3)}
-    found = npz(save_npys(tmp_path, given))
+    found = npz(save_npys(tmp_path, given)).arrays
     assert_same(found, ARRAYS)
     for array in found.values():
         # What a memory map refuses, nobody does to the user's file by mistake.
         assert isinstance(array, np.memmap) and not array.flags.writeable
     np.savez(tmp_path / "npz.npz", **keras_arrays(n_train=5))
-    assert len(npz(tmp_path)["x_train"]) == 5
+    assert len(npz(tmp_path).arrays["x_train"]) == 5
 
 
 @pytest.mark.parametrize("where", ["npz", "folder"])
@@ -84,7 +86,7 @@ def test_header_that_python_2_wrote_is_read_without_a_warning(tmp_path, where):
     given = ARRAYS | {"x_train": np.arange(7.0)}
     files = {f"{key}.npy": saved(array).replace(b"(7,), }  ", b"(7L,), } ") for key, array in given.items()}
     with warnings.catch_warnings(record=True) as caught:
-        assert_same(npz(write(tmp_path, where, files)), given)
+        assert_same(npz(write(tmp_path, where, files)).arrays, given)
     assert not caught
 
 
@@ -140,11 +142,23 @@ def test_array_that_is_none_is_refused_and_no_code_in_it_runs(tmp_path, where, r
 
 
 @pytest.mark.parametrize("where", ["npz", "folder"])
-def test_missing_arrays_are_named(tmp_path, where, refusal):
-    files = {f"{key}.npy": saved(ARRAYS[key]) for key in ("x_train", "y_train")}
-    path = write(tmp_path, where, files)
-    assert refusal(npz, path) == (
-        f"{path}: expected x_train, y_train, x_test, y_test, got no x_test and no y_test."
-    )
+def test_test_and_validation_data_may_be_missing_but_not_half_of_them(tmp_path, where, refusal):
+    keys = [f"{axis}_{part}" for part in ("train", "test", "validation") for axis in "xy"]
+    for given in (keys[:2], keys[:4], keys, keys[:2] + keys[4:]):
+        folder = tmp_path / ",".join(given)
+        folder.mkdir()
+        path = write(folder, where, {f"{key}.npy": saved(np.arange(7)) for key in given})
+        assert npz(path).arrays.keys() == set(given)
+    for given, missing in [
+        (keys[:1], "y_train"),
+        (keys[1:2], "x_train"),
+        (keys[:3], "y_test"),
+        (keys[:2] + keys[5:], "x_validation"),
+        (keys[2:4], "x_train and no y_train"),
+    ]:
+        folder = tmp_path / "-".join(given)
+        folder.mkdir()
+        path = write(folder, where, {f"{key}.npy": saved(ARRAYS["y_test"]) for key in given})
+        assert refusal(npz, path).endswith(f", got no {missing}."), given
     path = write(tmp_path, "npz", {"other.npy": saved(np.zeros(3))})
-    assert "got no x_train and no y_train and no x_test and no y_test." in refusal(npz, path)
+    assert refusal(npz, path) == f"{path}: expected x_train, y_train, got no x_train and no y_train."

@@ -1,5 +1,6 @@
 """The data that a job names: where they are looked for, what is refused, how they are split and scaled."""
 
+import dataclasses
 import itertools
 import os
 import tracemalloc
@@ -11,20 +12,27 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tests.helpers.arrays import keras_arrays as arrays
 from tests.helpers.arrays import save_npys
 from train.config import Config, Data, Model
-from train.data import load, loading, read
+from train.data import Examples, load, loading
 from train.data.formats import KEYS, READERS, Reader
+from train.data.reading import Found
 from train.training.job import prepare
 
 SHAPES = [(4, 5), (4, 5, 3), (3,)]  # grey images, images, vectors
+
+
+def read(config):
+    """Return the training and the test examples."""
+    loaded = load(dataclasses.replace(config, validation=0))
+    return [Examples(split.inputs, split.labels) for split in (loaded.train, loaded.test)]
 
 
 # Which data
 
 
 def test_a_further_reader_in_the_table_is_all_that_a_further_data_set_needs(tmp_path, monkeypatch, refusal):
-    read_text = lambda path: {
-        key: np.loadtxt(path / f"{key}.txt", np.uint8, ndmin=2 if "x" in key else 1) for key in KEYS
-    }
+    read_text = lambda path, config: Found(
+        {key: np.loadtxt(path / f"{key}.txt", np.uint8, ndmin=2 if "x" in key else 1) for key in KEYS}
+    )
     monkeypatch.setitem(READERS, "text", Reader(read_text, "a folder of text files"))
     monkeypatch.delenv("JBN_DATA", raising=False)
     config = Data(name="text", path=str(tmp_path))
@@ -61,7 +69,7 @@ def test_missing_file_names_the_path_and_what_is_accepted(tmp_path, monkeypatch,
         ("cifar10", "cifar-10-binary.tar.gz"),
     ):
         accepted = READERS[name].accepts
-        assert accepted.startswith("an .npz file with x_train, ") and also in accepted
+        assert accepted.startswith("an .npz file with x_train") and also in accepted
         assert refusal(read, Data(name=name)) == (
             f"data.path: expected {accepted}, for data.name = '{name}', got none; or set $JBN_DATA to it."
         )
@@ -121,8 +129,12 @@ MALFORMED = [
     ({"x_train": np.zeros((20, 0))}, "one example or more, of one number or more"),
     ({"y_train": np.zeros(19, int)}, "one label in y_train for each of the 20 examples, got x_train"),
     ({"y_train": np.zeros((20, 2), int)}, "one label in y_train for each of the 20 examples"),
-    ({"y_train": np.zeros(20)}, "labels in y_train that are integers >= 0"),
-    ({"y_train": np.full(20, "cat")}, "labels in y_train that are integers >= 0"),
+    ({"y_train": np.zeros(20)}, "integers or texts as y_train, got float64; for numbers set model.loss"),
+    ({"y_train": np.full(20, "cat")}, "labels in y_train that are integers >= 0 and < 2**31, got <U3"),
+    (
+        {"y_train": np.eye(20)},
+        "one label in y_train for each of the 20 examples (of one-hot ones, save y.argmax",
+    ),
     ({"y_train": np.full(20, -1)}, "labels in y_train that are integers >= 0"),
     ({"y_train": np.full(20, 2**64 - 1, np.uint64)}, "labels in y_train that are integers >= 0 and < 2**31"),
 ]
@@ -225,7 +237,7 @@ def test_data_larger_than_the_device_may_hold_stay_mapped_in_the_job(tmp_path):
 
 def test_fingerprint_tells_other_data(given):
     before = given(arrays())().fingerprint
-    assert len(before) == 16 and int(before, 16)
+    assert len(before) == 32 and int(before, 16)
     others = []
     for key, at in [
         ("x_train", (19, 3, 3)),

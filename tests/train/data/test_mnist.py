@@ -28,20 +28,20 @@ def save_idx(folder, *, mark="-", ending="", images=idx_bytes(ARRAYS["x_train"])
 
 
 def test_idx_files_are_found_under_each_name_that_they_go_by(tmp_path):
-    assert mnist(tmp_path) == {}
+    assert mnist(tmp_path) is None
     for subfolder in (".", "raw", "MNIST/raw"):
         for ending in ("", ".gz"):
             for mark in "-.":
                 root = tmp_path / f"{subfolder}{ending}{mark}".replace("/", "_")
                 save_idx(root / subfolder, mark=mark, ending=ending)
-                assert_same(mnist(root), ARRAYS, case=root.name)
+                assert_same(mnist(root).arrays, ARRAYS, case=root.name)
 
 
 def test_mnist_may_be_an_archive_or_npy_files_too(tmp_path):
     np.savez(tmp_path / "mnist.npz", **ARRAYS)
     save_npys(tmp_path / "folder", ARRAYS)
     for path in (tmp_path, tmp_path / "mnist.npz", tmp_path / "folder"):
-        assert_same(mnist(path), ARRAYS, case=path)
+        assert_same(mnist(path).arrays, ARRAYS, case=path)
 
 
 def test_missing_idx_files_are_named(tmp_path, refusal):

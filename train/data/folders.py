@@ -1,0 +1,170 @@
+"""Folders of images, one folder a class: decoded once, into arrays that are mapped into memory."""
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from filelock import FileLock
+from numpy.lib.format import open_memmap
+from rich.progress import track
+
+from train.config import Data
+from train.data import images
+from train.data.reading import PARTS, Found, reading
+from train.errors import DISK_FULL, UserError
+
+ACCEPTS = (
+    "a folder with train/CLASS/*.png (and test/CLASS/, validation/CLASS/), or with CLASS/*.png alone, of "
+    "PNG, JPEG, WebP, GIF, BMP or TIFF"
+)
+CHANNELS = 3
+NAMES = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+Files = dict[str, list[Path]]  # of each class
+
+
+def read(path: Path, config: Data) -> Found | None:
+    """Read images as bytes in RGB. Labels are positions of classes, whose names are those of their folders.
+
+    They are decoded into `config.cache`, again whenever a file is added, removed, or replaced.
+    """
+    if not path.is_dir():
+        return None
+    parts, left_out = _parts(path)
+    if not parts:
+        return None
+    names = tuple(sorted({name for files in parts.values() for name in files}))
+    cache = Path(config.cache or ".") / _cache_name(path, config.image_size)
+    stamp = _stamp(path, parts)
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.with_suffix(".lock")):
+            if _index(cache) != {"stamp": stamp}:
+                _decode(cache, stamp, parts, names, config)
+            arrays: dict[str, np.ndarray] = {
+                file.stem: open_memmap(file, mode="r") for file in sorted(cache.glob("*.npy"))
+            }
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise
+        raise UserError(
+            f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
+            "--data.cache."
+        ) from error
+    notes = (
+        [f"{left_out:,} files in '{path}' are no images by their names, and are left out."]
+        if left_out
+        else []
+    )
+    return Found(arrays, tuple(sorted(cache.glob("*.npy"))), names=names, notes=tuple(notes))
+
+
+def _parts(path: Path) -> tuple[dict[str, Files], int]:
+    """Return the images of each split and class, and how many other files there are."""
+    roots = {part: path / name for part, names in NAMES.items() for name in names if (path / name).is_dir()}
+    if "train" not in roots:
+        roots = {"train": path}
+    parts, left_out = {}, 0
+    for part, root in roots.items():
+        found = {entry.name: list(_files(entry)) for entry in sorted(root.iterdir()) if _is_folder(entry)}
+        loose = [file for file in root.iterdir() if _is_image(file)]
+        if loose:
+            raise UserError(f"'{loose[0]}' is in no folder of a class; expected {ACCEPTS}.")
+        parts[part] = {name: [file for file in files if _is_image(file)] for name, files in found.items()}
+        left_out += sum(not _is_image(file) for files in found.values() for file in files)
+        if empty := [name for name, files in parts[part].items() if not files]:
+            if len(empty) < len(found) or len(roots) > 1:
+                raise UserError(f"'{root / empty[0]}' has no image; add some, or remove that folder.")
+            return {}, 0
+    return ({part: files for part, files in parts.items() if files} if parts["train"] else {}), left_out
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith((".", "__"))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in images.SUFFIXES
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder in an order that is the same everywhere; hidden ones are left out."""
+    for root, folders, files in os.walk(folder):
+        folders.sort()
+        yield from (Path(root, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _cache_name(path: Path, image_size: int) -> str:
+    key = repr((str(path.resolve()), image_size)).encode()
+    return f"{path.name}-{xxhash.xxh64_hexdigest(key)}"
+
+
+def _stamp(path: Path, parts: dict[str, Files]) -> str:
+    """Return what changes when a file is added, removed or replaced: names, sizes and times."""
+    stamp = xxhash.xxh3_128()
+    for part, classes in parts.items():
+        for file in (file for files in classes.values() for file in files):
+            found = file.stat()
+            name = str(file.relative_to(path))
+            stamp.update(repr((part, name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)).encode())
+    return stamp.hexdigest()
+
+
+def _index(cache: Path) -> dict | None:
+    try:
+        return json.loads((cache / "index.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, ...], config: Data) -> None:
+    """Decode all images, several at a time; the folder is complete once it has its name."""
+    making = cache.with_suffix(".part")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir()
+    try:
+        first = next(
+            file for part in PARTS if part in parts for files in parts[part].values() for file in files
+        )
+        read = functools.partial(images.read, channels=CHANNELS, image_size=config.image_size)
+        shape = read(first, size=None).shape
+        jobs = []
+        for part, classes in parts.items():
+            files = [(file, names.index(name)) for name, found in classes.items() for file in found]
+            array = _allocate(making / f"x_{part}.npy", (len(files), *shape))
+            np.save(making / f"y_{part}.npy", np.array([label for _, label in files], np.int32))
+            jobs += [(array, row, file) for row, (file, _) in enumerate(files)]
+
+        def decode(job) -> str | None:
+            array, row, file = job
+            try:
+                array[row] = read(file, size=shape[:2])
+            except UserError as error:
+                return str(error)
+            return None
+
+        with reading(cache, ACCEPTS), ThreadPoolExecutor(os.cpu_count()) as pool:
+            doing = f"decoding {len(jobs):,} images, once, into {cache}"
+            faults = [*filter(None, track(pool.map(decode, jobs), doing, len(jobs), transient=True))]
+        if faults:
+            also = f" So it is with {len(faults) - 1:,} other images." if faults[1:] else ""
+            unequal = "pixels, where" in faults[0] and " Set data.image_size to scale all to one size." or ""
+            raise UserError(faults[0] + unequal + also)
+        (making / "index.json").write_text(json.dumps({"stamp": stamp}))
+        shutil.rmtree(cache, ignore_errors=True)
+        making.rename(cache)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    array = open_memmap(file, "w+", np.uint8, shape)
+    if hasattr(os, "posix_fallocate"):  # or a full disk would end the process while it writes
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array

@@ -1,0 +1,82 @@
+"""What looks like a mistake in a job, and is said before it trains."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from train.config import Config
+from train.data import Dataset
+from train.models import NORMS
+from train.training.state import StepConfig
+
+CHANNELS = (1, 2, 3, 4)  # as images have them
+LARGE = 10  # in standard deviations of inputs that a network is made for
+EXAMPLES = 1024  # of the training data, that are looked at
+
+
+def likely(config: Config, dataset: Dataset, step_config: StepConfig) -> Iterator[str]:
+    """Yield a sentence for each thing that is allowed but rarely meant."""
+    yield from _of_inputs(config, dataset)
+    yield from _of_labels(config, dataset)
+    total = step_config.total_steps
+    if config.optimizer.warmup_steps >= total:
+        yield (
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} of {total} steps in all: the learning "
+            "rate never reaches its peak."
+        )
+    over_batch = NORMS[config.model.norm].over_batch
+    part = config.batch_size // config.optimizer.accumulate
+    ghost = config.model.norm == "ghost" and config.model.virtual_batch_size == 1
+    if over_batch and (part == 1 or ghost):
+        which = "model.virtual_batch_size = 1" if ghost else f"batch_size = {config.batch_size}"
+        parts = (
+            f" in {config.optimizer.accumulate} parts"
+            if config.optimizer.accumulate > 1 and not ghost
+            else ""
+        )
+        yield (
+            f"{which}{parts}: a batch of one example has no variance, and batch norm of vectors puts out its "
+            "bias alone; use larger batches, or model.norm = 'layer' or 'group'."
+        )
+
+
+def _of_inputs(config: Config, dataset: Dataset) -> Iterator[str]:
+    shape, some = dataset.example_shape, dataset.train.take(slice(EXAMPLES)).inputs
+    if len(shape) == 3 and shape[-1] not in CHANNELS and shape[0] in CHANNELS:
+        yield (
+            f"images of shape {list(shape)} look as if their channels came first; expected (height, width, "
+            "channels): save x.transpose(0, 2, 3, 1)."
+        )
+    usual = config.data.normalize or config.data.feature_scales or config.model.norm_inputs
+    if some.dtype != np.uint8 and not usual and (largest := float(np.abs(some).max())) > LARGE:
+        yield (
+            f"inputs go up to {largest:.4g}, where networks expect a mean of 0 and a deviation of 1; set "
+            "data.normalize = true" + (", or save bytes as uint8." if len(shape) == 3 else ".")
+        )
+    if len(some) > 1 and (some == some[:1]).all():
+        yield f"all of the first {len(some)} training inputs are equal."
+
+
+def _of_labels(config: Config, dataset: Dataset) -> Iterator[str]:
+    labels = dataset.labels
+    present = [index for index, count in enumerate(labels.counts) if count]
+    absent = [labels.name(index) for index, count in enumerate(labels.counts) if not count]
+    if len(present) == 1:
+        only = labels.name(present[0])
+        yield f"all training examples are of one class, {only!r}: there is nothing to learn."
+    elif absent and not labels.names and present == list(range(1, len(labels.counts))):
+        yield (
+            f"labels go from 1 to {present[-1]} and 0 never comes, so that one output of the network is for "
+            "nothing; subtract 1 from the labels."
+        )
+    elif absent:
+        some = ", ".join(absent[:10]) + f" and {len(absent) - 10} more" * (len(absent) > 10)
+        yield f"no training example is of class {some}."
+    if not labels.counts and labels.std == 0:
+        yield f"all training labels are {labels.mean:g}: there is nothing to learn."
+    split = dataset.validation
+    if config.data.validation and not len(split):
+        yield (
+            f"data.validation = {config.data.validation:g} of {len(dataset.train)} examples is none: the "
+            "last checkpoint counts as the best."
+        )
