@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from filelock import FileLock
 from numpy.lib.format import open_memmap
+from rich.console import Console
 from rich.progress import track
 
 from train.config import Data
@@ -44,11 +45,11 @@ def read(path: Path, config: Data) -> Found | None:
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache.with_suffix(".lock")):
-            if _index(cache) != {"stamp": stamp}:
+            arrays = _decoded(cache, stamp)
+            if arrays is None:
                 _decode(cache, stamp, parts, names, config)
-            arrays: dict[str, np.ndarray] = {
-                file.stem: open_memmap(file, mode="r") for file in sorted(cache.glob("*.npy"))
-            }
+                arrays = _decoded(cache, stamp)
+                assert arrays is not None, "what was just written can be read"
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
@@ -115,9 +116,12 @@ def _stamp(path: Path, parts: dict[str, Files]) -> str:
     return stamp.hexdigest()
 
 
-def _index(cache: Path) -> dict | None:
+def _decoded(cache: Path, stamp: str) -> dict[str, np.ndarray] | None:
+    """Return what was decoded earlier, as memory maps; None if it is of other files, or not whole."""
     try:
-        return json.loads((cache / "index.json").read_text())
+        if json.loads((cache / "index.json").read_text()) != {"stamp": stamp}:
+            return None
+        return {file.stem: open_memmap(file, mode="r") for file in sorted(cache.glob("*.npy"))}
     except (OSError, ValueError):
         return None
 
@@ -149,8 +153,16 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
             return None
 
         with reading(cache, ACCEPTS), ThreadPoolExecutor(os.cpu_count()) as pool:
-            doing = f"decoding {len(jobs):,} images, once, into {cache}"
-            faults = [*filter(None, track(pool.map(decode, jobs), doing, len(jobs), transient=True))]
+            doing, console = f"decoding {len(jobs):,} images, once, into {cache.parent}", Console(stderr=True)
+            seen = track(
+                pool.map(decode, jobs),
+                doing,
+                len(jobs),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+            faults = [*filter(None, seen)]
         if faults:
             also = f" So it is with {len(faults) - 1:,} other images." if faults[1:] else ""
             unequal = "pixels, where" in faults[0] and " Set data.image_size to scale all to one size." or ""

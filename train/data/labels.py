@@ -60,11 +60,9 @@ def by_number(name: str) -> tuple[bool, int, str]:
 
 
 def _texts(labels: np.ndarray) -> np.ndarray:
-    """Return (n,) labels, bytes and NumPy's new strings as texts."""
+    """Return (n,) labels, bytes as texts."""
     labels = labels.reshape(-1)
-    if labels.dtype.kind == "S":
-        return np.char.decode(labels, "utf-8", "replace")
-    return labels.astype(str) if labels.dtype.kind == "T" else labels
+    return np.char.decode(labels, "utf-8", "replace") if labels.dtype.kind == "S" else labels
 
 
 def _targets(what: str, part: str, labels: np.ndarray) -> np.ndarray:
