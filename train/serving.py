@@ -28,7 +28,8 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run on the test split of its data, or of the data at `path`.
 
     Raises:
-      UserError: the run or the data cannot be read, or the data do not suit the network.
+      UserError: the run or the data cannot be read, the data do not suit the network, or they are no longer
+        those that it was trained on, and no path was given.
     """
     run = load_best(run_dir)
     config = run.config.data
@@ -36,7 +37,7 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         # The embedded digits have no file; others like them come in the general layout.
         name = "npz" if config.name == "digits" else config.name
         config = dataclasses.replace(config, name=name, path=path)
-    given = data.load_test(
+    given, fingerprint = data.load_test(
         config,
         loss=run.config.model.loss,
         labels=run.data.labels,
@@ -44,6 +45,8 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         trained_on=run.data.fingerprint,
         cache=directory.data_cache(run_dir),
     )
+    if path is None:
+        directory.check_same_data(run_dir, fingerprint, "give --data.path to evaluate on others")
     what = f"the test split of {path or config.path or config.name}"
     split = dataclasses.replace(given, inputs=_as_trained(run, what, given.inputs))
     return {"split": "test", "step": run.step, **run.trained.evaluate(split), "examples": len(split)}

@@ -15,7 +15,7 @@ from PIL import Image
 from train import data, models, serving
 from train.__main__ import main
 from train.config import Config, Data, Model
-from train.data import Split
+from train.data import Labels, Split
 from train.models import Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints
@@ -208,12 +208,64 @@ def test_vectors_are_predicted_one_or_many(tmp_path, refusal):
     )
 
 
+def test_photographs_are_scaled_as_in_training_and_classes_have_their_names(tmp_path):
+    pictures = RANDOM.randint(0, 256, (12, 20, 30, 3)).astype(np.uint8)
+    for i, picture in enumerate(pictures):
+        path = tmp_path / "pictures" / ("cat", "dog")[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    options = Data("folder", path=str(tmp_path / "pictures"), image_size=8, test=0.5)
+    run = Run(tmp_path / "run", data=options, model=Model(widths=(8,)))
+    rows = run.test.rows
+    files = sorted((tmp_path / "pictures").rglob("*.png"))
+    inputs = np.stack([run.test.inputs[row] for row in rows])
+    expected = run.probabilities(inputs)
+    lines = list(serving.predict(run.path, [files[row] for row in rows]))
+    assert [line["class"] for line in lines] == [("cat", "dog")[i] for i in expected.argmax(1)]
+    assert [list(line["probabilities"]) for line in lines] == [["cat", "dog"]] * len(rows)
+    assert_array_equal([list(line["probabilities"].values()) for line in lines], expected.tolist())
+    # Lying on its side, with a note of it, is the same photograph.
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(pictures[0])).save(tmp_path / "lying.png", exif=exif)
+    upright, lying = serving.predict(run.path, [files[0], tmp_path / "lying.png"])
+    assert lying["probabilities"] == upright["probabilities"]
+    assert serving.evaluate(run.path)["examples"] == len(rows) == 6
+    described = json.loads((run.path / "data.json").read_text())
+    assert described["inputs"] == "images of dtype uint8 and shape (n, 8, 8, 3), from 0 to 255"
+    assert described["labels"]["names"] == ["cat", "dog"]
+
+
+def test_tables_are_predicted_by_the_names_of_their_columns(tmp_path, refusal):
+    x = RANDOM.normal(size=(30, 2))
+    rows = [f"{a},{'xyz'[i % 3]},{b}" for i, (a, b) in enumerate(x)]
+    (tmp_path / "table.csv").write_text("\n".join(["height,kind,width", *rows]))
+    options = Data("csv", path=str(tmp_path / "table.csv"), label="kind")
+    run = Run(tmp_path / "run", data=options, model=Model(widths=(8,)))
+    (tmp_path / "new.csv").write_text("\n".join(["width,height", *(f"{b},{a}" for a, b in x)]))
+    lines = list(serving.predict(run.path, [tmp_path / "new.csv"]))
+    expected = run.probabilities(x.astype(np.float32))
+    assert [line["class"] for line in lines] == ["xyz"[i] for i in expected.argmax(1)]
+    assert [line["row"] for line in lines] == [*range(30)]
+    (tmp_path / "new.csv").write_text("width,heigth\n1,2\n")
+    sentence = refusal(run.predicted, tmp_path / "new.csv")
+    assert sentence.startswith(f"{tmp_path}/new.csv cannot be read: it has no column 'height'; perhaps you")
+
+
+def test_numbers_are_predicted_in_their_units():
+    assert serving._in_words(Labels(mean=3.0), np.float32(4.5)) == {"value": 4.5}
+
+
 OTHER_ARRAYS = [
     (np.zeros((8, 9), np.float32), "expected one example of shape [8, 8, 1], or n of them, [n, ...], as in"),
     (np.zeros((8, 9), np.float32), "got float32[8, 9]."),
     (np.zeros((0, 8, 8), np.float32), "expected one example or more, "),
     (np.zeros((8, 8), int), "expected uint8 or floating point, as in the data that"),
     (np.full((8, 8), 16.0), "expected numbers from 0 to 1, "),
+    (
+        np.full((8, 8), 16, np.uint8),
+        "expected bytes up to 255, or numbers up to 1, and not up to 16 (divide by",
+    ),
     (np.full((8, 8), np.nan), "expected finite numbers, "),
     (np.full((8, 8), 1e300), "expected finite numbers, "),
     (np.full((8, 8), None), "cannot be read: "),

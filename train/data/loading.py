@@ -52,8 +52,8 @@ def load_test(
     columns: tuple[str, ...] = (),
     trained_on: str | None = None,
     cache: Path | None = None,
-) -> Split:
-    """Load the test split alone, for a network that was trained with these labels and columns.
+) -> tuple[Split, str]:
+    """Load the test split alone, and the data's fingerprint, for a network that was trained with these labels and columns.
 
     Of data without a test split it is what training held out, if it was trained on them (if `trained_on` is
     their fingerprint), else all of them.
@@ -70,9 +70,10 @@ def load_test(
         order = [found.columns.index(name) for name in columns]
         found.arrays.update({key: x[:, order] for key, x in found.arrays.items() if key.startswith("x_")})
     examples, names = _examples(path, found, loss, known=labels)
-    if "test" not in examples and _fingerprint(config, loss, cache, found, examples, names) != trained_on:
-        return Split(*examples["train"], np.arange(len(examples["train"].labels)))
-    return _split(config, examples)[0]["test"]
+    of_all = _fingerprint(config, loss, cache, found, examples, names)
+    if "test" not in examples and of_all != trained_on:
+        return Split(*examples["train"], np.arange(len(examples["train"].labels))), of_all
+    return _split(config, examples)[0]["test"], of_all
 
 
 def fingerprint(config: Data, *, loss: LossName, cache: Path | None = None) -> str | None:

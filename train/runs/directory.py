@@ -140,7 +140,7 @@ def begin(config: Config, dataset: Dataset) -> None:
         write_json(path / "environment.json", _environment())
 
 
-def check_same_data(path: Path, fingerprint: str) -> None:
+def check_same_data(path: Path, fingerprint: str, remedy: str = "give another --run_dir") -> None:
     """Raise a UserError for a run directory whose run was trained on other data."""
     if not (path / "data.json").exists():
         return
@@ -149,7 +149,7 @@ def check_same_data(path: Path, fingerprint: str) -> None:
     if len(earlier) == len(fingerprint) and earlier != fingerprint:
         raise UserError(
             f"run_dir = '{path}' was trained on other data (fingerprint {earlier}, now {fingerprint}). "
-            "Restore those data, or give another --run_dir."
+            f"Restore those data, or {remedy}."
         )
 
 

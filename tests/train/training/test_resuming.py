@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
 from tests.helpers.jobs import final_state, fit, results
+from train import serving
 from train.errors import UserError
 from train.training import loop, steps
 
@@ -88,6 +90,35 @@ def test_finished_job_is_left_as_it_is(finished):
     before = {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*")}
     assert fit(config) == summary
     assert {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*")} == before
+
+
+def test_finished_job_whose_data_were_replaced_is_not_finished(tmp_path, make_config):
+    rng, path = np.random.RandomState(0), tmp_path / "data" / "npz.npz"
+    path.parent.mkdir()
+    x, y = rng.normal(size=(60, 5)).astype(np.float32), np.arange(60) % 3
+    config = make_config(data={"name": "npz", "path": str(path)}, steps=2, batch_size=8)
+
+    def save(x):
+        np.savez(path, x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+
+    save(x)
+    summary = fit(config)
+    assert fit(config) == summary and serving.evaluate(Path(config.run_dir))["examples"] == 9
+    for row in (1, 59):
+        changed = x.copy()
+        changed[row, 2] += 1
+        save(changed)
+        with pytest.raises(UserError, match="was trained on other data .* give another --run_dir"):
+            fit(config)
+        with pytest.raises(UserError, match="was trained on other data .* give --data.path to evaluate"):
+            serving.evaluate(Path(config.run_dir))
+    assert serving.evaluate(Path(config.run_dir), str(path))["examples"] == 9
+    other = tmp_path / "moved.npz"
+    save(x)
+    path.rename(other)
+    assert fit(config) == summary  # they are gone, and nothing else is in their place
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(other)))
+    assert fit(moved) == summary
 
 
 @pytest.mark.slow
