@@ -53,10 +53,10 @@ def load_test(
     trained_on: str | None = None,
     cache: Path | None = None,
 ) -> tuple[Split, str]:
-    """Load the test split alone, and the data's fingerprint, for a network that was trained with these labels and columns.
+    """Return the test split alone, and the data's fingerprint.
 
-    Of data without a test split it is what training held out, if it was trained on them (if `trained_on` is
-    their fingerprint), else all of them.
+    It is for a network that was trained with these labels and columns. Of data without a test split it is
+    what training held out, if these are the data (if `trained_on` is their fingerprint), else all of them.
 
     Raises:
       UserError: a file is missing or malformed, or has labels that the network does not know.
