@@ -71,7 +71,7 @@ def fit(config: Config, stop: StopRequests) -> Summary:
         log = stack.enter_context(
             Log(run_dir, first_step=step or 0, total_steps=job.step_config.total_steps, writes=primary)
         )
-        log.print(_heading(job, step))
+        log.print("\n".join((_heading(job, step), *job.notes)))
         speed, error = Speed(), None
         try:
             with explained():
