@@ -67,7 +67,8 @@ def _of_run(path: Path) -> Variables:
 def _of_file(path: Path, model: Model, initial: Variables) -> Variables:
     """Load torchvision's weights, with as many classes as they have, or without a head."""
     if not path.is_file():
-        raise UserError(f"init_from: expected {EXPECTED}, got '{path}', which does not exist.")
+        reason = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"init_from: expected {EXPECTED}, got '{path}', which {reason}.")
     if model.name not in torchvision.NAMED:
         raise UserError(
             f"init_from: expected model.name = {' or '.join(map(repr, torchvision.NAMED))} with a file of "
