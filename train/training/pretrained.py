@@ -48,7 +48,7 @@ def start_from(path: Path, model: Model, initial: Variables) -> tuple[Variables,
     if differing:
         raise UserError(
             f"init_from: expected a run with the same model and input shape, got '{path}', which holds the "
-            f"parameters of another network: {'; '.join(differing)}."
+            f"parameters of another network: {_first(differing)}."
         )
     return found, notes
 
@@ -56,6 +56,11 @@ def start_from(path: Path, model: Model, initial: Variables) -> tuple[Variables,
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path[1:], simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+
+
+def _first(faults: list[str]) -> str:
+    """Join faults, but not the hundreds of another architecture."""
+    return "; ".join(faults[:20] + [f"and {len(faults) - 20} more"] * (len(faults) > 20))
 
 
 def _of_run(path: Path) -> Variables:
@@ -81,6 +86,11 @@ def _of_file(path: Path, model: Model, initial: Variables) -> Variables:
             f"'{model.norm}'."
         )
     state, names = _read(path), torchvision.torchvision_names(initial.params)
+    if not state.keys() & {f"{name}.weight" for name in names.values()}:
+        got = ", ".join(sorted(state)[:3]) or "no arrays"
+        raise UserError(
+            f"init_from: expected torchvision's names in '{path}', such as conv1.weight, got {got}."
+        )
     head = models.head(initial.params)
     params = {name: layer for name, layer in initial.params.items() if name != head}
     if any(key.startswith(f"{names[head]}.") for key in state):
@@ -94,7 +104,8 @@ def _of_file(path: Path, model: Model, initial: Variables) -> Variables:
     try:
         return _torch.load(initial._replace(params=params), state, names)
     except ValueError as error:
-        raise UserError(f"init_from: '{path}' does not fit model.name = '{model.name}': {error}.") from None
+        faults = _first(str(error).split("; "))
+        raise UserError(f"init_from: '{path}' does not fit model.name = '{model.name}': {faults}.") from None
 
 
 def _read(path: Path) -> Mapping[str, np.ndarray]:

@@ -111,11 +111,14 @@ def test_weights_of_another_network_are_refused_with_all_differences(save, refus
         assert part in sentence
     no_bias = {key: value for key, value in STATE.items() if key != "fc.bias"}
     assert "fc.bias: expected (10,) for Dense_0/bias (10,), got no such key" in refusal(start, save(no_bias))
-    of_other_layers = refusal(start, save(weights("resnet50", widths=NARROW)))
-    assert (
-        "layer1.0.downsample.0.weight: expected no such key, got one of shape (16, 4, 1, 1)"
-        in of_other_layers
+    of_resnet50 = refusal(start, save(weights("resnet50", widths=NARROW)))
+    assert "layer1.0.conv1.weight: expected (4, 4, 3, 3) for stage0_block0/Convolution_0" in of_resnet50
+    assert len(of_resnet50.split("; ")) == 21 and of_resnet50.endswith("; and 169 more.")
+    of_transformers = refusal(start, save({f"resnet.{key}": value for key, value in STATE.items()}))
+    assert of_transformers.partition("such as conv1.weight, got ")[2] == (
+        "resnet.bn1.bias, resnet.bn1.num_batches_tracked, resnet.bn1.running_mean."
     )
+    assert refusal(start, save({})).endswith("such as conv1.weight, got no arrays.")
     for options, expected in (
         (
             {"name": "resnet20"},
