@@ -32,7 +32,10 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-collect_ignore = ["data/torch_batch_norm.py"]  # needs PyTorch; the tests read what it wrote
+collect_ignore = [
+    "data/torch_batch_norm.py",
+    "data/torch_resnet.py",
+]  # need PyTorch; the tests read their files
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

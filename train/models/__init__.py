@@ -4,5 +4,6 @@ from train.models.build import build as build
 from train.models.build import check as check
 from train.models.network import Network as Network
 from train.models.network import Variables as Variables
+from train.models.network import head as head
 from train.models.norms import NORMS as NORMS
 from train.models.norms import running_rule as running_rule

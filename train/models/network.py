@@ -98,6 +98,12 @@ class NNXNetwork:
         return self.module(**dict(self.options), rngs=nnx.Rngs(seed))
 
 
+def head(params: Any) -> str:
+    """Return the name of the last layer, which maps to the classes."""
+    linear = [name for name in params if name.startswith("Dense_")]
+    return max(linear, key=lambda name: int(name.removeprefix("Dense_")), default="head")
+
+
 class _Recorder:
     """An activation that records what it was called with."""
 

@@ -26,6 +26,11 @@ def _quality(metrics: Metrics) -> Any:
     return (metrics.get("accuracy", 0.0), -metrics["loss"]) if finite else (-math.inf, -math.inf)
 
 
+def exist(run_dir: Path) -> bool:
+    """Return whether a run has a checkpoint, without making its folder."""
+    return any(path.name.isdigit() for path in (run_dir / "checkpoints").glob("[0-9]*"))
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest two and the best one by validation."""
 

@@ -9,10 +9,9 @@ import numpy as np
 from train import data, models
 from train.config import Config, total_steps
 from train.data import Dataset
-from train.errors import UserError
-from train.runs import directory, processes
+from train.runs import checkpoints, directory, processes
 from train.training import mistakes, steps
-from train.training.evaluation import load_best
+from train.training.pretrained import start_from
 from train.training.state import StepConfig, StepInputs, TrainState, create
 
 
@@ -53,8 +52,14 @@ def prepare(config: Config) -> Job:
     )
     # Waited for here, because a step whose input did not fit into memory may never return.
     initial = jax.block_until_ready(create(step_config, np.uint32(config.seed)))
-    if config.init_from is not None:
-        initial = _start_from(Path(config.init_from), initial, step_config)
+    notes = ()
+    # A job that resumes needs no other weights, which may be gone by then.
+    if config.init_from is not None and not checkpoints.exist(Path(config.run_dir)):
+        variables, notes = start_from(Path(config.init_from), config.model, initial.variables)
+        variables = processes.replicate(step_config.mesh, jax.device_get(variables))
+        initial = initial._replace(
+            variables=variables, average=variables if config.optimizer.average else None
+        )
     on_device = dataset.train.inputs.nbytes / 2**30 <= config.data.device_gib
     inputs = StepInputs(
         examples=dataset.train.take(slice(None)) if on_device else None,
@@ -72,20 +77,7 @@ def prepare(config: Config) -> Job:
         loop=on_device and steps.prefers_device_loop(step_config),
         notes=(
             *dataset.notes,
+            *notes,
             *(f"warning: {text}" for text in mistakes.likely(config, dataset, step_config)),
         ),
     )
-
-
-def _start_from(run_dir: Path, initial: TrainState, step_config: StepConfig) -> TrainState:
-    if not (run_dir / "config.json").exists():
-        raise UserError(f"init_from: expected a run directory, got '{run_dir}', which has no config.json.")
-    variables = load_best(run_dir).trained.variables
-    ours, theirs = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (initial.variables, variables))
-    if ours != theirs:
-        raise UserError(
-            f"init_from: expected a run with the same model, input shape and number of classes, got "
-            f"'{run_dir}', which holds the parameters of another network."
-        )
-    variables = processes.replicate(step_config.mesh, jax.device_get(variables))
-    return initial._replace(variables=variables, average=variables if step_config.optimizer.average else None)

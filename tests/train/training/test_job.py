@@ -1,10 +1,15 @@
+import dataclasses
+import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from numpy.testing import assert_array_equal
+from numpy.testing import assert_allclose, assert_array_equal
 
+from tests.helpers.jobs import final_state, fit
+from tests.helpers.torch_weights import weights
+from train.data.formats import digits
 from train.errors import UserError
 from train.training import prepare
 from train.training.evaluation import TrainedNetwork
@@ -45,11 +50,69 @@ def test_job_starts_from_the_best_parameters_and_statistics_of_another(make_conf
 def test_start_from_another_network_or_from_no_run_is_refused(make_config, finished):
     run_dir = finished[0].run_dir
     for change, message in (
-        ({"init_from": "/no/such/run"}, "init_from: expected a run directory, got '/no/such/run'"),
-        ({"model": {"norm": "none", "widths": (16,)}}, "holds the parameters of another network"),
+        ({"init_from": "/no/such/run"}, "expected a run directory, or a .safetensors .* got '/no/such/run'"),
+        (
+            {"model": {"norm": "none", "widths": (16,)}},
+            "holds the parameters of another network: BatchNorm_0/bias is .16,. there and missing here; .*"
+            "Dense_0/bias is missing there and .16,. here",
+        ),
+        ({"model": {"widths": (8,)}}, "Dense_0/kernel is .64, 16. there and .64, 8. here"),
+        ({"model": {"widths": (16, 16)}}, "Dense_1/kernel is .16, 10. there and .16, 16. here"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=f"^init_from: .*{message}"):
             prepare(make_config(**{"init_from": run_dir} | change))
+
+
+def test_head_for_other_classes_starts_anew_and_is_said_once(make_config, finished, tmp_path, capsys):
+    arrays = {key: value if key.startswith("x") else value % 3 for key, value in digits(Path()).items()}
+    np.savez(tmp_path / "three.npz", **arrays)
+    source = tmp_path / "source"
+    shutil.copytree(finished[0].run_dir, source)
+    there = prepare(make_config(init_from=str(source))).initial.variables.params
+    config = make_config(
+        data={"name": "npz", "path": str(tmp_path / "three.npz")}, init_from=str(source), seed=7
+    )
+    anew, job = prepare(dataclasses.replace(config, init_from=None)).initial.variables.params, prepare(config)
+    params = job.initial.variables.params
+    assert_array_equal(params["Dense_0"]["kernel"], there["Dense_0"]["kernel"])
+    assert_array_equal(params["Dense_1"]["kernel"], anew["Dense_1"]["kernel"])
+    assert params["Dense_1"]["kernel"].shape == (16, 3)
+
+    note = "the head starts anew: 10 classes there, 3 here"
+    assert fit(config, stop_after=1).status == "stopped"
+    assert note in capsys.readouterr().out.splitlines()
+    # What the job started from is in its checkpoint, and may be gone.
+    shutil.rmtree(source)
+    assert fit(config).status == "finished"
+    assert note not in capsys.readouterr().out
+    with pytest.raises(UserError, match="which does not exist"):
+        fit(dataclasses.replace(config, run_dir=f"{config.run_dir}2"))
+    assert not Path(f"{config.run_dir}2").exists()
+
+
+@pytest.mark.slow
+def test_resnet_trains_on_from_pytorchs_weights_and_resumes_without_their_file(make_config, tmp_path):
+    widths = (4, 6, 8, 10)
+    state = weights("resnet18", widths=widths, channels=1, classes=5)
+    path = tmp_path / "resnet18.npz"
+    np.savez(path, **state)
+    config = make_config(
+        init_from=str(path),
+        model={"name": "resnet18", "widths": widths},
+        optimizer={"learning_rate": 1e-6, "momentum": 0.0},
+        steps=2,
+        batch_size=16,
+    )
+    assert fit(config, stop_after=1).status == "stopped"
+    path.unlink()
+    assert fit(config).status == "finished"
+    variables = final_state(config).variables
+    kernel = np.asarray(variables.params["stage0_block0"]["Convolution_0"]["Conv_0"]["kernel"])
+    expected = state["layer1.0.conv1.weight"].transpose(2, 3, 1, 0)
+    assert_allclose(kernel, expected, atol=1e-3)
+    assert (kernel != expected).any()
+    # The moments from PyTorch counted as complete; new ones have 1 - 0.9**2 after two steps.
+    assert_array_equal(variables.batch_stats["stem"]["BatchNorm_0"]["count"], np.ones(4))
 
 
 def test_augmentation_that_the_data_cannot_bear_is_refused(make_config):
