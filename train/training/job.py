@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from train import data, models
@@ -35,7 +36,7 @@ def prepare(config: Config) -> Job:
     Raises:
       UserError: the data, the network or the devices do not allow it.
     """
-    models.check(config.model, accumulate=config.optimizer.accumulate)
+    models.check(config.model, accumulate=config.optimizer.accumulate, recalibrate=config.recalibrate)
     dataset = data.load(config.data)
     data.check_augmentation(config.data, dataset.example_shape)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), config.batch_size)
@@ -82,4 +83,6 @@ def _start_from(run_dir: Path, initial: TrainState, step_config: StepConfig) -> 
             f"'{run_dir}', which holds the parameters of another network."
         )
     variables = processes.replicate(step_config.mesh, jax.device_get(variables))
-    return initial._replace(variables=variables, average=variables if step_config.optimizer.average else None)
+    # A copy, because a step uses up the buffers of both.
+    average = jax.tree.map(jnp.copy, variables) if step_config.optimizer.average else None
+    return initial._replace(variables=variables, average=average)
