@@ -167,7 +167,11 @@ def study(command: str, words: list[str]) -> int:
         from train.studies import report, runner
 
         for job in planned:
-            models.check(job.config.model, accumulate=job.config.optimizer.accumulate)
+            models.check(
+                job.config.model,
+                accumulate=job.config.optimizer.accumulate,
+                recalibrate=job.config.recalibrate,
+            )
         runner.create_folder(out)
 
         def write(outcomes: list[runner.Outcome]) -> None:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 
+import jbn
 from train.config import Model, NetworkName
 from train.errors import UserError
 from train.models.convolutional import CNN, ResNet
@@ -72,8 +74,13 @@ def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Ru
     return LinenNetwork(kind.module(**options))
 
 
-def check(config: Model, *, accumulate: int = 1) -> None:
-    """Raise a UserError for a network that does not fit its widths, its norm, or accumulated gradients."""
+def build_pooling(config: Model, input_shape: tuple[int, ...], classes: int) -> Network:
+    """Build the same network with running statistics, frozen or not, that pool the samples of batches."""
+    return build(replace(config, frozen="none"), input_shape, classes, rule=jbn.pooled())
+
+
+def check(config: Model, *, accumulate: int = 1, recalibrate: bool = False) -> None:
+    """Raise a UserError for a network that does not fit its widths, its norm, or what a job does with it."""
     kind, norm = NETWORKS[config.name], NORMS[config.norm]
     widths = config.widths or kind.widths
     if kind.stages and len(widths) != kind.stages:
@@ -81,11 +88,22 @@ def check(config: Model, *, accumulate: int = 1) -> None:
             f"model.widths: expected {kind.stages} for model.name = '{config.name}', one for each stage, "
             f"such as {list(kind.widths)}, got {list(widths)}."
         )
-    if accumulate > 1 and norm.over_batch and not norm.pools:
-        pooling = [repr(name) for name in NORMS if NORMS[name].pools]
+    frozen, pooling = config.frozen != "none", [repr(name) for name in NORMS if NORMS[name].pools]
+    if accumulate > 1 and norm.over_batch and not norm.pools and not frozen:
         raise UserError(
             f"optimizer.accumulate: expected 1 with model.norm = {config.norm!r}, whose running statistics "
             f"cannot pool the parts of a batch, got {accumulate}; those of {' and '.join(pooling)} can."
+        )
+    if recalibrate and norm.over_batch and not norm.pools:
+        raise UserError(
+            f"recalibrate: expected false with model.norm = {config.norm!r}, whose running statistics cannot "
+            f"be pooled, got true; those of {' and '.join(pooling)} can."
+        )
+    without = {"norms": config.norm == "none", "statistics": not norm.over_batch}
+    if without.get(config.frozen):
+        raise UserError(
+            f"model.frozen: expected 'none' or 'body' with model.norm = {config.norm!r}, which has no "
+            f"{config.frozen} to freeze, got {config.frozen!r}."
         )
     if config.norm_inputs and not norm.over_batch:
         raise UserError(

@@ -24,6 +24,7 @@ class CNN(nn.Module):
     activation: Layer
     kernel_std: float
     dtype: str
+    head = "Dense_0"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -35,7 +36,7 @@ class CNN(nn.Module):
                 x = nn.Conv(width, (3, 3), **options)(x)
                 x = self.activation(self.norm.linen_layer(train=train)(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
-        return nn.Dense(self.classes, kernel_init=init)(x.astype(jnp.float32).mean((1, 2)))
+        return nn.Dense(self.classes, kernel_init=init, name=self.head)(x.astype(jnp.float32).mean((1, 2)))
 
 
 class Convolution(nn.Module):
@@ -115,6 +116,7 @@ class ResNet(nn.Module):
     activation: Layer
     kernel_std: float
     dtype: str
+    head = "Dense_0"
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -136,5 +138,5 @@ class ResNet(nn.Module):
             for i in range(blocks):
                 strides = 2 if stage and not i else 1
                 x = block(width, strides, name=f"stage{stage}_block{i}")(x)
-        head = nn.Dense(self.classes, kernel_init=kernel_init(self.kernel_std, LECUN))
+        head = nn.Dense(self.classes, kernel_init=kernel_init(self.kernel_std, LECUN), name=self.head)
         return head(x.astype(jnp.float32).mean((1, 2)))

@@ -22,6 +22,10 @@ class MLP(nn.Module):
     kernel_std: float  # of the initial weights; 0 for the usual ones
     dtype: str  # of the activations
 
+    @property
+    def head(self) -> str:
+        return f"Dense_{len(self.widths)}"
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         init = kernel_init(self.kernel_std, LECUN)
@@ -30,7 +34,7 @@ class MLP(nn.Module):
         for width in self.widths:
             x = nn.Dense(width, **options)(x)
             x = self.activation(self.norm.linen_layer(train=train)(x))
-        return nn.Dense(self.classes, kernel_init=init)(x.astype(jnp.float32))
+        return nn.Dense(self.classes, kernel_init=init, name=self.head)(x.astype(jnp.float32))
 
 
 class Hidden(nnx.Module):

@@ -27,6 +27,11 @@ class Network(Protocol):
         """The activation of its hidden layers."""
         ...
 
+    @property
+    def head(self) -> str:
+        """The key of the last layer's parameters; all other parameters are the body's."""
+        ...
+
     def init(self, key: jax.Array, inputs: jax.Array) -> Variables:
         """Draw new parameters; of the inputs, float32 (n, ...), only the shape matters."""
         ...
@@ -49,6 +54,10 @@ class LinenNetwork:
     @property
     def activation(self) -> Layer:
         return self.module.activation
+
+    @property
+    def head(self) -> str:
+        return self.module.head
 
     def init(self, key: jax.Array, inputs: jax.Array) -> Variables:
         variables = self.module.init(key, inputs, train=False)
@@ -78,6 +87,10 @@ class NNXNetwork:
     def activation(self) -> Layer:
         return dict(self.options)["activation"]
 
+    @property
+    def head(self) -> str:
+        return "head"  # as each NNX module here calls it
+
     def init(self, key: jax.Array, inputs: jax.Array) -> Variables:
         return _variables(self._make(key))
 
@@ -85,7 +98,8 @@ class NNXNetwork:
         module = nnx.eval_shape(partial(self._make, 0))
         for values in variables:
             nnx.update(module, values)
-        module.train() if train else module.eval()
+        if not train:
+            module.eval()
         return module(inputs), _variables(module).batch_stats
 
     def activation_inputs(self, variables: Variables, inputs: jax.Array, *, train: bool) -> list[jax.Array]:
@@ -96,12 +110,6 @@ class NNXNetwork:
 
     def _make(self, seed: int | jax.Array) -> nnx.Module:
         return self.module(**dict(self.options), rngs=nnx.Rngs(seed))
-
-
-def head(params: Any) -> str:
-    """Return the name of the last layer, which maps to the classes."""
-    linear = [name for name in params if name.startswith("Dense_")]
-    return max(linear, key=lambda name: int(name.removeprefix("Dense_")), default="head")
 
 
 class _Recorder:

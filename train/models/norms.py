@@ -106,7 +106,7 @@ class Norm:
         return self.linen_layer(train=train) if self.config.norm_inputs else _identity
 
     def nnx_layer(self, features: int, *, rngs: nnx.Rngs) -> Layer:
-        """Make a layer in training mode; its model's `eval()` and `train()` change that."""
+        """Make a layer in training mode; its model's `eval()` changes that."""
         return self.kind.nnx(features, **self._options(train=True), dtype=self.config.dtype, rngs=rngs)
 
     def nnx_input_layer(self, features: int, *, rngs: nnx.Rngs) -> Layer:
@@ -114,5 +114,6 @@ class Norm:
         return self.nnx_layer(features, rngs=rngs) if self.config.norm_inputs else _identity
 
     def _options(self, train: bool) -> dict[str, Any]:
-        mode = {"use_running_average": not train} if self.kind.over_batch else {}
+        frozen = self.config.frozen != "none"
+        mode = {"use_running_average": frozen or not train} if self.kind.over_batch else {}
         return mode | self.kind.options(self.config, self.rule)

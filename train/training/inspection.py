@@ -28,9 +28,10 @@ def inspect(config: StepConfig, dataset: Dataset, inputs: StepInputs, state: Tra
     """Measure a job at a step that it has reached, and at the step that it is about to take.
 
     Layers are measured by the inputs of their activations, on fixed examples, with those examples' own
-    statistics. Losses are those of the next batch as it is in the data, without augmentation or smoothing.
-    All of it follows from the state, and the training does not change. Where the learning rate is 0, as at
-    the end of a cosine, there is no step, and the measurements of one are NaN.
+    statistics, or with the running ones where they are frozen. Losses are those of the next batch as it is in
+    the data, without augmentation or smoothing. All of it follows from the state, and the training does not
+    change. Where the learning rate is 0, as at the end of a cosine, there is no step, and the measurements of
+    one are NaN.
 
     Returns:
       units: percentiles 15, 50 and 85 of the inputs of the first units of the last hidden layer (Ioffe &
@@ -99,7 +100,11 @@ def _histogram(x):
 def _of_gradients(config, state, following, batch, rate):
     x, labels = batch.preprocessing(batch.examples.inputs), batch.examples.labels
 
+    learning = config.learning(state.variables).params
+
     def loss(params):
+        # Along the gradient, what is frozen stays where it is.
+        params = jax.tree.map(lambda p, learns: p if learns else jax.lax.stop_gradient(p), params, learning)
         return _scores(config, state.variables._replace(params=params), x, labels, train=True)["loss"].mean()
 
     params, next_params = state.variables.params, following.variables.params

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from train import data, models
@@ -35,7 +36,7 @@ def prepare(config: Config) -> Job:
     Raises:
       UserError: the data, the network or the devices do not allow it.
     """
-    models.check(config.model, accumulate=config.optimizer.accumulate)
+    models.check(config.model, accumulate=config.optimizer.accumulate, recalibrate=config.recalibrate)
     cache = directory.data_cache(Path(config.run_dir))
     dataset = data.load(config.data, loss=config.model.loss, cache=cache)
     data.check_augmentation(config.data, dataset.example_shape)
@@ -55,11 +56,13 @@ def prepare(config: Config) -> Job:
     notes = ()
     # A job that resumes needs no other weights, which may be gone by then.
     if config.init_from is not None and not checkpoints.exist(Path(config.run_dir)):
-        variables, notes = start_from(Path(config.init_from), config.model, initial.variables)
-        variables = processes.replicate(step_config.mesh, jax.device_get(variables))
-        initial = initial._replace(
-            variables=variables, average=variables if config.optimizer.average else None
+        variables, notes = start_from(
+            Path(config.init_from), config.model, initial.variables, head=step_config.network.head
         )
+        variables = processes.replicate(step_config.mesh, jax.device_get(variables))
+        # A copy, because a step uses up the buffers of both.
+        average = jax.tree.map(jnp.copy, variables) if config.optimizer.average else None
+        initial = initial._replace(variables=variables, average=average)
     on_device = dataset.train.inputs.nbytes / 2**30 <= config.data.device_gib
     inputs = StepInputs(
         examples=dataset.train.take(slice(None)) if on_device else None,

@@ -18,6 +18,7 @@ def likely(config: Config, dataset: Dataset, step_config: StepConfig) -> Iterato
     """Yield a sentence for each thing that is allowed but rarely meant."""
     yield from _of_inputs(config, dataset)
     yield from _of_labels(config, dataset)
+    yield from of_statistics(config)
     total = step_config.total_steps
     if config.optimizer.warmup_steps >= total:
         yield (
@@ -79,4 +80,26 @@ def _of_labels(config: Config, dataset: Dataset) -> Iterator[str]:
         yield (
             f"data.validation = {config.data.validation:g} of {len(dataset.train)} examples is none: the "
             "last checkpoint counts as the best."
+        )
+
+
+def of_statistics(config: Config) -> Iterator[str]:
+    frozen, norm = config.model.frozen, config.model.norm
+    has_statistics = NORMS[norm].over_batch
+    if frozen == "body" and config.init_from is None:
+        yield (
+            "model.frozen = 'body' without init_from: all but the last layer stays as it is drawn at random. "
+            "Give init_from."
+        )
+    elif frozen != "none" and has_statistics and config.init_from is None:
+        yield (
+            f"model.frozen = {frozen!r} without init_from: running statistics stay at mean 0 and variance 1, "
+            "with which nothing is normalized. Give init_from."
+        )
+    if config.recalibrate and not has_statistics:
+        yield f"recalibrate = true with model.norm = {norm!r}, which has no running statistics."
+    elif config.recalibrate and frozen != "none":
+        yield (
+            f"recalibrate = true with model.frozen = {frozen!r}: the running statistics that training keeps, "
+            "and that the weights are trained for, are replaced at the end."
         )

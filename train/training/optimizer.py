@@ -1,6 +1,8 @@
 """Optimizers and learning-rate schedules, from optax."""
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
@@ -33,12 +35,18 @@ def schedule(config: Optimizer, *, steps: int, batch_size: int) -> optax.Schedul
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def build(config: Optimizer, *, steps: int, batch_size: int) -> optax.GradientTransformation:
+def build(
+    config: Optimizer, *, steps: int, batch_size: int, learning: Callable[[Any], Any] | None = None
+) -> optax.GradientTransformation:
     """Build the optimizer that a job names. Weight decay spares scales and biases.
 
     Decay is added to the gradient in SGD and in LARS (You et al., 2017), and to Adam's direction in AdamW
     (Loshchilov & Hutter, 2019) and in LAMB (You et al., 2020). LARS gives scales and biases plain momentum,
     and LAMB plain Adam. `clip_norm` bounds the gradient without decay.
+
+    Args:
+      learning: marks, in a tree of parameters, those that learn; if not given, all do. Others stay as they
+        are, have no state, and count for nothing in the norm that `clip_norm` bounds.
     """
     rate = schedule(config, steps=steps, batch_size=batch_size)
     decay, momentum = config.weight_decay, config.momentum
@@ -57,9 +65,14 @@ def build(config: Optimizer, *, steps: int, batch_size: int) -> optax.GradientTr
             optax.scale_by_learning_rate(rate),
         ),
     }[config.name]
-    if not config.clip_norm:
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if learning is None:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optax.partition(
+        {"learning": optimizer, "frozen": optax.set_to_zero()},
+        lambda params: jax.tree.map(lambda learns: "learning" if learns else "frozen", learning(params)),
+    )
 
 
 def _weights(params):

@@ -24,16 +24,18 @@ PREFIXES = ("module.", "model.", "backbone.", "_orig_mod.")  # of DataParallel, 
 MAX_BYTES = 2**32  # of a file, unpacked: 40 times a ResNet-50's, and less than would exhaust most memories
 
 
-def start_from(path: Path, model: Model, initial: Variables) -> tuple[Variables, tuple[str, ...]]:
+def start_from(
+    path: Path, model: Model, initial: Variables, *, head: str
+) -> tuple[Variables, tuple[str, ...]]:
     """Return the variables that a job starts from, and what the user has to know of them, in sentences.
 
-    A last layer for another number of classes stays as it is in `initial`.
+    A last layer for another number of classes stays as it is in `initial`; `head` is its key.
 
     Raises:
       UserError: there are none, or they are those of another network.
     """
-    found = _of_run(path) if path.is_dir() else _of_file(path, model, initial)
-    head, notes = models.head(initial.params), ()
+    found = _of_run(path) if path.is_dir() else _of_file(path, model, initial, head)
+    notes = ()
     here, there = initial.params[head], found.params.get(head)
     classes = there["kernel"].shape[-1] if there else 0
     if classes != here["kernel"].shape[-1]:
@@ -69,7 +71,7 @@ def _of_run(path: Path) -> Variables:
     return jax.device_get(load_best(path).trained.variables)
 
 
-def _of_file(path: Path, model: Model, initial: Variables) -> Variables:
+def _of_file(path: Path, model: Model, initial: Variables, head: str) -> Variables:
     """Load torchvision's weights, with as many classes as they have, or without a head."""
     if not path.is_file():
         reason = "is no file" if path.exists() else "does not exist"
@@ -91,7 +93,6 @@ def _of_file(path: Path, model: Model, initial: Variables) -> Variables:
         raise UserError(
             f"init_from: expected torchvision's names in '{path}', such as conv1.weight, got {got}."
         )
-    head = models.head(initial.params)
     params = {name: layer for name, layer in initial.params.items() if name != head}
     if any(key.startswith(f"{names[head]}.") for key in state):
         here = initial.params[head]

@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jbn
 from train import models
 from train.config import Data, Model, Optimizer
 from train.data import Examples, Labels, Preprocessing
@@ -44,12 +43,23 @@ class StepConfig:
     @cached_property
     def pooling_network(self) -> Network:
         """The same network, whose running statistics pool the samples of the parts of a batch."""
-        return models.build(self.model, self.input_shape, self.labels.outputs, rule=jbn.pooled())
+        return models.build_pooling(self.model, self.input_shape, self.labels.outputs)
+
+    def learning(self, variables: Variables) -> Variables:
+        """Mark the variables that training changes."""
+        return models.learning(self.model, self.network, variables)
 
     @cached_property
     def transformation(self) -> optax.GradientTransformation:
         """The optimizer."""
-        return optimizer.build(self.optimizer, steps=self.total_steps, batch_size=self.batch_size)
+        learning = lambda params: self.learning(Variables(params, {})).params
+        return optimizer.build(
+            self.optimizer,
+            steps=self.total_steps,
+            batch_size=self.batch_size,
+            # A tree of its own where all learn would make other checkpoints.
+            learning=None if self.model.frozen == "none" else learning,
+        )
 
     @property
     def rule(self) -> Rule:

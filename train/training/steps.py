@@ -58,11 +58,12 @@ def _gradients(config, variables, x, labels):
         (loss, (sums, batch_stats)), grads = value_and_grad(*variables, config.network, x, labels)
         return grads, loss, sums, batch_stats
 
+    frozen = config.model.frozen != "none"
+    network = config.network if frozen else config.pooling_network
+
     def add_part(totals, part):
         *totals, batch_stats = totals
-        (loss, (sums, batch_stats)), grads = value_and_grad(
-            variables.params, batch_stats, config.pooling_network, *part
-        )
+        (loss, (sums, batch_stats)), grads = value_and_grad(variables.params, batch_stats, network, *part)
         return (*jax.tree.map(jnp.add, totals, [grads, loss, sums]), batch_stats), None
 
     # Each part has rows of every device.
@@ -70,9 +71,12 @@ def _gradients(config, variables, x, labels):
     zeros = jax.tree.map(
         jnp.zeros_like, (variables.params, jnp.zeros(()), no_sums(config), variables.batch_stats)
     )
-    (grads, loss, sums, pooled), _ = jax.lax.scan(add_part, zeros, (split(x), split(labels)))
+    totals = (*zeros[:-1], variables.batch_stats) if frozen else zeros
+    (grads, loss, sums, batch_stats), _ = jax.lax.scan(add_part, totals, (split(x), split(labels)))
     grads, loss = jax.tree.map(lambda total: total / parts, (grads, loss))
-    return grads, loss, sums, _update(config.rule, variables.batch_stats, pooled)
+    if not frozen:
+        batch_stats = _update(config.rule, variables.batch_stats, batch_stats)
+    return grads, loss, sums, batch_stats
 
 
 def _update(rule, running, batch):
@@ -88,7 +92,9 @@ def _moving_average(config, state, variables) -> Variables | None:
     # Young averages forget faster, so that the initial weights do not stay in them.
     decay = jnp.minimum(config.optimizer.average, (1 + state.step) / (10 + state.step))
     average: Any = optax.incremental_update(variables, state.average, 1 - decay)
-    return average
+    # The average of equal numbers is rounded.
+    keep = lambda learns, average, value: average if learns else value
+    return jax.tree.map(keep, config.learning(variables), average, variables)
 
 
 def train_steps(

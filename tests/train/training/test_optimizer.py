@@ -177,6 +177,29 @@ def test_clipping_bounds_the_norm_of_all_gradients_together_before_decay(clip):
             assert_allclose(decayed[layer][key], -0.1 * (clipped + decay), rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_frozen_stays_without_state_and_the_rest_is_trained_as_if_it_were_all():
+    part = {"Dense_1": PARAMS["Dense_1"]}
+    learning = lambda params: {name: dict.fromkeys(leaves, name in part) for name, leaves in params.items()}
+    of_part = lambda tree: {name: tree[name] for name in part}
+    for name in ("sgd", "adamw", "lars", "lamb"):
+        config = Optimizer(name=name, weight_decay=0.3, clip_norm=0.5, schedule="constant")
+        options = {"steps": 10, "batch_size": 128}
+        alone, whole = (
+            optimizer.build(config, **options),
+            optimizer.build(config, **options, learning=learning),
+        )
+        expected_state, state = alone.init(float32(part)), whole.init(float32(PARAMS))
+        assert len(jax.tree.leaves(state)) == len(jax.tree.leaves(expected_state))
+        for gradients in GRADIENTS[:2]:
+            expected, expected_state = alone.update(
+                float32(of_part(gradients)), expected_state, float32(part)
+            )
+            updates, state = whole.update(float32(gradients), state, float32(PARAMS))
+            jax.tree.map(np.testing.assert_array_equal, of_part(updates), expected)
+            frozen = [updates[name] for name in PARAMS if name not in part]
+            assert not any(map(np.any, jax.tree.leaves(frozen))), name
+
+
 def test_a_clip_norm_of_0_leaves_gradients_as_they_are():
     large = jax.tree.map(lambda leaf: 1e6 * leaf, GRADIENTS[0])
     updates = first_update(large, momentum=0.0)

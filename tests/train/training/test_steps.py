@@ -227,6 +227,24 @@ def test_augmentation_follows_from_seed_and_step_and_reaches_the_network():
     assert abs(np.subtract.outer(*2 * [[loss(0, 0), loss(1, 0), loss(0, 1), plain]]) + np.eye(4)).min() > 1e-3
 
 
+@pytest.mark.parametrize("frozen, parts", [("statistics", 1), ("norms", 2)])
+def test_frozen_statistics_are_what_training_normalizes_with_in_parts_or_not(frozen, parts):
+    config, state, inputs = setup(frozen=frozen, optimizer={"accumulate": parts})
+    stats = {"mean": jnp.linspace(-1, 1, 6), "var": jnp.linspace(0.5, 2, 6), "count": jnp.ones(6)}
+    params = state.variables.params
+    state = state._replace(
+        variables=Variables(params, {"BatchNorm_0": stats}), opt_state=config.transformation.init(params)
+    )
+    new = one_step(config, state, inputs, jnp.arange(8)).variables
+    jax.tree.map(assert_array_equal, new.batch_stats, {"BatchNorm_0": stats})
+    held = {"BatchNorm_0": wide(params["BatchNorm_0"])} if frozen == "norms" else {}
+
+    def loss(params):
+        return losses(logits_of(params | held, X[:8], stats=wide(stats)), DATA.labels[:8]).mean()
+
+    assert_first_step_goes_down(loss, params, new.params)
+
+
 def test_first_step_whose_loss_is_not_finite_is_remembered():
     config, state, inputs = setup(norm="none")
     state = take(config, state, inputs, 0, 2)
