@@ -38,7 +38,8 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         config = dataclasses.replace(config, name=name, path=path)
     _, (inputs, labels) = data.read(config)
     what = f"the test split of {path or config.path or config.name}"
-    if labels.max() >= (outputs := run.data.labels.outputs):
+    outputs = run.data.labels.outputs
+    if run.data.labels.counts and labels.max() >= outputs:
         raise UserError(
             f"{what}: expected labels up to {outputs - 1}, as in the data that the network was "
             f"trained on, got up to {labels.max()}."

@@ -18,7 +18,6 @@ Metrics = dict[str, Any]  # numbers; None where there is none; of "class_accurac
 
 UNEVEN = 2  # times as many examples of one class as of another: then accuracy alone hides the rare ones
 NAMED = 20  # classes at most in a sentence
-TITLES = {"r2": "R^2"}  # of metrics that are not said as they are written
 
 
 class Loss(Protocol):
@@ -185,11 +184,6 @@ def of(model: Model, labels: Labels) -> Loss:
 def ranking(loss: Loss, metrics: Metrics) -> dict[str, float]:
     """Return those of the metrics that rank a checkpoint: the loss, and what goes before it."""
     return {name: metrics[name] for name in ("loss", loss.ranked_by) if name is not None}
-
-
-def title(metric: str) -> str:
-    """Return a metric as one says it: "balanced accuracy", "R^2"."""
-    return TITLES.get(metric, metric.replace("_", " "))
 
 
 def add_up(scores: dict[str, jax.Array]) -> Sums:

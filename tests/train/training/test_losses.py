@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from tests.helpers.jobs import fit, make_config
-from train import serving
-from train.config import Model
-from train.data import Dataset, Labels, Preprocessing, Split, loading
-from train.runs.checkpoints import Checkpoints
+from tests.helpers.jobs import fit
+from train import data, serving
+from train.config import Model, flatten
+from train.data import Dataset, Labels, Preprocessing, Split
+from train.runs.log import read_inspections
 from train.runs.summary import read_metrics
-from train.training import job, losses
+from train.training import inspection, losses, steps
 from train.training.evaluation import load_best
 from train.training.losses import CrossEntropy, SquaredError
 
@@ -29,8 +29,14 @@ def measured(loss, logits, labels):
     """Return the metrics of sums on the devices, which those of float64 on the host must agree with."""
     scores = jax.jit(loss.scores)(jnp.float32(logits), labels)
     on_host = {name: np.asarray(values).sum(0, dtype=np.float64) for name, values in scores.items()}
-    found = loss.metrics(jax.device_get(losses.add_up(scores)))
-    assert found == pytest.approx(loss.metrics(on_host | {"examples": len(labels)}), rel=1e-5)
+    found, expected = (
+        loss.metrics(sums) for sums in (losses.add_up(scores), on_host | {"examples": len(labels)})
+    )
+    flat, expected = (
+        {key: -1 if value is None else value for key, value in flatten(metrics).items()}
+        for metrics in (found, expected)
+    )
+    assert flat == pytest.approx(expected, rel=1e-5)
     return found
 
 
@@ -124,7 +130,7 @@ def test_labels_that_are_all_the_same_have_no_r2_and_a_deviation_of_0_counts_as_
 
 
 def test_checkpoints_are_ranked_by_what_is_balanced_where_weights_ask_for_it_and_numbers_by_the_loss():
-    metrics = {"loss": 0.5, "accuracy": 0.9, "balanced_accuracy": 0.6, "class_accuracy": {"a": 0.6}, "r2": 0.1}
+    metrics = {"loss": 0.5, "accuracy": 0.9, "balanced_accuracy": 0.6, "r2": 0.1}
     for loss, expected in (
         (CrossEntropy(), {"loss": 0.5, "accuracy": 0.9}),
         (CrossEntropy(names=("a",)), {"loss": 0.5, "accuracy": 0.9}),
@@ -137,10 +143,79 @@ def test_checkpoints_are_ranked_by_what_is_balanced_where_weights_ask_for_it_and
 # Jobs on data that are made here
 
 
-def dataset(monkeypatch, labels, description):
-    """Have every job learn from these labels of 400 vectors, of which 100 are each of the small splits."""
-    inputs = np.float32(RNG.randn(400, 4)) if np.ndim(labels) else None
-    splits = [Split(inputs, labels(inputs), np.arange(*rows)) for rows in ((200,), (200, 300), (300, 400))]
-    made = Dataset(*splits, description, PREPROCESSING, "made")
-    monkeypatch.setattr(job.data, "load", lambda config: made)
-    return made
+@pytest.fixture
+def trained(monkeypatch, make_config):
+    """Returns a function that trains a job on 600 vectors with such labels; that returns what is left of it.
+
+    Each split is a third of them. Of what is measured inside it has no more than depends on the loss.
+    """
+
+    def trained(labels, description, **model):
+        splits = [Split(INPUTS, labels, np.arange(start, start + 200)) for start in (0, 200, 400)]
+        made = Dataset(*splits, description, PREPROCESSING, "made")
+        monkeypatch.setattr(data, "load", lambda config: made)
+        monkeypatch.setattr(data, "read", lambda config: (None, splits[2].take(slice(None))))
+        gap = jax.jit(inspection._gap, static_argnums=0)
+        monkeypatch.setattr(inspection, "_measure", lambda *given: ({}, gap(*given[:4])))
+        config = make_config(
+            data=GIVEN, model={"widths": (3,), **model}, steps=40, eval_every=10, batch_size=50, inspect=True
+        )
+        summary = fit(config)
+        return Path(config.run_dir), read_metrics(Path(config.run_dir)), summary
+
+    return trained
+
+
+INPUTS = np.float32(RNG.randn(600, 4))
+GIVEN = {"name": "npz", "path": "given.npz"}
+
+
+def test_job_of_numbers_learns_them_in_any_unit_and_its_best_step_is_that_of_the_lowest_loss(trained, capsys):
+    labels = np.float32(1e4 + 1e3 * (INPUTS @ [1, -1, 0.5, 0]))
+    description = Labels(mean=float(labels[:200].mean()), std=float(labels[:200].std()))
+    run_dir, lines, summary = trained(labels, description, loss="squared_error")
+    assert {tuple(line)[2:-1] for line in lines} == {("loss", "mean_absolute_error", "r2")}
+    of = lambda split: {line["step"]: line for line in lines if line["split"] == split}
+    validation, test = of("validation"), of("test")
+    assert summary.best_step == min(validation, key=lambda step: validation[step]["loss"])
+    best = test[summary.best_step]
+    assert summary.test == {key: best[key] for key in ("loss", "mean_absolute_error", "r2")}
+    assert summary.best_test_r2 == max(line["r2"] for line in test.values()) > 0.5
+    assert summary.test_accuracy is summary.best_test_accuracy is None and summary.test_loss == best["loss"]
+
+    evaluated = serving.evaluate(run_dir)
+    assert evaluated == {"split": "test", "step": summary.best_step, **summary.test, "examples": 200}
+    json.dumps(evaluated, allow_nan=False)
+    network, loss, _, variables, preprocessing = load_best(run_dir).trained
+    predictions = steps.predict(network, loss, variables, preprocessing, INPUTS[400:])
+    assert predictions.shape == (200,)
+    error = np.float64(predictions) - labels[400:]
+    assert np.abs(error).mean() == pytest.approx(best["mean_absolute_error"], rel=1e-4)
+    assert 1 - (error**2).mean() / labels[400:].var() == pytest.approx(best["r2"], abs=1e-4)
+
+    assert capsys.readouterr().out.splitlines()[5].split() == ["absolute"] * 3
+    gap = read_inspections(run_dir)[-1]
+    assert set(gap["running_statistics"]) == {"loss", "mean_absolute_error", "r2"}
+    assert summary.reached == (
+        f"test R^2 {best['r2']:.4f}, mean absolute error {best['mean_absolute_error']:.4g} at step "
+        f"{summary.best_step}, the best by validation"
+    )
+
+
+def test_job_of_weighted_classes_reports_each_and_its_best_step_is_that_of_the_balanced_accuracy(trained):
+    labels = (INPUTS[:, 0] > 1.2).astype(np.int32) + 2 * (INPUTS[:, 1] > 1.5)
+    counts = tuple(np.bincount(labels[:200], minlength=5).tolist())
+    description = Labels(counts, ("a", "b", "c", "d", "none"))
+    run_dir, lines, summary = trained(labels, description, class_weights="balanced")
+    expected = ("loss", "accuracy", "balanced_accuracy", "class_accuracy")
+    assert {tuple(line)[2:-1] for line in lines} == {expected}
+    key = lambda line: (line["balanced_accuracy"], -line["loss"])
+    validation = {line["step"]: key(line) for line in lines if line["split"] == "validation"}
+    assert summary.best_step == max(validation, key=validation.get)
+    assert set(summary.test) == set(expected) and summary.test["class_accuracy"]["none"] is None
+    assert summary.test_accuracy == summary.test["accuracy"] != summary.test["balanced_accuracy"]
+    evaluated = serving.evaluate(run_dir)
+    assert evaluated == {"split": "test", "step": summary.best_step, **summary.test, "examples": 200}
+    gap = read_inspections(run_dir)[-1]["running_statistics"]
+    assert set(gap) == set(expected) and set(gap["class_accuracy"]) == set("abcd") | {"none"}
+    assert "balanced accuracy 0." in summary.reached and ", none -) at step" in summary.reached

@@ -260,7 +260,5 @@ def test_evaluation_scores_each_example_to_the_same_bit_on_any_number_of_devices
         assert_allclose(found["loss"], losses(logits, DATA.labels[:32])[: 8 * devices], rtol=1e-5)
         assert_array_equal(found["correct"], (logits.argmax(-1) == DATA.labels[:32])[: 8 * devices])
     jax.tree.map(lambda one, four: assert_array_equal(one, four[:8]), scores[1], scores[4])
-    found = steps.predict(
-        config.network, CrossEntropy(), state.variables, PREPROCESSING, DATA.inputs[:32]
-    )
+    found = steps.predict(config.network, CrossEntropy(), state.variables, PREPROCESSING, DATA.inputs[:32])
     assert_allclose(found, np.exp(log_probabilities(logits)), rtol=1e-5)
