@@ -204,4 +204,6 @@ def _number(value: float | None) -> str:
     if value is None:
         return "-"
     # Of 7 characters at most.
-    return f"{value:.4f}" if -10 < value < 100 else f"{value:.{int(value > 0)}e}"
+    if -10 < value < 100:
+        return f"{value:.4f}"
+    return f"{value:.1f}" if 0 < value < 99_999 else f"{value:.{int(value > 0)}e}"
