@@ -27,7 +27,7 @@ NOTHING = {  # a line of inspection.jsonl in which nothing is finite
 
 
 def run(curve=None, *, name="job", status="finished", error=None, classes=10, lines=(), **options) -> Run:
-    """Make a run from {step: test accuracy or R^2}; what else is given goes to its model, but for a few keys."""
+    """Make a run from {step: test accuracy or R^2}; what else is given goes to its model, mostly."""
     curve, values = curve or {}, options.pop("values", {})
     seed, rate, seconds = options.pop("seed", 0), options.pop("rate", 0.1), options.pop("seconds", 1.5)
     chosen, last = options.pop("chosen", {}), options.pop("last", {})

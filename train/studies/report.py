@@ -28,7 +28,7 @@ IN_TERMINAL = (
     "steps to the baseline's best",
     "speed-up",
     *(f"final test {name}" for name in SAID.values()),
-    "balanced accuracy there",
+    "balanced accuracy at the best validation",
     "final balanced accuracy",
     "seconds",
     "ended",

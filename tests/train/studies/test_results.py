@@ -91,3 +91,10 @@ def test_learning_is_to_be_clearly_better_than_guessing_with_the_median_seed():
     assert job.best == (0.7, None, 0.9) and job.final == (0.5, None, 0.7) and job.learns
     for curves in ([{10: 0.9}, {10: 0.1}, {10: 0.1}], [REFUSED], [FAILED]):
         assert not group("bn", *curves).learns
+
+
+def test_numbers_are_learnt_if_r2_is_clearly_above_that_of_their_mean():
+    assert not is_learnt(0.1, 0) and is_learnt(0.11, 0)
+    job = group("bn", {10: 0.25, 20: 0.125}, loss="squared_error", classes=0)
+    assert job.learns and job.best.median == 0.25 and job.runs[0].validated == 0.24
+    assert (job.runs[0].headline, job.headline) == ("r2", "R^2")

@@ -18,7 +18,7 @@ LOWEST = -1.0  # that is drawn: an R^2 may be anything below 1, as in the first 
 def section(groups: Sequence[Group]) -> Section:
     """Show the headline over steps, and in how many steps each job reached the best of the baseline."""
     references = _references(groups)
-    balance, of_job = balanced(groups, "balanced accuracy there", Run.chosen)
+    balance, of_job = balanced(groups, "balanced accuracy at the best validation", Run.chosen)
     header = ("job", "norm", "learning rate", "best of the test curve", "at the best validation")
     header += (*balance, "steps to the baseline's best", "speed-up")
     header += (*(f"speed-up over {job.name}" for job in references[1:]), "seconds", "ended")
