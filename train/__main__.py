@@ -40,13 +40,9 @@ def train(path: Path, flags: list[str]) -> int:
 
         summary = fit(config, stop)
         if processes.is_primary():
-            reached = "no evaluation yet"
-            if summary.test_accuracy is not None:
-                accuracy, step = summary.test_accuracy, summary.best_step
-                reached = f"test accuracy {accuracy:.4f} at step {step}, the best by validation"
             print(
-                f"{summary.status.capitalize()} at step {summary.step}: {reached}. Files: {config.run_dir}. "
-                f"Evaluate: python -m train eval {config.run_dir}"
+                f"{summary.status.capitalize()} at step {summary.step}: {summary.reached}. Files: "
+                f"{config.run_dir}. Evaluate: python -m train eval {config.run_dir}"
             )
     return 0 if summary.finished else 128 + (stop.received or 0)
 

@@ -253,6 +253,16 @@ def check(config: Config) -> None:
             f"data.validation: expected a fraction > 0 with early_stopping = {config.early_stopping}, which "
             "judges by it, got 0."
         )
+    if config.model.loss == "squared_error":
+        for key, value in (
+            ("model.class_weights", config.model.class_weights),
+            ("optimizer.label_smoothing", config.optimizer.label_smoothing),
+        ):
+            if value:
+                raise UserError(
+                    f"{key}: expected none with model.loss = 'squared_error', which has no classes, got "
+                    f"{list(value) if isinstance(value, tuple) else repr(value)}."
+                )
     if config.coordinator is not None and not re.fullmatch(r".+:\d+", config.coordinator):
         raise UserError(f"coordinator: expected HOST:PORT, got {config.coordinator!r}.")
     if processes != (None, 1, None) and 0 < processes.count(None) < 3:
@@ -346,16 +356,26 @@ _EXPECTED = {
 
 def _explained(error: ValidationError) -> str:
     """Say in one sentence what the first problem is."""
-    problem = error.errors()[0]
+    first, *others = error.errors()
+    # A value of several types has a problem with each: what is inside one of them says the most.
+    same = [first, *(problem for problem in others if problem["loc"][:2] == first["loc"][:2])]
+    problem = max(same, key=lambda problem: len(problem["loc"])) if _tagged(first["loc"]) else first
     kind, text = problem["type"], problem["msg"].removeprefix("Input should be ")
-    *section, _ = loc = problem["loc"] or ("",)
+    loc = [part for part in problem["loc"] if not _tagged([part])] or [""]
+    *section, _ = loc
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)[1:]
     if kind == "unexpected_keyword_argument":
         schema = _SECTIONS[str(section[0])] if section else Config
         return f"{key} is not a key; {_meant(key, [field.name for field in dataclasses.fields(schema)])}."
     expected = _EXPECTED.get(kind, "{text}").format(text=text, limit=text.rpartition(" ")[2])
+    expected += " or a list" * any(other["type"] == "tuple_type" for other in same if other is not problem)
     got = "none" if kind == "missing" else repr(problem["input"])
     return f"{key}: expected {expected}, got {got}.".removeprefix(": ")
+
+
+def _tagged(loc: Sequence[int | str]) -> bool:
+    """Return whether the place of a problem is one of several types: ("class_weights", "tuple[...]")."""
+    return any(re.match(r"(literal|tuple)\[", str(part)) for part in loc)
 
 
 def _meant(key: str, names: list[str]) -> str:

@@ -10,6 +10,7 @@ from train.studies import charts
 from train.studies.results import Group, Run
 from train.studies.runner import Outcome
 from train.training.inspection import EDGES
+from train.training.losses import LOSSES
 
 REFUSED = {
     "status": "refused",
@@ -26,16 +27,19 @@ NOTHING = {  # a line of inspection.jsonl in which nothing is finite
 
 
 def run(curve=None, *, name="job", status="finished", error=None, classes=10, lines=(), **options) -> Run:
-    """Make a run from {step: test accuracy}; what else is given goes to its model, but for a few keys."""
+    """Make a run from {step: test accuracy or R^2}; what else is given goes to its model, mostly."""
     curve, values = curve or {}, options.pop("values", {})
     seed, rate, seconds = options.pop("seed", 0), options.pop("rate", 0.1), options.pop("seconds", 1.5)
+    chosen, last = options.pop("chosen", {}), options.pop("last", {})
     model, optimizer = Model(**{"norm": "none"} | options), Optimizer(learning_rate=rate)
     config = Config("unused", Data(), model, optimizer, seed, steps=100)
     best = max(curve.values(), default=None)
-    summary = Summary("finished", test_accuracy=best and best - 0.01, wall_seconds=seconds)
+    headline = LOSSES[model.loss].headline
+    chosen = {headline: best and best - 0.01, **chosen}
+    summary = Summary("finished", test_accuracy=chosen.get("accuracy"), wall_seconds=seconds, test=chosen)
     outcome = Outcome(status, None if status == "refused" else summary, error, 0)
     metrics = [
-        {"step": step, "split": split, "loss": 1.0, "accuracy": at * (split == "test")}
+        {"step": step, "split": split, "loss": 1.0, headline: at * (split == "test"), **last}
         for step, at in curve.items()
         for split in ("train", "test")
     ]

@@ -137,6 +137,9 @@ MISTAKES = {
     "data = 3": "data: expected a table, got 3.",
     "model.widths = 8": "model.widths: expected a list, got 8.",
     "model.widths = [8, 1.5]": "model.widths[1]: expected an integer, got 1.5.",
+    "model.class_weights = 'balancd'": "model.class_weights: expected 'balanced' or a list, got 'balancd'.",
+    "model.class_weights = 3": "model.class_weights: expected 'balanced' or a list, got 3.",
+    "model.class_weights = [1, 'x']": "model.class_weights[1]: expected a number, got 'x'.",
     "model.norm = 'bath'": "model.norm: expected 'batch', 'none', 'ghost', 'layer', 'group' or 'flax', got",
 }
 
@@ -190,6 +193,10 @@ RANGES = {
     "model.virtual_batch_size": ([1], {0: ">= 1"}),
     "model.norm_groups": ([1], {0: ">= 1"}),
     "model.widths": ([(), (1, 1)], {(8, 0): ">= 1"}),
+    "model.class_weights": (
+        [(), (0, 1e9), "balanced"],
+        {(1, -1): ">= 0", (1, INF): "finite", (NAN,): "finite"},
+    ),
     "model.kernel_std": ([0, 1e9], {-0.1: ">= 0", INF: "finite", NAN: "finite"}),
     "optimizer.learning_rate": ([1e-9, 1e9], {0: "> 0", INF: "finite", NAN: "finite"}),
     "optimizer.base_batch_size": ([0], {-1: ">= 0"}),
@@ -237,6 +244,14 @@ CONTRADICTIONS = [
         {"early_stopping": 3, "data.validation": 0},
         "data.validation: expected a fraction > 0 with early_stopping = 3, which judges by it, got 0.",
     ),
+    (
+        {"model.loss": "squared_error", "model.class_weights": (1.0, 2.0)},
+        "model.class_weights: expected none with model.loss = 'squared_error', ..., got [1.0, 2.0].",
+    ),
+    (
+        {"model.loss": "squared_error", "optimizer.label_smoothing": 0.1},
+        "optimizer.label_smoothing: expected none with model.loss = 'squared_error', ..., got 0.1.",
+    ),
     ({"coordinator": "host"}, "coordinator: expected HOST:PORT, got 'host'."),
     ({"coordinator": "host:12x"}, "coordinator: expected HOST:PORT, got 'host:12x'."),
     (CLUSTER | {"coordinator": None}, "expected all of coordinator, ... or none of them, got None, 2 and 1."),
@@ -249,6 +264,7 @@ CONTRADICTIONS = [
 ]
 AGREEMENTS = [
     *(CLUSTER, CLUSTER | {"process_id": 0}, {"num_processes": 1}, {"num_processes": 1, "devices": 1}),
+    *({"model.loss": "squared_error"}, {"model.class_weights": "balanced", "optimizer.label_smoothing": 0.1}),
     *({"early_stopping": 3}, {"optimizer.accumulate": 4}, {"model.norm": "flax"}),
 ]
 
@@ -269,6 +285,7 @@ def test_flags_are_checked_as_files_are(job, refusal):
 
 def test_config_survives_json_lists_as_tuples_and_all_else_strictly():
     tuples = {"model.widths": (3, 4), "data.feature_scales": (0.5, 2.0), "optimizer.milestones": (0.1,)}
+    tuples |= {"model.class_weights": (1.0, 2.0)}
     for config in changed({}), changed(tuples), changed({"epochs": 1.5, "steps": None, "data.path": "x"}):
         again = parse(json.loads(json.dumps(dataclasses.asdict(config))))
         assert again == config and hash(again) == hash(config)

@@ -20,7 +20,7 @@ from train.models import Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints
 from train.training.evaluation import TrainedNetwork
-from train.training.losses import LOSSES
+from train.training.losses import CrossEntropy
 from train.training.state import TrainState, to_items
 from train.training.steps import predict
 
@@ -53,7 +53,7 @@ class Run:
         mesh = processes.mesh_of(jax.devices())
         placed = processes.replicate(mesh, (variables, dataset.preprocessing))
         self.path, self.test = path, dataset.test
-        self.live = TrainedNetwork(network, LOSSES["cross_entropy"], mesh, *placed)
+        self.live = TrainedNetwork(network, CrossEntropy(), mesh, *placed)
 
     def probabilities(self, inputs):
         """Those of inputs, in batches as `serving.predict` makes them."""

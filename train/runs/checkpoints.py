@@ -21,9 +21,13 @@ Metrics = dict[str, float]
 
 
 def _quality(metrics: Metrics) -> Any:
-    """Rank checkpoints by accuracy, where it is measured, then by loss. What is not finite is the worst."""
+    """Rank checkpoints by what they were saved with, then by loss. What is not finite is the worst.
+
+    What that is the loss says (`ranking` in train/training/losses.py): an accuracy, or the loss alone.
+    """
     finite = math.isfinite(metrics["loss"])
-    return (metrics.get("accuracy", 0.0), -metrics["loss"]) if finite else (-math.inf, -math.inf)
+    accuracy = metrics.get("balanced_accuracy", metrics.get("accuracy", 0.0))
+    return (accuracy, -metrics["loss"]) if finite else (-math.inf, -math.inf)
 
 
 def exist(run_dir: Path) -> bool:

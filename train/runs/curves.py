@@ -13,21 +13,23 @@ def draw(run_dir: Path) -> None:
     lines = read_metrics(run_dir)
     if not lines:
         return
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    of_classes = [key for key, value in lines[0].items() if isinstance(value, dict)]
+    keys = [key for key in lines[0] if key not in ("step", "split", "seconds", *of_classes)]
+    figure = Figure(figsize=(max(9, 3.6 * len(keys)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    keys = [key for key in lines[0] if key not in ("step", "split", "seconds")]
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
         for split in ("train", "validation", "test"):
             points = [
                 (line["step"], line[key])
                 for line in lines
-                if line["split"] == split and line[key] is not None
+                if line["split"] == split and line.get(key) is not None
             ]
             if points:
                 axes.plot(*zip(*points), label=split, marker=".")
-        axes.set(xlabel="step", ylabel=key)
+        axes.set(xlabel="step", ylabel=key.replace("_", " "))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
+        if axes.lines:
+            axes.legend(frameon=False)
     figure.suptitle(run_dir.name, parse_math=False)
     figure.savefig(run_dir / "curves.png", dpi=120)

@@ -2,7 +2,9 @@
 
 import math
 import platform
+import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +25,8 @@ from tensorboardX.summary import scalar
 
 from train.runs.files import JsonLines, read_lines
 
-Results = dict[str, dict[str, float]]  # split -> {"loss": ..., "accuracy": ...}, the same metrics for each
+# split -> {"loss": ..., "accuracy": ...}, the same metrics for each; of classes it is a dict of theirs
+Results = dict[str, dict[str, Any]]
 
 SPLITS = ("train", "validation", "test")
 
@@ -103,8 +106,8 @@ class Log:
             *({"step": step, "split": split, **results[split], "seconds": seconds} for split in results)
         )
         for split, values in results.items():
-            for key, value in values.items():
-                if math.isfinite(value):
+            for key, value in _scalars(values):
+                if value is not None and math.isfinite(value):
                     self._tensorboard.add(f"{key}/{split}", value, step)
         self._tensorboard.flush()
         if not self._in_table:
@@ -151,28 +154,56 @@ class _Rate(ProgressColumn):
         return Text(f"{task.speed:,.0f} steps/s" if task.speed >= 10 else f"{task.speed:.2g} steps/s")
 
 
+def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
+    """Yield what TensorBoard shows: "loss", "class_accuracy/NAME"."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
+
+
 def _header(results: Results) -> str:
-    widths = _widths(results)
-    names = "".join(f"{name:>{width}}" for name, width in widths.items())
-    splits = "".join(f"{split:>{len(names)}}" for split in SPLITS)
-    return f"{'':14}{splits}\n   step  epoch{names * len(SPLITS)}  seconds"
+    columns = _columns(results)
+    width = sum(map(_width, columns.values()))
+    splits = "".join(f"{split:>{width}}" for split in SPLITS)
+    height = max(map(len, columns.values()))
+    lines = [
+        "".join(f"{([''] * height + words)[line - height]:>{_width(words)}}" for words in columns.values())
+        for line in range(height)
+    ]
+    *above, last = (line * len(SPLITS) for line in lines)
+    upper = "".join(f"{'':14}{line}".rstrip() + "\n" for line in above)
+    return f"{'':14}{splits}\n{upper}   step  epoch{last}  seconds"
 
 
 def _row(step: int, epoch: float, results: Results, seconds: float) -> str:
     cells = [
-        f"{_number(results.get(split, {}).get(name)):>{width}}"
+        f"{_number(results.get(split, {}).get(name)):>{_width(words)}}"
         for split in SPLITS
-        for name, width in _widths(results).items()
+        for name, words in _columns(results).items()
     ]
     return f"{step:7d}{epoch:7.1f}{''.join(cells)}{seconds:9.1f}"
 
 
-def _widths(results: Results) -> dict[str, int]:
-    """Return the width of each metric's column."""
-    return {name: max(8, len(name) + 2) for name in next(iter(results.values()))}
+def _columns(results: Results) -> dict[str, list[str]]:
+    """Return the heading of each metric's column, in short lines; metrics of each class have no column."""
+    values = next(iter(results.values()))
+    return {
+        name: textwrap.wrap(name.replace("_", " "), 8, break_long_words=False)
+        for name, value in values.items()
+        if not isinstance(value, dict)
+    }
+
+
+def _width(words: list[str]) -> int:
+    return max(8, *(len(word) + 2 for word in words))
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if value < 100 else f"{value:.1e}"
+    # Of 7 characters at most.
+    if -10 < value < 100:
+        return f"{value:.4f}"
+    return f"{value:.1f}" if 0 < value < 99_999 else f"{value:.{int(value > 0)}e}"

@@ -15,6 +15,10 @@ from train.runs.files import read_json, read_lines
 
 Status = Literal["finished", "stopped", "failed"]
 
+# How metrics that say how good a network is are called.
+SAID = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "r2": "R^2"}
+NAMED = 20  # classes at most whose accuracies are printed
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -23,18 +27,35 @@ class Summary:
     status: Status
     step: int | None = None
     best_step: int | None = None  # by validation
-    test_accuracy: float | None = None  # of the best step
+    test_accuracy: float | None = None  # of the best step; of numbers there is none
     test_loss: float | None = None
     best_test_accuracy: float | None = None  # the maximum of the test curve, as papers report it
     wall_seconds: float | None = None  # earlier sessions included
     examples_per_second: float | None = None
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
+    best_test_r2: float | None = None  # likewise, of numbers
+    test: dict[str, Any] | None = None  # all metrics of the best step
 
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""
         return self.status == "finished" and self.step is not None
+
+    @property
+    def reached(self) -> str:
+        """What the best step has reached, in words."""
+        test = self.test or {"accuracy": self.test_accuracy, "loss": self.test_loss}
+        said = [f"{said} {test[key]:.4f}" for key, said in SAID.items() if test.get(key) is not None]
+        of_classes = test.get("class_accuracy", {})
+        if 0 < len(of_classes) <= NAMED:
+            known = (f"{name} {'-' if a is None else f'{a:.4f}'}" for name, a in of_classes.items())
+            said[-1] += f" ({', '.join(known)})"
+        if (error := test.get("mean_absolute_error")) is not None:
+            said.append(f"mean absolute error {error:.4g}")
+        if not said:
+            return "no evaluation yet"
+        return f"test {', '.join(said)} at step {self.best_step}, the best by validation"
 
 
 def read_summary(run_dir: Path) -> Summary | None:
@@ -61,18 +82,23 @@ def summarize(
     """Return what a run has reached, by its metrics and its checkpoints."""
     tests = {line["step"]: line for line in read_metrics(run_dir) if line["split"] == "test"}
     best = tests.get(checkpoints.best_step, {})
-    accuracies = [accuracy for line in tests.values() if (accuracy := line.get("accuracy")) is not None]
+    maximum = lambda key: max(
+        (line[key] for line in tests.values() if line.get(key) is not None), default=None
+    )
+    metrics = {key: value for key, value in best.items() if key not in ("step", "split", "seconds")}
     return Summary(
         status=status,
         step=checkpoints.latest_step,
         best_step=checkpoints.best_step,
         test_accuracy=best.get("accuracy"),
         test_loss=best.get("loss"),
-        best_test_accuracy=max(accuracies, default=None),
+        best_test_accuracy=maximum("accuracy"),
         wall_seconds=round(wall_seconds, 3),
         examples_per_second=examples_per_second and round(examples_per_second, 1),
         peak_host_bytes=peak_host_bytes(),
         peak_device_bytes=peak_device_bytes(),
+        best_test_r2=maximum("r2"),
+        test=metrics or None,
     )
 
 

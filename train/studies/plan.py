@@ -64,6 +64,12 @@ def plan(paths: Sequence[Path], overrides: Sequence[str], *, out: Path, seeds: i
             planned[run_dir] = Planned(
                 ", ".join(filter(None, [*stem, named(values)])) or path.stem, values, job
             )
+    losses = list(dict.fromkeys(job.config.model.loss for job in planned.values()))
+    if len(losses) > 1:
+        raise UserError(
+            "model.loss: expected the same in all jobs of a study, which compares them by one metric, got "
+            f"{' and '.join(losses)}."
+        )
     return list(planned.values())
 
 

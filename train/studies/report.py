@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from train.runs.files import replace, write_json
-from train.runs.summary import Summary
+from train.runs.summary import SAID, Summary
 from train.studies import results
 from train.studies.plan import Planned, short
-from train.studies.results import Curve, Group, Run, group, read, speedups, spread
+from train.studies.results import Curve, Group, Run, Spread, group, read, speedups, spread
 from train.studies.runner import Outcome
 from train.studies.sections import CLAIMS, sweep
 from train.studies.sections.section import Section, listed
@@ -27,7 +27,9 @@ IN_TERMINAL = (
     "best of the test curve",
     "steps to the baseline's best",
     "speed-up",
-    "final test accuracy",
+    *(f"final test {name}" for name in SAID.values()),
+    "balanced accuracy at the best validation",
+    "final balanced accuracy",
     "seconds",
     "ended",
 )
@@ -86,9 +88,10 @@ def render(title: str, intro: str, sections: Sequence[Section], footer: str) -> 
 def entries(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return comparison.json: one object a job, in their order, the first of them the baseline.
 
-    `best_test_accuracy` (the maximum of the test curve), `steps_to_target`, `speedup` and `wall_seconds` are
+    `best_test_accuracy` (the maximum of the test curve; of numbers it is null, and there is `best_test_r2`),
+    `steps_to_target`, `speedup` and `wall_seconds` are
     medians over seeds, each of which is compared with the same seed of the baseline; `ranges` has their
-    lowest and highest. The target is the baseline's best test accuracy. What was not reached is null.
+    lowest and highest. The target is the baseline's best. What was not reached is null.
     `speedup_over` takes each job as the baseline.
     """
     baseline = groups[0]
@@ -96,7 +99,8 @@ def entries(groups: Sequence[Group]) -> list[dict[str, Any]]:
     for job in groups:
         seeds = [_of_seed(run, theirs) for run, theirs in zip(job.runs, baseline.curves)]
         spreads = {
-            "best_test_accuracy": job.best_accuracy,
+            "best_test_accuracy": Spread(None, None, None),
+            f"best_test_{job.runs[0].headline}": job.best,
             "steps_to_target": spread((seed["steps_to_target"] for seed in seeds), worst=math.inf),
             "speedup": speedups(job, baseline),
             "wall_seconds": job.over(lambda run: run.wall_seconds, worst=math.inf),
@@ -119,8 +123,10 @@ def _of_seed(run: Run, baseline: Curve) -> dict[str, Any]:
         "run_dir": run.config.run_dir,
         "status": run.outcome.status,
         "error": run.outcome.error,
-        "test_accuracy": run.validated_accuracy,
-        "best_test_accuracy": results.best_accuracy(run.curve),
+        "test_accuracy": None,
+        "best_test_accuracy": None,
+        f"test_{run.headline}": run.validated,
+        f"best_test_{run.headline}": results.best_of(run.curve),
         "steps_to_target": results.steps_to_best_of(run.curve, baseline),
         "speedup": results.speedup(run.curve, baseline),
         "wall_seconds": run.wall_seconds,
@@ -178,14 +184,18 @@ def _footer(runs: Sequence[Run], compare: bool) -> str:
     seconds = sum(run.wall_seconds or 0 for run in runs)
     said = (
         f"Made from {len(runs)} run{'s' * (len(runs) > 1)}, which took {seconds:,.0f} seconds in all. Every "
-        "sentence is computed from measurements. The best of the test curve (best_test_accuracy) is its "
-        "maximum over all evaluations, as papers report it."
+        "sentence is computed from measurements. The best of the test curve "
+        f"(best_test_{runs[0].headline}) is its maximum over all evaluations, as papers report it."
     )
     if compare:
+        headline = SAID[runs[0].headline]
+        weighted = "balanced " * any(run.config.model.class_weights for run in runs)
+        chosen = f"{weighted}accuracy on the validation split was best, and of equal ones the loss lowest"
+        if headline != "accuracy":
+            chosen = "loss on the validation split was lowest"
         said += (
-            " At the best validation is the test accuracy after best_step, at which the accuracy on the "
-            "validation split was best, and of equal ones the loss lowest (without such a split, the last "
-            "step)."
+            f" At the best validation is the test {headline} after best_step, at which the {chosen} (without "
+            "such a split, the last step)."
         )
     if len({run.config.seed for run in runs}) > 1 and any(run.inspections for run in runs):
         said += " What was measured inside the networks is that of the first seed."

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 from train.config import Config
 from train.runs.directory import read_data
 from train.runs.log import read_inspections
-from train.runs.summary import read_metrics
+from train.runs.summary import SAID, read_metrics
 from train.studies.plan import Planned
 from train.studies.runner import Outcome
+from train.training.losses import LOSSES
 
-Curve = Sequence[tuple[int, float]]  # (step, test accuracy) of each evaluation, in their order
+Curve = Sequence[tuple[int, float]]  # (step, headline on the test split) of each evaluation, in their order
+LEARNT_R2 = 0.1  # of numbers: what is not above it is as good as their mean
 
 
 class Run(NamedTuple):
@@ -23,24 +25,46 @@ class Run(NamedTuple):
     values: dict[str, Any]
     config: Config
     outcome: Outcome
-    classes: int | None  # None if it has not come as far as its data
+    classes: int | None  # 0 where labels are numbers; None if it has not come as far as its data
     metrics: list[dict[str, Any]]
     inspections: list[dict[str, Any]]
 
     @property
+    def headline(self) -> str:
+        """The metric that says how good the job is, as in metrics.jsonl."""
+        return LOSSES[self.config.model.loss].headline
+
+    @property
     def curve(self) -> Curve:
-        """Test accuracy over steps."""
-        return [(line["step"], line["accuracy"]) for line in self.metrics if line["split"] == "test"]
+        """The headline on the test split over steps."""
+        return self.measured(self.headline)
 
     @property
-    def final_accuracy(self) -> float | None:
-        """The test accuracy after the last step; None for a job that did not finish."""
-        return self.curve[-1][1] if self.curve and self.outcome.status == "finished" else None
+    def final(self) -> float | None:
+        """The headline after the last step; None for a job that did not finish."""
+        return self.last(self.headline)
 
     @property
-    def validated_accuracy(self) -> float | None:
-        """The test accuracy at the step that validation chose."""
-        return self.outcome.summary.test_accuracy if self.outcome.summary else None
+    def validated(self) -> float | None:
+        """The headline at the step that validation chose."""
+        return self.chosen(self.headline)
+
+    def measured(self, metric: str) -> Curve:
+        """Return a metric on the test split over steps, where it was measured."""
+        lines = (line for line in self.metrics if line["split"] == "test")
+        return [(line["step"], line[metric]) for line in lines if line.get(metric) is not None]
+
+    def last(self, metric: str) -> float | None:
+        """Return a metric on the test split after the last step; None for a job that did not finish."""
+        curve = self.measured(metric)
+        return curve[-1][1] if curve and self.outcome.status == "finished" else None
+
+    def chosen(self, metric: str) -> float | None:
+        """Return a metric on the test split at the step that validation chose."""
+        summary = self.outcome.summary
+        if summary is None:
+            return None
+        return (summary.test or {"accuracy": summary.test_accuracy}).get(metric)
 
     @property
     def wall_seconds(self) -> float | None:
@@ -61,8 +85,13 @@ class Group(NamedTuple):
         return self.runs[0].config
 
     @property
+    def headline(self) -> str:
+        """What the numbers are, as one says it: "accuracy", "R^2"."""
+        return SAID[self.runs[0].headline]
+
+    @property
     def curves(self) -> list[Curve]:
-        """Test accuracy over steps, of each seed."""
+        """The headline on the test split over steps, of each seed."""
         return [run.curve for run in self.runs]
 
     @property
@@ -71,21 +100,21 @@ class Group(NamedTuple):
         return self.runs[0].inspections
 
     @property
-    def best_accuracy(self) -> "Spread":
+    def best(self) -> "Spread":
         """The maximum of the test curve, over seeds."""
-        return spread(map(best_accuracy, self.curves), worst=-math.inf)
+        return spread(map(best_of, self.curves), worst=-math.inf)
 
     @property
-    def final_accuracy(self) -> "Spread":
-        """The test accuracy after the last step, over seeds."""
-        return self.over(lambda run: run.final_accuracy, worst=-math.inf)
+    def final(self) -> "Spread":
+        """The headline after the last step, over seeds."""
+        return self.over(lambda run: run.final, worst=-math.inf)
 
     @property
     def learns(self) -> bool:
         """Whether the median over seeds is clearly better than guessing."""
-        reached = self.best_accuracy.median
+        reached = self.best.median
         return reached is not None and any(
-            run.classes and is_learnt(reached, run.classes) for run in self.runs
+            run.classes is not None and is_learnt(reached, run.classes) for run in self.runs
         )
 
     def over(self, value: Callable[[Run], float | None], *, worst: float) -> "Spread":
@@ -133,24 +162,24 @@ def spread(values: Iterable[float | None], *, worst: float) -> Spread:
     return Spread(*(None if value == worst else value for value in (median, min(found), max(found))))
 
 
-def best_accuracy(curve: Curve) -> float | None:
-    """Return the best accuracy, if there is an evaluation."""
+def best_of(curve: Curve) -> float | None:
+    """Return the best of a curve, if there is an evaluation."""
     return max((reached for _, reached in curve), default=None)
 
 
-def steps_to(curve: Curve, accuracy: float) -> int | None:
-    """Return the first step that was evaluated at this accuracy or more, if there is one."""
-    return next((step for step, reached in curve if reached >= accuracy), None)
+def steps_to(curve: Curve, target: float) -> int | None:
+    """Return the first step that was evaluated at this target or above, if there is one."""
+    return next((step for step, reached in curve if reached >= target), None)
 
 
 def steps_to_best_of(curve: Curve, baseline: Curve) -> int | None:
-    """Return the steps to the best accuracy of a baseline, if it has one and it is reached."""
-    target = best_accuracy(baseline)
+    """Return the steps to the best of a baseline, if it has one and it is reached."""
+    target = best_of(baseline)
     return None if target is None else steps_to(curve, target)
 
 
 def speedup(curve: Curve, baseline: Curve) -> float | None:
-    """Return how many times fewer steps a job takes to the best accuracy of the baseline.
+    """Return how many times fewer steps a job takes to the best of the baseline.
 
     None if it does not reach it, or if that is the baseline's first evaluation: when the baseline reached it
     is then not known.
@@ -171,7 +200,12 @@ def speedups(job: Group, baseline: Group) -> Spread:
     return spread((speedup(own, theirs) for own, theirs in pairs), worst=0)
 
 
-def is_learnt(accuracy: float, classes: int) -> bool:
-    """Return whether an accuracy is twice that of guessing or, of few classes, halfway from there to 1."""
+def is_learnt(reached: float, classes: int) -> bool:
+    """Return whether an accuracy is twice that of guessing or, of few classes, halfway from there to 1.
+
+    Without classes, whether an R^2 is clearly above 0, that of guessing the mean.
+    """
+    if not classes:
+        return reached > LEARNT_R2
     guessing = 1 / classes
-    return accuracy > min(2 * guessing, (1 + guessing) / 2)
+    return reached > min(2 * guessing, (1 + guessing) / 2)

@@ -16,7 +16,7 @@ from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints
 from train.runs.directory import Description
 from train.training import losses
-from train.training.losses import Loss
+from train.training.losses import Loss, Metrics
 from train.training.steps import eval_step
 
 EVAL_BATCH = 512  # examples on each device, so that the number of devices cannot change the results
@@ -31,7 +31,7 @@ class TrainedNetwork(NamedTuple):
     variables: Variables
     preprocessing: Preprocessing
 
-    def evaluate(self, split: Split) -> dict[str, float]:
+    def evaluate(self, split: Split) -> Metrics:
         """Return the metrics over a split: sums in float64 over its examples, each counted once."""
         sums = {"examples": len(split)}
         for examples, mask in eval_batches(split, EVAL_BATCH * self.mesh.size):
@@ -40,7 +40,7 @@ class TrainedNetwork(NamedTuple):
                 self.network, self.loss, self.mesh, self.variables, self.preprocessing, examples
             )
             for name, values in jax.device_get(scores).items():
-                total = values[mask].sum(dtype=np.float64 if values.dtype != bool else np.int64)
+                total = values[mask].sum(0, dtype=np.float64 if values.dtype != bool else np.int64)
                 sums[name] = sums.get(name, 0) + total
         return self.loss.metrics(sums)
 

@@ -19,7 +19,7 @@ from train.runs.files import write_json
 from train.runs.log import Log, Results
 from train.runs.stopping import StopRequests
 from train.runs.summary import Summary, read_metrics, summarize
-from train.training import steps
+from train.training import losses, steps
 from train.training.evaluation import TrainedNetwork
 from train.training.inspection import inspect
 from train.training.job import Job, prepare
@@ -206,7 +206,8 @@ def _evaluate_and_save(job: Job, state: TrainState, checkpoints: Checkpoints, lo
     _warn_if_far(results, log)
     _inspect(job, state, log)
     state = state._replace(sums=processes.replicate(config.mesh, no_sums(config)))
-    checkpoints.save(step, to_items(state), results.get("validation"))
+    validation = results.get("validation")
+    checkpoints.save(step, to_items(state), validation and losses.ranking(config.loss, validation))
     return state
 
 

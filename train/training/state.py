@@ -115,7 +115,7 @@ def no_sums(config: StepConfig) -> Sums:
     """Return the sums over no examples."""
     logits, labels = jnp.zeros((0, config.labels.outputs)), jnp.zeros(0, jnp.int32)
     sums = jax.eval_shape(lambda: losses.add_up(config.loss.scores(logits, labels)))
-    return {name: np.zeros((), leaf.dtype) for name, leaf in sums.items()}
+    return {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in sums.items()}
 
 
 def to_items(state: TrainState) -> dict[str, Any]:

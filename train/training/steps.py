@@ -158,7 +158,7 @@ def eval_step(
     preprocessing: Preprocessing,
     examples: Examples,
 ) -> dict[str, jax.Array]:
-    """Return the scores of each example, (n,) each.
+    """Return the scores of each example, (n,) or (n, classes) each.
 
     Every device runs the same program on its rows, so the result is the same on any number of devices.
     """
@@ -176,6 +176,6 @@ def eval_step(
 def predict(
     network: Network, loss: Loss, variables: Variables, preprocessing: Preprocessing, inputs: jax.Array
 ) -> jax.Array:
-    """Return the predictions for raw inputs: probabilities of the classes, (n, classes), float32."""
+    """Return the predictions for raw inputs, float32: probabilities (n, classes), or numbers (n,)."""
     logits, _ = network.apply(variables, preprocessing(inputs), train=False)
     return loss.outputs(logits)

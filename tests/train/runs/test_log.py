@@ -116,10 +116,22 @@ def test_console_shows_a_table_that_fits_80_columns(tmp_path, capsys):
 def test_table_has_a_column_for_each_metric_and_a_dash_where_a_split_is_missing(tmp_path, capsys):
     results = {split: {"loss": 3e30, "mean_error": 0.5} for split in ("train", "test")}
     write(tmp_path, [10], results=results)
-    _, header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["step", "epoch", *["loss", "mean_error"] * 3, "seconds"]
+    _, above, header, row = capsys.readouterr().out.splitlines()
+    assert above.split() == ["mean"] * 3  # a long name takes several lines
+    assert header.split() == ["step", "epoch", *["loss", "error"] * 3, "seconds"]
     assert row.split()[2:8] == ["3.0e+30", "0.5000", "-", "-", "3.0e+30", "0.5000"]
     assert len(row) == len(header)  # large losses keep to their column
+
+
+def test_what_is_measured_of_each_class_has_no_column_and_a_curve_each_in_tensorboard(tmp_path, capsys):
+    values = {"loss": -12.5, "r2": None, "class_accuracy": {"a b": 0.5, "c": None}}
+    write(tmp_path, [10], results={"train": values})
+    (*_, header, row), (line,) = capsys.readouterr().out.splitlines(), read_metrics(tmp_path)
+    assert header.split() == ["step", "epoch", *["loss", "r2"] * 3, "seconds"]
+    assert row.split()[2:4] == ["-1e+01", "-"] and len(row) == len(header)
+    assert line.items() >= values.items()
+    found = {value.tag: value.simple_value for event in events(tmp_path) for value in event.summary.value}
+    assert found == {"loss/train": -12.5, "class_accuracy/a_b/train": 0.5}  # as TensorBoard takes names
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,34 @@ def test_summary_of_a_run_without_an_evaluation_has_no_numbers(tmp_path):
     assert reached.examples_per_second is None
 
 
+def test_summary_says_what_fits_what_was_measured(tmp_path):
+    checkpoints = SimpleNamespace(latest_step=20, best_step=10)
+    classes = {
+        "loss": 0.5,
+        "accuracy": 0.9,
+        "balanced_accuracy": 0.75,
+        "class_accuracy": {"a": 0.5, "b": None},
+    }
+    many = classes | {"class_accuracy": dict.fromkeys(map(str, range(21)), 0.5)}
+    numbers = {"loss": 0.25, "mean_absolute_error": 31.25, "r2": 0.75}
+    for metrics, said in (
+        (classes, "test accuracy 0.9000, balanced accuracy 0.7500 (a 0.5000, b -)"),
+        (many, "test accuracy 0.9000, balanced accuracy 0.7500"),
+        (numbers, "test R^2 0.7500, mean absolute error 31.25"),
+        (numbers | {"r2": None}, "test mean absolute error 31.25"),
+        ({"loss": 0.5, "accuracy": 0.9}, "test accuracy 0.9000"),
+    ):
+        with Log(tmp_path, first_step=0, total_steps=20) as log:
+            for step in (10, 20):
+                log.results(step, 1.0, {"test": metrics if step == 10 else metrics | {"r2": 0.875}})
+        reached = summary.summarize(tmp_path, checkpoints, "stopped", 1.0, None)
+        assert reached.test == metrics and reached.best_test_r2 == 0.875
+        assert reached.reached == f"{said} at step 10, the best by validation"
+    # As earlier versions wrote it.
+    assert Summary("finished", 9, 3, test_accuracy=0.5).reached.startswith("test accuracy 0.5000 at step 3")
+    assert Summary("stopped", 0).reached == "no evaluation yet"
+
+
 def test_broken_summary_counts_as_none(tmp_path):
     path = tmp_path / "summary.json"
     assert summary.read_summary(tmp_path) is None

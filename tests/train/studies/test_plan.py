@@ -97,6 +97,14 @@ def test_plan_that_is_not_valid_says_why():
             planned(words, **options)
 
 
+def test_jobs_of_different_losses_are_refused(refusal):
+    words = ["--model.loss", "cross_entropy,squared_error"]
+    assert refusal(plan, [DIGITS], words, out=Path("out"), seeds=1) == (
+        "model.loss: expected the same in all jobs of a study, which compares them by one metric, got "
+        "cross_entropy and squared_error."
+    )
+
+
 def test_command_that_is_not_valid_exits_2_and_leaves_nothing(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()

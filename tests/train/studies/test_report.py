@@ -153,6 +153,18 @@ def test_comparison_json_has_an_object_a_job_of_medians_and_seeds():
     assert last["seeds"][1]["error"] == FAILED["error"]
 
 
+def test_comparison_json_of_numbers_has_r2_beside_accuracies_that_are_null():
+    numbers = {"loss": "squared_error", "classes": 0}
+    (_, other) = report.entries([group(n, {10: 0.2, 20: 0.5}, **numbers) for n in "ab"])
+    assert (other["best_test_accuracy"], other["best_test_r2"]) == (None, 0.5)
+    assert other["ranges"]["best_test_r2"] == [0.5, 0.5] and other["steps_to_target"] == 20
+    (seed,) = other["seeds"]
+    assert (seed["test_accuracy"], seed["best_test_accuracy"]) == (None, None)
+    assert (seed["test_r2"], seed["best_test_r2"]) == (0.49, 0.5)
+    footer = report._footer([run(**numbers)], True)
+    assert "(best_test_r2)" in footer and "at which the loss on the validation split was lowest" in footer
+
+
 def test_page_says_what_is_compared_and_what_its_accuracies_are():
     common = "All on digits, for 100 steps, in batches of 128"
     rates = [run(name=f"{rate}", values={RATE: rate, "seed": 0, "model.norm": "none"}) for rate in (1, 2)]

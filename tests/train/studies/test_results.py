@@ -24,12 +24,12 @@ def test_a_run_is_what_its_files_say_and_only_a_finished_one_has_a_final_accurac
     summary = Summary("finished", test_accuracy=0.7, wall_seconds=3.0)
     read = results.read(Planned("name", {"seed": 0}, config), Outcome("finished", summary, None, 0))
     assert (read.name, read.values, read.config, read.classes) == ("name", {"seed": 0}, config, 7)
-    assert read.curve == [(10, 0.5), (20, 0.75)] and read.final_accuracy == 0.75
-    assert (read.validated_accuracy, read.wall_seconds) == (0.7, 3.0)
+    assert read.curve == [(10, 0.5), (20, 0.75)] and read.final == 0.75
+    assert (read.validated, read.wall_seconds) == (0.7, 3.0)
     assert read.inspections == [{"step": 0, "loss": 2.5}]
     for status in ("failed", "stopped"):
         other = results.read(Planned("name", {}, config), Outcome(status, None, None, 1))
-        assert (other.curve, other.final_accuracy, other.wall_seconds) == (read.curve, None, None), status
+        assert (other.curve, other.final, other.wall_seconds) == (read.curve, None, None), status
 
 
 def test_refused_job_or_one_that_failed_before_its_data_has_nothing(make_config):
@@ -38,7 +38,7 @@ def test_refused_job_or_one_that_failed_before_its_data_has_nothing(make_config)
     write_run(config, {10: 0.5})  # another job's
     refused = results.read(Planned("name", {}, config), Outcome("refused", None, "holds another job", 2))
     for read in (failed, refused):
-        assert (read.classes, read.metrics, read.inspections, read.final_accuracy) == (None, [], [], None)
+        assert (read.classes, read.metrics, read.inspections, read.final) == (None, [], [], None)
 
 
 def test_runs_of_one_name_are_a_group_in_the_order_of_their_first():
@@ -59,10 +59,7 @@ def test_steps_and_speedups_are_to_the_best_of_the_baseline():
     for baseline in (AT_ONCE, {10: 0.9, 20: 0.9}, {10: 0.1}, {}):
         assert speedup(curve(FAST), curve(baseline)) is None, baseline
     assert (
-        speedup([], curve(BASELINE))
-        is results.steps_to_best_of([(1, 1)], [])
-        is results.best_accuracy([])
-        is None
+        speedup([], curve(BASELINE)) is results.steps_to_best_of([(1, 1)], []) is results.best_of([]) is None
     )
 
 
@@ -91,6 +88,13 @@ def test_learning_is_to_be_clearly_better_than_guessing_with_the_median_seed():
         assert group("bn", {10: guessed + 0.001, 20: 0.0}, classes=classes).learns
         assert not group("bn", {10: guessed}, classes=classes).learns
     job = group("bn", {10: 0.9, 20: 0.5}, FAILED | {"curve": {10: 0.8}}, {10: 0.7}, REFUSED, {10: 0.6})
-    assert job.best_accuracy == (0.7, None, 0.9) and job.final_accuracy == (0.5, None, 0.7) and job.learns
+    assert job.best == (0.7, None, 0.9) and job.final == (0.5, None, 0.7) and job.learns
     for curves in ([{10: 0.9}, {10: 0.1}, {10: 0.1}], [REFUSED], [FAILED]):
         assert not group("bn", *curves).learns
+
+
+def test_numbers_are_learnt_if_r2_is_clearly_above_that_of_their_mean():
+    assert not is_learnt(0.1, 0) and is_learnt(0.11, 0)
+    job = group("bn", {10: 0.25, 20: 0.125}, loss="squared_error", classes=0)
+    assert job.learns and job.best.median == 0.25 and job.runs[0].validated == 0.24
+    assert (job.runs[0].headline, job.headline) == ("r2", "R^2")

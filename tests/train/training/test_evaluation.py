@@ -19,7 +19,7 @@ from train.runs import directory, processes
 from train.runs.log import read_inspections
 from train.training import evaluation, inspection, losses, prepare
 from train.training.evaluation import TrainedNetwork, load_best
-from train.training.losses import LOSSES, Loss
+from train.training.losses import LOSSES, CrossEntropy
 
 RNG = np.random.RandomState(0)
 INPUTS = RNG.randint(0, 256, (100, 5)).astype(np.uint8)
@@ -42,7 +42,7 @@ def linear(devices=1):
     mesh = processes.mesh_of(jax.devices()[:devices])
     preprocessing = Preprocessing(np.float32(128), np.float32(64))
     arrays = processes.replicate(mesh, (Variables(WEIGHTS, {}), preprocessing))
-    return TrainedNetwork(Linear(), LOSSES["cross_entropy"], mesh, *arrays)
+    return TrainedNetwork(Linear(), CrossEntropy(), mesh, *arrays)
 
 
 def test_each_example_counts_once_for_any_batch_size_and_number_of_devices(monkeypatch):
@@ -88,7 +88,7 @@ def test_run_without_a_checkpoint_cannot_be_evaluated(make_config):
 
 def test_cross_entropy_is_that_of_the_softmax_with_smoothed_labels():
     loss = losses.of(Model(), Labels())
-    assert loss is LOSSES["cross_entropy"]
+    assert loss == CrossEntropy() and hash(loss) == hash(CrossEntropy())
     log_probabilities = LOGITS - np.log(np.exp(LOGITS).sum(-1, keepdims=True))
     logits = jnp.float32(LOGITS)
     for smoothing in (0.0, 0.3):
@@ -108,22 +108,21 @@ def test_cross_entropy_is_that_of_the_softmax_with_smoothed_labels():
 def test_further_loss_in_the_table_needs_no_other_change(make_config, monkeypatch, capsys):
     """The distance of a number from the label, for a network whose first output is that number."""
 
-    def distance(logits, labels, label_smoothing=0.0):
-        return jnp.abs(logits[:, 0] - labels)
+    @dataclass(frozen=True)
+    class Distance(CrossEntropy):
+        ranked_by = None
 
-    def metrics(sums):
-        return {name: float(sums[name]) / int(sums["examples"]) for name in ("loss", "near")}
+        def per_example(self, logits, labels, label_smoothing=0.0):
+            return jnp.abs(logits[:, 0] - labels)
 
-    further = Loss(
-        per_example=distance,
-        scores=lambda logits, labels: {
-            "loss": distance(logits, labels),
-            "near": distance(logits, labels) < 0.5,
-        },
-        metrics=metrics,
-        outputs=lambda logits: logits[:, :1],
-    )
-    monkeypatch.setitem(LOSSES, "cross_entropy", further)
+        def scores(self, logits, labels):
+            distance = self.per_example(logits, labels)
+            return {"loss": distance, "near": distance < 0.5}
+
+        def metrics(self, sums):
+            return {name: float(sums[name]) / int(sums["examples"]) for name in ("loss", "near")}
+
+    monkeypatch.setitem(LOSSES, "cross_entropy", Distance)
 
     def measure(*given):  # no more of it than depends on the loss
         return {}, jax.jit(inspection._gap, static_argnums=0)(*given[:4])

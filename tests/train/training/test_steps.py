@@ -14,7 +14,7 @@ from train.data import Examples, Labels, Preprocessing, augment
 from train.models import Variables
 from train.runs import processes
 from train.training import evaluation, job, steps
-from train.training.losses import LOSSES
+from train.training.losses import CrossEntropy
 from train.training.state import ALL_FINITE, StepConfig, StepInputs
 
 RNG = np.random.RandomState(0)
@@ -273,12 +273,10 @@ def test_evaluation_scores_each_example_to_the_same_bit_on_any_number_of_devices
         # As many on each device, which is how evaluation goes about it.
         examples = processes.shard(mesh, Examples(*(leaf[: 8 * devices] for leaf in DATA)))
         placed = processes.replicate(mesh, (state.variables, PREPROCESSING))
-        found = evaluation.eval_step(config.network, LOSSES["cross_entropy"], mesh, *placed, examples)
+        found = evaluation.eval_step(config.network, CrossEntropy(), mesh, *placed, examples)
         scores[devices] = jax.device_get(found)
         assert_allclose(found["loss"], losses(logits, DATA.labels[:32])[: 8 * devices], rtol=1e-5)
         assert_array_equal(found["correct"], (logits.argmax(-1) == DATA.labels[:32])[: 8 * devices])
     jax.tree.map(lambda one, four: assert_array_equal(one, four[:8]), scores[1], scores[4])
-    found = steps.predict(
-        config.network, LOSSES["cross_entropy"], state.variables, PREPROCESSING, DATA.inputs[:32]
-    )
+    found = steps.predict(config.network, CrossEntropy(), state.variables, PREPROCESSING, DATA.inputs[:32])
     assert_allclose(found, np.exp(log_probabilities(logits)), rtol=1e-5)

@@ -2,11 +2,11 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from train.studies.charts import Chart
-from train.studies.results import Spread
+from train.studies.results import Group, Run, Spread
 
 
 class Section(NamedTuple):
@@ -32,8 +32,8 @@ def count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def accuracy(value: float) -> str:
-    """Format an accuracy."""
+def score(value: float) -> str:
+    """Format an accuracy or an R^2."""
     return f"{value:.4f}"
 
 
@@ -45,6 +45,18 @@ def with_range(values: Spread, how: Callable[[float], str] = number, *, missing:
     return text if values.low == values.high else f"{text} ({low}{nbsp}to{nbsp}{high})"
 
 
+def balanced(
+    groups: Sequence[Group], name: str, of_run: Callable[[Run, str], float | None]
+) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Return the header and, by job, the cell of a column of balanced accuracy, if it was measured."""
+    found = {
+        job.name: job.over(lambda run: of_run(run, "balanced_accuracy"), worst=-math.inf) for job in groups
+    }
+    if all(reached == (None, None, None) for reached in found.values()):
+        return (), dict.fromkeys(found, ())
+    return (name,), {job: (with_range(reached, score),) for job, reached in found.items()}
+
+
 def times(value: float, base: float, *, more: str, less: str) -> str:
     """Compare with a base: "3.1 times less", "2.0 times more", "the same within 5 %"."""
     if not (base > 0 and value > 0 and math.isfinite(base) and math.isfinite(value)):
@@ -54,6 +66,11 @@ def times(value: float, base: float, *, more: str, less: str) -> str:
         return "the same within 5 %"
     factor = number(float(f"{max(ratio, 1 / ratio):.2g}"), 2)
     return f"{factor} times {more if ratio > 1 else less}"
+
+
+def capitalized(text: str) -> str:
+    """Write the first letter large."""
+    return text[0].upper() + text[1:]
 
 
 def listed(names: Iterable[str]) -> str:

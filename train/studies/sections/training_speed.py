@@ -7,48 +7,46 @@ from functools import partial
 from train.studies import charts
 from train.studies.charts import Chart
 from train.studies.results import Group, Run, Spread, is_measurable, speedups, spread, steps_to_best_of
-from train.studies.sections.section import Section, accuracy, count, listed, number, with_range
+from train.studies.sections.section import Section, balanced, count, listed, number, score, with_range
 
 _or_never = partial(with_range, missing="not reached")
 _times = partial(number, digits=2)  # evaluations are too far apart for more
 
+LOWEST = -1.0  # that is drawn: an R^2 may be anything below 1, as in the first steps
+
 
 def section(groups: Sequence[Group]) -> Section:
-    """Show accuracy over steps, and in how many steps each job reached the best accuracy of the baseline."""
+    """Show the headline over steps, and in how many steps each job reached the best of the baseline."""
     references = _references(groups)
+    balance, of_job = balanced(groups, "balanced accuracy at the best validation", Run.chosen)
     header = ("job", "norm", "learning rate", "best of the test curve", "at the best validation")
-    header += ("steps to the baseline's best", "speed-up")
+    header += (*balance, "steps to the baseline's best", "speed-up")
     header += (*(f"speed-up over {job.name}" for job in references[1:]), "seconds", "ended")
-    rows = tuple(row(job, groups[0], references) for job in groups)
+    rows = tuple(row(job, groups[0], references, of_job[job.name]) for job in groups)
     shown = curves(groups, baseline=groups[0])
     return Section("How fast it trains", tuple(sentences(groups)), shown, header, rows)
 
 
 def sentences(groups: Sequence[Group]) -> list[str]:
-    """Say how long the baseline took to its best test accuracy, and which job was the fastest to it."""
+    """Say how long the baseline took to the best of its test curve, and which job was the fastest to it."""
     baseline, *others = groups
+    its_best = f"its best test {baseline.headline}"
     learnt = [job for job in others if job.learns]
-    reached = with_range(baseline.best_accuracy, accuracy)
+    reached = with_range(baseline.best, score)
     if not baseline.learns:
-        why = (
-            f"did not learn: its best test accuracy was {reached}"
-            if any(baseline.curves)
-            else "has no result"
-        )
+        why = f"did not learn: {its_best} was {reached}" if any(baseline.curves) else "has no result"
         said = [f"{baseline.name} {why}, so there is no speed-up over it."]
-        best = max(learnt, key=lambda job: job.best_accuracy.median or 0, default=None)
+        best = max(learnt, key=lambda job: job.best.median or 0, default=None)
         return said + (
-            [f"The best of the others, {best.name}, reached {with_range(best.best_accuracy, accuracy)}."]
-            if best
-            else []
+            [f"The best of the others, {best.name}, reached {with_range(best.best, score)}."] if best else []
         )
     if any(map(is_measurable, baseline.curves)):
         taken = _or_never(steps_to_target(baseline, baseline), count)
-        said, parts = [f"{baseline.name} took {taken} steps to its best test accuracy, {reached}."], []
+        said, parts = [f"{baseline.name} took {taken} steps to {its_best}, {reached}."], []
         if others:
             parts.append(_fastest(learnt, baseline, alone=len(others) == 1))
     else:
-        said = [f"{baseline.name} was at its best test accuracy, {reached}, in its first evaluation"]
+        said = [f"{baseline.name} was at {its_best}, {reached}, in its first evaluation"]
         said = [said[0] + (": how many times faster others were is not known." if others else ".")]
         parts = []
     failed = [job.name for job in others if any(run.outcome.error for run in job.runs)]
@@ -84,14 +82,17 @@ def _fewer_or_more(times: Spread) -> str:
     return f"{_or_never(inverse, _times)} times more"
 
 
-def row(job: Group, baseline: Group, references: Sequence[Group]) -> tuple[str, ...]:
+def row(
+    job: Group, baseline: Group, references: Sequence[Group], balance: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Return the row of a job in the table."""
     return (
         job.name,
         job.config.model.norm,
         f"{job.config.optimizer.learning_rate:g}",
-        with_range(job.best_accuracy, accuracy),
-        with_range(job.over(lambda run: run.validated_accuracy, worst=-math.inf), accuracy),
+        with_range(job.best, score),
+        with_range(job.over(lambda run: run.validated, worst=-math.inf), score),
+        *balance,
         _or_never(steps_to_target(job, baseline), count) if job.learns and baseline.learns else "-",
         *(_speedup(job, reference) for reference in references),
         number(job.over(lambda run: run.wall_seconds, worst=math.inf).median),
@@ -100,7 +101,7 @@ def row(job: Group, baseline: Group, references: Sequence[Group]) -> tuple[str, 
 
 
 def steps_to_target(job: Group, baseline: Group) -> Spread:
-    """Return the steps to the best test accuracy of the baseline, seed by seed."""
+    """Return the steps to the best of the baseline's test curve, seed by seed."""
     pairs = [(own, theirs) for own, theirs in zip(job.curves, baseline.curves) if theirs]
     return spread((steps_to_best_of(own, theirs) for own, theirs in pairs), worst=math.inf)
 
@@ -116,14 +117,15 @@ def ended(job: Group) -> str:
 
 
 def curves(groups: Sequence[Group], *, baseline: Group | None = None) -> tuple[Chart, ...]:
-    """Return a chart of test accuracy over steps, and one of its upper end where that shows more."""
+    """Return a chart of the headline over steps, and one of its upper end where that shows more."""
     if not any(curve for job in groups for curve in job.curves):
         return ()
     seeds = max(len(job.runs) for job in groups)
     over = f" Median of {seeds} seeds; the shade is their range." if seeds > 1 else ""
     draw = partial(_draw, groups, baseline if baseline and baseline.learns else None)
-    alt = "Test accuracy over steps"
-    shown = (charts.chart(draw, alt=alt, caption=f"{alt}.{over}"),)
+    alt = f"Test {groups[0].headline} over steps"
+    left_out = f" What is below {LOWEST:g} is left out." if _lowest(groups) < LOWEST else ""
+    shown = (charts.chart(draw, alt=alt, caption=f"{alt}.{over}{left_out}"),)
     if (lowest := _near_the_best(groups)) > 0:
         caption = f"The same, above {lowest:.2f}."
         shown += (charts.chart(partial(draw, lowest=lowest), alt=f"{alt}, near the best", caption=caption),)
@@ -143,16 +145,22 @@ def _speedup(job: Group, reference: Group) -> str:
 
 def _draw(groups, baseline, axes, lowest=None):
     for job in groups:
-        _draw_accuracy(axes, job)
+        _draw_curve(axes, job)
     if baseline is not None:
-        charts.level(axes, baseline.best_accuracy.median, name=f"best of {baseline.name}")
-    axes.set(xlabel="step", ylabel="test accuracy")
+        charts.level(axes, baseline.best.median, name=f"best of {baseline.name}")
+    axes.set(xlabel="step", ylabel=f"test {groups[0].headline}")
+    if lowest is None and _lowest(groups) < LOWEST:
+        lowest = LOWEST
     if lowest is not None:
         axes.set_ylim(lowest, 1 + 0.03 * (1 - lowest))
 
 
-def _draw_accuracy(axes, job):
-    """Draw the test accuracy of a job over steps: median and range of the seeds evaluated there."""
+def _lowest(groups: Sequence[Group]) -> float:
+    return min(reached for job in groups for curve in job.curves for _, reached in curve)
+
+
+def _draw_curve(axes, job):
+    """Draw the headline of a job over steps: median and range of the seeds evaluated there."""
     by_step: dict[int, list[float]] = {}
     for step, reached in (point for curve in job.curves for point in curve):
         by_step.setdefault(step, []).append(reached)
@@ -164,6 +172,6 @@ def _draw_accuracy(axes, job):
 
 
 def _near_the_best(groups: Sequence[Group]) -> float:
-    """Return an accuracy above which good jobs can be told apart; 0 if there is none."""
-    lowest = min((job.best_accuracy.median or 0 for job in groups if job.learns), default=1)
+    """Return a value above which good jobs can be told apart; 0 if there is none."""
+    lowest = min((job.best.median or 0 for job in groups if job.learns), default=1)
     return math.floor(100 * (1 - 2.5 * (1 - lowest))) / 100 if lowest < 1 else 0

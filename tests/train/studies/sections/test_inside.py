@@ -18,6 +18,7 @@ def job(name, *lines, **options):
     return inspected(name, *(line(10 * at, **changes) for at, changes in enumerate(lines)), **options)
 
 
+KINDS = ("batch", "running")
 UNMEASURED = job("unmeasured", NOTHING, NOTHING, NOTHING, norm="batch")
 
 
@@ -136,3 +137,18 @@ def test_gap_between_statistics_is_the_largest_and_the_last_of_norms_over_the_ba
     assert "Of 12 jobs the 8 with the largest gaps." in section.charts[0].caption and len(section.rows) == 12
     assert list(points(drawn[section.charts[0].alt])) == [f"{n}" for n in range(4, 12)]
     assert evaluation_gap.section([gaps("a", 0.4, norm=norm) for norm in ("none", "layer", "group")]) is None
+
+
+def test_gap_of_numbers_is_of_r2_where_there_is_one():
+    def numbers(name, *pairs):
+        lines = (
+            {f"{kind}_statistics": {"loss": 1.0, "r2": r2} for kind, r2 in zip(KINDS, pair)} for pair in pairs
+        )
+        return job(name, *lines, norm="batch", loss="squared_error", classes=0)
+
+    section = evaluation_gap.section([numbers("bn", (0, 0), (0.5, 0.25), (None, None), (0.75, 0.75))])
+    assert section.sentences == (
+        "The largest gap was 25 points of R^2, in bn after 10 steps; at the end it was 0 points there.",
+    )
+    assert section.header[0] == "gap, points of R^2" and section.charts[0].alt.startswith("R^2 with batch")
+    assert evaluation_gap.section([numbers("bn", (None, 0.5), (None, 0.5))]) is None

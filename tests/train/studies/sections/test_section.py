@@ -3,7 +3,7 @@
 import math
 
 from train.studies.results import Spread
-from train.studies.sections.section import accuracy, count, listed, median, number, times, with_range
+from train.studies.sections.section import count, listed, median, number, score, times, with_range
 
 
 def test_number_has_the_significant_digits_asked_for():
@@ -15,7 +15,7 @@ def test_number_has_the_significant_digits_asked_for():
     }.items():
         assert number(value) == text
     assert [number(value, 2) for value in (3.14, 9.96, 0.5, -12.3)] == ["3.1", "10", "0.50", "-12"]
-    assert (count(12_345.6), accuracy(0.98765)) == ("12,346", "0.9877")
+    assert (count(12_345.6), score(0.98765)) == ("12,346", "0.9877")
 
 
 def test_times_says_how_many_times_more_or_less():

@@ -109,3 +109,37 @@ def test_sweep_without_numbers_compares_its_jobs(drawn):
     assert points(drawn["Test accuracy over steps"])["model.norm = batch"] == [[10, 0.99], [20, 0.97]]
     (jobs,) = sweep.sections(study(({SIZE: 1}, FAILED | {"curve": {10: 0.9}}), ({SIZE: 2}, REFUSED)))
     assert jobs.sentences == ("No job finished.",)
+
+
+def test_jobs_of_numbers_are_compared_by_r2_and_their_error_is_what_it_lacks_to_1(drawn):
+    ends = [{"curve": {10: end}, "loss": "squared_error", "classes": 0} for end in (0.5, 0.75, -3.0)]
+    over, jobs = sweep.sections(study(*(({SIZE: size}, end) for size, end in zip((1, 2, 4), ends))))
+    assert over.sentences == (
+        "The best final test R^2 over the batch size was 0.7500 with norm = none (at 2).",
+        "Within 5 points of the best of all were norm = none at 1 of 3 values (not at 1 and 4).",
+    )
+    assert over.header[0] == "final test R^2 at batch size" and jobs.header[1] == "final test R^2"
+    assert points(drawn["Final test error over the batch size"])["norm = none"] == [
+        [1, 0.5],
+        [2, 0.25],
+        [4, 4],
+    ]
+    assert drawn["Final test R^2 over the batch size"].get_ylabel() == "final test R^2"
+    assert "1 - R^2" in over.charts[1].caption
+
+
+def test_balanced_accuracy_of_the_last_step_has_a_column_where_it_was_measured():
+    balanced = [{"curve": {10: 0.9}, "last": {"balanced_accuracy": value}} for value in (0.5, 0.625)]
+    (jobs,) = sweep.sections(study(({NORM: "none"}, balanced[0]), ({NORM: "batch"}, balanced[1])))
+    assert jobs.header[3] == "final balanced accuracy" and [row[3] for row in jobs.rows] == [
+        "0.5000",
+        "0.6250",
+    ]
+
+
+def test_values_near_1_are_apart_from_each_other(drawn):
+    momenta = ({"optimizer.momentum": momentum} for momentum in (0.9, 0.99, 0.999))
+    sweep.sections(study(*((values, 0.9) for values in momenta)))
+    axes = drawn["Final test accuracy over the momentum"]
+    assert axes.get_xscale() == "logit"
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["0.9", "0.99", "0.999"]

@@ -89,3 +89,24 @@ def test_charts_have_medians_and_ranges_the_level_of_the_baseline_and_the_upper_
         ([REFUSED], 0),
     ):
         assert len(training_speed.curves([group("job", curve) for curve in curves])) == count, curves
+
+
+def test_jobs_of_numbers_are_compared_by_r2_of_which_a_chart_has_no_more_than_helps(monkeypatch):
+    drawn, numbers = undrawn(monkeypatch), {"loss": "squared_error", "classes": 0}
+    plain = group("plain", {10: -250.0, 20: 0.5, 30: 0.75}, **numbers)
+    section = training_speed.section([plain, group("bn", {10: 0.75}, **numbers), group("i", IDLE, **numbers)])
+    assert section.sentences == (
+        "plain took 30 steps to its best test R^2, 0.7500.",
+        "bn, the fastest of the others, took 10 to the same: at least 3.0 times fewer.",
+    )
+    axes = drawn["Test R^2 over steps"]
+    assert (axes.get_ylabel(), axes.get_ylim()[0]) == ("test R^2", -1)
+    assert section.charts[0].caption == "Test R^2 over steps. What is below -1 is left out."
+    assert points(axes)["plain"][0] == [10, -250]
+
+
+def test_balanced_accuracy_has_a_column_where_it_was_measured():
+    weighted = group("weighted", FAST, chosen={"balanced_accuracy": 0.625})
+    section = training_speed.section([group("plain", PLAIN), weighted])
+    assert section.header[4:6] == ("at the best validation", "balanced accuracy at the best validation")
+    assert [row[4:6] for row in section.rows] == [("0.8900", "-"), ("0.9400", "0.6250")]
