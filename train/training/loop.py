@@ -47,17 +47,14 @@ def fit(config: Config, stop: StopRequests) -> Summary:
             return earlier
     with processes.raise_on_all("prepare the job"):
         job = prepare(config)
-        if earlier and earlier.finished and job.step_config.total_steps < (earlier.step or 0):
-            length = "steps" if config.epochs is None else f"epochs = {config.epochs:g}"
-            raise UserError(
-                f"{length}: expected at least the {earlier.step} steps that run_dir = '{run_dir}' holds, got "
-                f"{job.step_config.total_steps}. Give another --run_dir for a shorter run."
-            )
+        _check_not_shorter(job, earlier)
     processes.check_equal({"the data's fingerprint": job.data.fingerprint})
     with contextlib.ExitStack() as stack:
         with processes.raise_on_all("use the run directory"):
             if primary:
                 stack.enter_context(directory.created_and_locked(run_dir))
+            earlier = directory.earlier_summary(config)  # another job may have begun there meanwhile
+            _check_not_shorter(job, earlier)
         checkpoints = stack.enter_context(Checkpoints(run_dir))
         step = checkpoints.latest_step
         with processes.raise_on_all("begin the run"):
@@ -158,6 +155,17 @@ def _take(job: Job, state: TrainState, order: Any, start: int, count: int) -> Tr
         batch = processes.shard(mesh, job.data.train.take(order[at : at + size]))
         state = steps.train_on_batch(job.step_config, state, job.inputs._replace(examples=batch))
     return state
+
+
+def _check_not_shorter(job: Job, earlier: Summary | None) -> None:
+    """Raise a UserError for a job that would end before the finished run that it goes on from."""
+    config, steps = job.config, job.step_config.total_steps
+    if earlier and earlier.finished and steps < (earlier.step or 0):
+        length = "steps" if config.epochs is None else f"epochs = {config.epochs:g}"
+        raise UserError(
+            f"{length}: expected at least the {earlier.step} steps that run_dir = '{config.run_dir}' holds, got "
+            f"{steps}. Give another --run_dir for a shorter run."
+        )
 
 
 def _check_checkpoints_present(run_dir: Path, earlier: Summary | None) -> None:
