@@ -29,14 +29,14 @@ class Job(NamedTuple):
     loop: bool  # whether many steps are a loop in one program
 
 
-def prepare(config: Config) -> Job:
-    """Build a job: its data, devices, network, optimizer, and the state at step 0.
+def prepare(config: Config, dataset: Dataset | None = None) -> Job:
+    """Build a job: its data, if not given, devices, network, optimizer, and the state at step 0.
 
     Raises:
       UserError: the data, the network or the devices do not allow it.
     """
     models.check(config.model, accumulate=config.optimizer.accumulate)
-    dataset = data.load(config.data)
+    dataset = dataset or data.load(config.data)
     data.check_augmentation(config.data, dataset.example_shape)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), config.batch_size)
     step_config = StepConfig(

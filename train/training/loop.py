@@ -45,10 +45,13 @@ def fit(config: Config, stop: StopRequests) -> Summary:
         earlier = directory.earlier_summary(config)
         if earlier and earlier.finished and directory.has_same_length(config):
             return earlier
+    with processes.raise_on_all("read the data"):
+        dataset = data.load(config.data)
+    # Before the processes run programs, in which those of other data would wait for each other.
+    processes.check_equal({"the data's fingerprint": dataset.fingerprint})
     with processes.raise_on_all("prepare the job"):
-        job = prepare(config)
+        job = prepare(config, dataset)
         _check_not_shorter(job, earlier)
-    processes.check_equal({"the data's fingerprint": job.data.fingerprint})
     with contextlib.ExitStack() as stack:
         with processes.raise_on_all("use the run directory"):
             if primary:
@@ -163,8 +166,8 @@ def _check_not_shorter(job: Job, earlier: Summary | None) -> None:
     if earlier and earlier.finished and steps < (earlier.step or 0):
         length = "steps" if config.epochs is None else f"epochs = {config.epochs:g}"
         raise UserError(
-            f"{length}: expected at least the {earlier.step} steps that run_dir = '{config.run_dir}' holds, got "
-            f"{steps}. Give another --run_dir for a shorter run."
+            f"{length}: expected at least the {earlier.step} steps that run_dir = '{config.run_dir}' holds, "
+            f"got {steps}. Give another --run_dir for a shorter run."
         )
 
 

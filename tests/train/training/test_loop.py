@@ -262,7 +262,7 @@ def test_job_that_another_one_overtakes_while_it_is_prepared_writes_nothing(make
     ):
         run_dir = Path(other.run_dir)
 
-        def overtaken(config, other=other, length=length, run_dir=run_dir):
+        def overtaken(config, dataset, other=other, length=length, run_dir=run_dir):
             with directory.created_and_locked(run_dir):
                 directory.begin(other, prepared.data)
             (run_dir / "summary.json").write_text(json.dumps({"status": "finished", "step": length}))
