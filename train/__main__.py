@@ -34,7 +34,7 @@ usage: python -m train CONFIG.toml [--key value ...]   train; resumes where ther
 def train(path: Path, flags: list[str]) -> int:
     """Train a job; resume it where there is a checkpoint."""
     config = load(path, flags)
-    with _session(config) as stop:
+    with _session(config, "train") as stop:
         from train.runs import processes
         from train.training import fit
 
@@ -157,18 +157,20 @@ def study(command: str, words: list[str]) -> int:
 
     out = given.out or Path("runs") / f"{configs[0].stem}-{'comparison' if compare else 'sweep'}"
     planned = plan(configs, overrides, out=out, seeds=given.seeds)
-    with _session(planned[0].config) as stop:
+    with _session(planned[0].config, command, out=str(out), jobs=len(planned)) as stop:
         from train import models
         from train.runs import processes
         from train.studies import report, runner
 
         for job in planned:
+            processes.check_same_job(job.config)
             models.check(
                 job.config.model,
                 accumulate=job.config.optimizer.accumulate,
                 recalibrate=job.config.recalibrate,
             )
-        runner.create_folder(out)
+        with processes.raise_on_all("use the folder of the study"):
+            runner.create_folder(out)
 
         def write(outcomes: list[runner.Outcome]) -> None:
             if processes.is_primary():
@@ -181,7 +183,9 @@ def study(command: str, words: list[str]) -> int:
 
 
 @contextlib.contextmanager
-def _session(config: Config) -> "Iterator[StopRequests]":
+def _session(
+    config: Config, command: str, *, out: str | None = None, jobs: int = 1
+) -> "Iterator[StopRequests]":
     """Connect the processes of a job, and note signals, also during the imports, which take a second."""
     from train.runs.stopping import StopRequests
 
@@ -190,6 +194,7 @@ def _session(config: Config) -> "Iterator[StopRequests]":
 
         processes.initialize(config)
         stop.install_handlers()  # again, because JAX takes SIGTERM for itself
+        processes.check_equal({"the command": command, "out": out, "the number of jobs": jobs})
         yield stop
 
 
@@ -231,11 +236,11 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         return _exit(2, f"error: {error}")
     except RunFailed as error:
-        return _exit(1, f"failed: {error}")
+        return _exit(1, f"failed: {error}", error)
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        return _exit(1, traceback.format_exc().rstrip())
+    except Exception as error:
+        return _exit(1, traceback.format_exc().rstrip(), error)
 
 
 def _help() -> str:
@@ -245,13 +250,17 @@ def _help() -> str:
     return "\n".join([HELP, *lines])
 
 
-def _exit(code: int, message: str) -> int:
+def _exit(code: int, message: str, error: Exception | None = None) -> int:
     """Print a message and return the exit code; one process of several ends here, alone."""
-    print(message, file=sys.stderr, flush=True)
-    if "train.runs.processes" in sys.modules:
-        from train.runs.processes import exit_alone
+    if "train.runs.processes" not in sys.modules:
+        print(message, file=sys.stderr, flush=True)
+        return code
+    from train.runs import processes
 
-        exit_alone(code)
+    if error is not None and (lost := processes.explain_lost(error)):
+        message = f"failed: {lost}"
+    processes.say_alone(message)
+    processes.exit_alone(code)
     return code
 
 

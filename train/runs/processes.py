@@ -4,11 +4,13 @@ JAX's own runtime connects the processes. It finds Slurm, Open MPI, Kubernetes (
 and TPU pods by itself; elsewhere the flags `--coordinator`, `--num-processes` and `--process-id` say so.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import os
 import sys
 import threading
+import time
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -16,12 +18,14 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import distributed
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from train.config import Config, flatten
 from train.errors import RunFailed, UserError
+from train.runs.peers import ADVICE, Watch
 from train.runs.stopping import StopRequests
 
 AXIS = "data"  # the one axis of the mesh, over which batches are split
@@ -32,7 +36,8 @@ OF_A_PROCESS = ("data.path", "data.cache", "coordinator", "num_processes", "proc
 def initialize(config: Config) -> None:
     """Connect this process with the others of the job, if there are any. No device may be touched before.
 
-    A process that does not come within `peer_timeout` seconds ends the program, with exit code 1.
+    A process that does not come within `peer_timeout` seconds, or is silent for as long, ends the program,
+    with exit code 1.
     """
     if config.num_processes == 1:
         return
@@ -46,10 +51,11 @@ def initialize(config: Config) -> None:
                 config.coordinator,
                 config.num_processes,
                 config.process_id,
-                # Longer than ours, which says what to do; its own ends the process with a core dump.
+                # Longer than ours, which say what to do; its own end the process with a core dump.
                 initialization_timeout=config.peer_timeout + 60,
-                heartbeat_timeout_seconds=config.peer_timeout,
+                heartbeat_timeout_seconds=config.peer_timeout + 60,
             )
+        _watch_others(config)
     except ValueError:
         if config.coordinator is not None:
             raise
@@ -58,6 +64,33 @@ def initialize(config: Config) -> None:
         raise UserError(f"{error}\nGive --num-processes 1 to train in this process alone.") from error
     finally:
         watch.cancel()
+
+
+_watch: Watch | None = None  # over the other processes, if there are any
+
+
+def _watch_others(config: Config) -> None:
+    global _watch
+    state: Any = distributed.global_state
+    if state.client is not None and state.num_processes > 1:
+        _watch = Watch(
+            state.client,
+            address=state.coordinator_address,
+            me=state.process_id,
+            count=state.num_processes,
+            timeout=config.peer_timeout,
+        )
+        atexit.register(_watch.stop)  # before JAX disconnects, which it has registered earlier
+
+
+def explain_lost(error: Exception) -> str | None:
+    """Say which process is gone if that is why JAX could not go on, else None."""
+    # What JAX raises when it has lost a process depends on where it was.
+    kinds = (RuntimeError, ValueError)
+    if _watch is None or not (isinstance(error, kinds) or isinstance(error.__cause__, kinds)):
+        return None
+    gone = " and ".join(f"process {i}" for i in _watch.gone())
+    return f"{gone} has ended or cannot be reached. {ADVICE}" if gone else None
 
 
 def _give_up(config: Config) -> None:
@@ -168,9 +201,18 @@ def check_equal(values: dict[str, Any]) -> None:
         )
 
 
+def say_alone(message: str) -> None:
+    """Print why this process ends; from here on no other one is waited for, or ends it."""
+    if _watch is not None:
+        _watch.claim()
+    print(message, file=sys.stderr, flush=True)
+
+
 def exit_alone(code: int) -> None:
     """End this process, if it is one of several, without waiting for the others, which may wait for it."""
     if jax.distributed.is_initialized():
+        if _watch is not None and is_primary():
+            time.sleep(1)  # The others may be about to say the same, and end when this one does.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

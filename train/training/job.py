@@ -30,15 +30,25 @@ class Job(NamedTuple):
     notes: tuple[str, ...]  # what the user should know before it starts
 
 
-def prepare(config: Config) -> Job:
-    """Build a job: its data, devices, network, optimizer, and the state at step 0.
+def load_data(config: Config) -> Dataset:
+    """Load the data of a job; what is made of them once is kept beside its run directory.
+
+    Raises:
+      UserError: a file is missing or malformed, or there is nothing to train on, or what can be known of the
+        network without data rules it out.
+    """
+    models.check(config.model, accumulate=config.optimizer.accumulate, recalibrate=config.recalibrate)
+    cache = directory.data_cache(Path(config.run_dir))
+    return data.load(config.data, loss=config.model.loss, cache=cache)
+
+
+def prepare(config: Config, dataset: Dataset | None = None) -> Job:
+    """Build a job: its data, if not given, devices, network, optimizer, and the state at step 0.
 
     Raises:
       UserError: the data, the network or the devices do not allow it.
     """
-    models.check(config.model, accumulate=config.optimizer.accumulate, recalibrate=config.recalibrate)
-    cache = directory.data_cache(Path(config.run_dir))
-    dataset = data.load(config.data, loss=config.model.loss, cache=cache)
+    dataset = dataset or load_data(config)
     data.check_augmentation(config.data, dataset.example_shape)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), config.batch_size)
     step_config = StepConfig(

@@ -22,7 +22,7 @@ from train.runs.summary import Summary, read_metrics, summarize
 from train.training import losses, steps
 from train.training.evaluation import TrainedNetwork
 from train.training.inspection import inspect
-from train.training.job import Job, prepare
+from train.training.job import Job, load_data, prepare
 from train.training.state import ALL_FINITE, TrainState, from_items, no_sums, to_items
 
 SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait, or one step if that is longer
@@ -46,19 +46,19 @@ def fit(config: Config, stop: StopRequests) -> Summary:
         if earlier and earlier.finished and directory.has_same_length(config):
             _check_same_data(config)
             return earlier
+    with processes.raise_on_all("read the data"):
+        dataset = load_data(config)
+    # Before the processes run programs, in which those of other data would wait for each other.
+    processes.check_equal({"the data's fingerprint": dataset.fingerprint})
     with processes.raise_on_all("prepare the job"):
-        job = prepare(config)
-        if earlier and earlier.finished and job.step_config.total_steps < (earlier.step or 0):
-            length = "steps" if config.epochs is None else f"epochs = {config.epochs:g}"
-            raise UserError(
-                f"{length}: expected at least the {earlier.step} steps that run_dir = '{run_dir}' holds, got "
-                f"{job.step_config.total_steps}. Give another --run_dir for a shorter run."
-            )
-    processes.check_equal({"the data's fingerprint": job.data.fingerprint})
+        job = prepare(config, dataset)
+        _check_not_shorter(job, earlier)
     with contextlib.ExitStack() as stack:
         with processes.raise_on_all("use the run directory"):
             if primary:
                 stack.enter_context(directory.created_and_locked(run_dir))
+            earlier = directory.earlier_summary(config)  # another job may have begun there meanwhile
+            _check_not_shorter(job, earlier)
         checkpoints = stack.enter_context(Checkpoints(run_dir))
         step = checkpoints.latest_step
         with processes.raise_on_all("begin the run"):
@@ -167,6 +167,17 @@ def _take(job: Job, state: TrainState, order: Any, start: int, count: int) -> Tr
         batch = processes.shard(mesh, job.data.train.take(order[at : at + size]))
         state = steps.train_on_batch(job.step_config, state, job.inputs._replace(examples=batch))
     return state
+
+
+def _check_not_shorter(job: Job, earlier: Summary | None) -> None:
+    """Raise a UserError for a job that would end before the finished run that it goes on from."""
+    config, steps = job.config, job.step_config.total_steps
+    if earlier and earlier.finished and steps < (earlier.step or 0):
+        length = "steps" if config.epochs is None else f"epochs = {config.epochs:g}"
+        raise UserError(
+            f"{length}: expected at least the {earlier.step} steps that run_dir = '{config.run_dir}' holds, "
+            f"got {steps}. Give another --run_dir for a shorter run."
+        )
 
 
 def _check_checkpoints_present(run_dir: Path, earlier: Summary | None) -> None:

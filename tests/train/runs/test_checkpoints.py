@@ -135,6 +135,91 @@ def test_damaged_checkpoint_is_named_and_not_restored_and_the_one_before_is_ther
         assert int(checkpoints.restore(checkpoints.latest_step, items(0))["meta"]["step"]) == 3
 
 
+def refused_or(expected, run_dir, restore):
+    """Assert that a damaged run is refused with what to do, or restored as it was saved."""
+    try:
+        with Checkpoints(run_dir) as checkpoints:
+            jax.tree.map(lambda a, b: assert_array_equal(a, b, strict=True), restore(checkpoints), expected)
+    except UserError as error:
+        assert str(run_dir) in str(error) and "elete" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.slow
+def test_flipped_bits_and_missing_files_are_refused_or_change_nothing(run_dir):
+    like, expected, rng = items(0), items(4), np.random.RandomState(0)
+    refused = {"flipped": 0, "gone": 0}
+    for path in [path for path in (run_dir / "checkpoints" / "4").rglob("*") if path.is_file()]:
+        whole = path.read_bytes()
+        for offset in rng.randint(0, len(whole), 3):
+            flipped = bytearray(whole)
+            flipped[offset] ^= 1 << rng.randint(8)
+            path.write_bytes(flipped)
+            refused["flipped"] += refused_or(expected, run_dir, lambda run: run.restore(4, like))
+        path.unlink()
+        refused["gone"] += refused_or(expected, run_dir, lambda run: run.restore(4, like))
+        path.write_bytes(whole)
+    assert refused["flipped"] > 20 and refused["gone"] >= 7
+
+
+def test_value_that_orbax_reads_otherwise_than_it_was_saved_is_refused(run_dir, monkeypatch):
+    with Checkpoints(run_dir) as checkpoints:
+        restore = checkpoints._manager.restore
+        for name, spoil in (
+            ("model", lambda item: item["params"] | {"kernel": -item["params"]["kernel"]}),
+            ("optimizer", lambda item: item | {"count": item["count"] + 1}),
+            ("meta", lambda item: item | {"seed": item["seed"].view(np.int32)}),
+        ):
+
+            def spoilt(*arguments, name=name, spoil=spoil, **options):
+                read = dict(restore(*arguments, **options).items())
+                return read | {name: spoil(read[name])}
+
+            monkeypatch.setattr(checkpoints._manager, "restore", spoilt)
+            with pytest.raises(
+                UserError, match=f"checkpoints/4' is damaged: its {name} is not what was saved"
+            ):
+                checkpoints.restore(4, items(0) if name != "model" else {"model": items(0)["model"]})
+
+
+def test_metrics_that_are_others_or_gone_never_let_another_step_be_the_best(tmp_path):
+    folder = tmp_path / "checkpoints"
+    with Checkpoints(tmp_path) as checkpoints:
+        for step, accuracy in (3, 0.9), (4, 0.5), (5, 0.5):
+            measured = metrics(accuracy) | {"r2": -NAN}  # of another sign than when it is read
+            checkpoints.save(step, {"meta": {"step": np.int32(step)}}, measured)
+    for step, text in ((3, json.dumps(metrics(0.1))), (4, json.dumps(metrics(0.95))), (3, None)):
+        path = folder / str(step) / "metrics" / "metrics"
+        whole = path.read_text()
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(UserError, match=f"checkpoints/{step}' is damaged: its metrics is not what was"):
+            Checkpoints(tmp_path)
+        path.write_text(whole)
+    shutil.rmtree(folder / "4" / "metrics")  # which are needed by nobody
+    shutil.copytree(folder / "3", tmp_path / "kept")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.latest_step, checkpoints.best_step) == (5, 3)
+    shutil.rmtree(folder / "3")  # as the message advises
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.best_step == 5
+    shutil.copytree(tmp_path / "kept", folder / "3")
+    (folder / "5" / "_CHECKPOINT_METADATA").unlink()
+    with pytest.raises(UserError, match="checkpoints/5' is not a complete checkpoint"):
+        Checkpoints(tmp_path)
+
+
+def test_checkpoint_of_an_earlier_version_which_recorded_nothing_is_restored(run_dir):
+    for path in (run_dir / "checkpoints").glob("*/_CHECKPOINT_METADATA"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {}}))
+    with Checkpoints(run_dir) as checkpoints:
+        restored = checkpoints.restore(checkpoints.best_step, items(0))
+        jax.tree.map(lambda a, b: assert_array_equal(a, b, strict=True), restored, items(4))
+        checkpoints.save(5, items(5), metrics(0.6))
+    with Checkpoints(run_dir) as checkpoints:
+        assert checkpoints.best_step == 5
+
+
 def test_checkpoint_that_the_system_does_not_let_read_is_not_called_damaged(run_dir, monkeypatch):
     def refused(*_, **__):
         raise ValueError("status: PERMISSION_DENIED: Permission denied")

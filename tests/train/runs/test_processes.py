@@ -140,9 +140,8 @@ def test_processes_are_connected_as_the_flags_or_the_cluster_say(make_config, co
     processes.initialize(make_config(**flags, peer_timeout=7))
     ((arguments, options),) = calls
     assert arguments == ("host:1234", 2, 1)
-    # JAX ends a process whose peer is silent for that long; who does not come is waited for less long than
-    # JAX would, for its own end is a core dump.
-    assert options["heartbeat_timeout_seconds"] == 7 < options["initialization_timeout"]
+    # Longer than the job's own, for JAX's end is a core dump.
+    assert options["heartbeat_timeout_seconds"] > 7 < options["initialization_timeout"]
     processes.initialize(make_config(num_processes=1))
     assert len(calls) == 1  # asks no cluster
     errors.append(ValueError("no cluster"))

@@ -1,6 +1,7 @@
 """A job in this process, from its first step to its last checkpoint."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 
 from tests.helpers.jobs import final_state, fit, results
 from train.errors import RunFailed, UserError
+from train.runs import directory
 from train.runs.summary import Summary
 from train.training import evaluation, job, loop, prepare, steps
 from train.training.evaluation import TrainedNetwork, load_best
@@ -250,3 +252,24 @@ def test_job_without_validation_ends_with_its_last_step(make_config):
     summary = fit(config)
     assert summary.best_step == 30 and summary.test_accuracy is not None
     assert {line["split"] for line in results(config.run_dir)} == {"train", "test"}
+
+
+def test_job_that_another_one_overtakes_while_it_is_prepared_writes_nothing(make_config, monkeypatch):
+    prepared = prepare(make_config())
+    for other, length, message in (
+        (make_config(seed=1), 30, "holds another job: seed = 1, now 0"),
+        (make_config(steps=60), 60, "steps: expected at least the 60 steps that"),
+    ):
+        run_dir = Path(other.run_dir)
+
+        def overtaken(config, dataset, other=other, length=length, run_dir=run_dir):
+            with directory.created_and_locked(run_dir):
+                directory.begin(other, prepared.data)
+            (run_dir / "summary.json").write_text(json.dumps({"status": "finished", "step": length}))
+            return prepared
+
+        monkeypatch.setattr(loop, "prepare", overtaken)
+        with pytest.raises(UserError, match=message):
+            fit(make_config())
+        assert directory.read_config(run_dir) == other and (run_dir / "summary.json").exists()
+        shutil.rmtree(run_dir)
