@@ -122,6 +122,8 @@ def _read(path: Path) -> Mapping[str, np.ndarray]:
         raise UserError(f"init_from: expected {EXPECTED}, got '{path}'.")
     with reading(path, f"a {suffix} file of arrays, of at most {MAX_BYTES / 2**30:g} GiB"):
         state = _safetensors(path) if suffix == ".safetensors" else _npz(path)
+        if not all(map(str.isprintable, state)):  # errors print them
+            raise ValueError("a name in it is not printable")
     while prefix := next(
         (prefix for prefix in PREFIXES if state and all(key.startswith(prefix) for key in state)), ""
     ):

@@ -157,7 +157,8 @@ def test_files_that_hold_no_weights_are_refused_in_a_sentence(save, tmp_path, re
         (tmp_path / name).write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.training.pretrained.MAX_BYTES", 2**20)
-        for path in (*(tmp_path / name for name in contents), pickled, bomb):
+        escapes = save({"conv1.weight\n\x1b[2J": np.zeros(1)}, "escapes.npz")
+        for path in (*(tmp_path / name for name in contents), pickled, escapes, bomb):
             sentence = refusal(start, path)
             assert sentence.startswith(f"{path} cannot be read: "), sentence
             assert f"expected a {path.suffix} file of arrays, of at most " in sentence
