@@ -85,7 +85,7 @@ def test_processes_may_differ_in_how_they_find_each_other_and_the_data_and_in_no
         changed = dataclasses.replace(part, **{name: f"not {value}"})
         other = dataclasses.replace(config, **{section: changed}) if section else changed
         others += passed_by(monkeypatch, lambda other=other: processes.check_same_job(other))
-        if key in ("data.path", "coordinator", "num_processes", "process_id", "peer_timeout"):
+        if key in ("data.path", "data.cache", "coordinator", "num_processes", "process_id", "peer_timeout"):
             processes.check_same_job(config)
         else:
             with pytest.raises(UserError, match=f"got {key} = "):

@@ -153,8 +153,8 @@ def trained(monkeypatch, make_config):
     def trained(labels, description, **model):
         splits = [Split(INPUTS, labels, np.arange(start, start + 200)) for start in (0, 200, 400)]
         made = Dataset(*splits, description, PREPROCESSING, "made")
-        monkeypatch.setattr(data, "load", lambda config: made)
-        monkeypatch.setattr(data, "read", lambda config: (None, splits[2].take(slice(None))))
+        monkeypatch.setattr(data, "load", lambda *_, **__: made)
+        monkeypatch.setattr(data, "load_test", lambda *_, **__: (splits[2], "made"))
         gap = jax.jit(inspection._gap, static_argnums=0)
         monkeypatch.setattr(inspection, "_measure", lambda *given: ({}, gap(*given[:4])))
         config = make_config(
