@@ -1,10 +1,12 @@
 """Every code block of the README runs, as a stranger would run it."""
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,12 +17,14 @@ from train.runs.summary import Summary
 from train.studies import runner
 from train.training import job
 
-README = (ROOT / "README.md").read_text()
+WHOLE = (ROOT / "README.md").read_text()
+OWN_DATA = WHOLE.partition("\n### Your own data\n")[2].partition("\n#")[0]
+README = WHOLE.replace(OWN_DATA, "")
 INDENTED = re.findall(r"^    (.+)$", README.split("\n## ")[0], re.M)
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+def blocks(language, text=README):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
 @pytest.mark.slow
@@ -74,6 +78,30 @@ def test_shell_lines_run_in_their_order(checkout, command, monkeypatch):
         assert (checkout / "runs" / study / "report.html").exists()
 
 
+@pytest.mark.slow
+def test_own_data_are_trained_on_predicted_and_exported_as_the_section_says(checkout, command, monkeypatch):
+    monkeypatch.setattr(job, "total_steps", lambda *given: min(40, total_steps(*given)))
+    monkeypatch.chdir(checkout)
+    make, use = blocks("python", OWN_DATA)
+    namespace = {}
+    exec(make, namespace)
+    (lines,) = blocks("sh", OWN_DATA)
+    printed = {}
+    for line in lines.splitlines():
+        code, out, complaint = command(*shlex.split(line)[3:])
+        assert (code, complaint) == (0, ""), line
+        printed[line.split()[3], line.split()[4]] = out
+    images, patients = printed["predict", "runs/my_images"], printed["predict", "runs/my_table"]
+    assert json.loads(images)["class"] in namespace["names"]
+    values = [json.loads(line)["value"] for line in patients.splitlines()]
+    assert np.corrcoef(values, namespace["patients"].target)[0, 1] > 0.5
+    exec(use, namespace)
+    expected = list(json.loads(images)["probabilities"].values())
+    np.testing.assert_allclose(namespace["probabilities"][0], expected, rtol=1e-5)
+    inputs = json.loads(Path("runs/my_images/data.json").read_text())["inputs"]
+    assert inputs in " ".join(OWN_DATA.split())
+
+
 @pytest.mark.parametrize("language, processes", [("bash", None), ("yaml", "2")])
 def test_lines_for_clusters_are_a_job_that_loads(language, processes):
     (block,) = blocks(language)
@@ -85,6 +113,6 @@ def test_lines_for_clusters_are_a_job_that_loads(language, processes):
 
 
 def test_every_config_that_is_named_exists():
-    configs = re.findall(r"configs/\w+\.toml", README)
+    configs = re.findall(r"configs/\w+\.toml", WHOLE)
     assert len(configs) >= 6 and all((ROOT / config).is_file() for config in configs)
     assert (ROOT / "LICENSE").exists()

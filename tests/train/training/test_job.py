@@ -64,7 +64,9 @@ def test_start_from_another_network_or_from_no_run_is_refused(make_config, finis
 
 
 def test_head_for_other_classes_starts_anew_and_is_said_once(make_config, finished, tmp_path, capsys):
-    arrays = {key: value if key.startswith("x") else value % 3 for key, value in digits(Path()).arrays.items()}
+    arrays = {
+        key: value if key.startswith("x") else value % 3 for key, value in digits(Path()).arrays.items()
+    }
     np.savez(tmp_path / "three.npz", **arrays)
     source = tmp_path / "source"
     shutil.copytree(finished[0].run_dir, source)
