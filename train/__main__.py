@@ -107,10 +107,10 @@ COMMANDS = {"eval": evaluate, "predict": predict, "export": export, "list": list
 class Compare:
     """Train several jobs and compare them with the first: comparison.json, and report.html.
 
-    How many times fewer steps does each take to the best test accuracy of the baseline? The same line again
-    resumes a study that was stopped; finished jobs are not trained again. Any further `--key value` is a key
-    of every config; `--key A,B` trains every job with each of the values, and `--inspect True` measures for
-    the report what the layers get and how smooth the loss is.
+    How many times fewer steps does each take to the best test accuracy (of numbers R^2) of the baseline? The
+    same line again resumes a study that was stopped; finished jobs are not trained again. Any further `--key
+    value` is a key of every config; `--key A,B` trains every job with each of the values, and `--inspect
+    True` measures for the report what the layers get and how smooth the loss is.
     """
 
     configs: Positional[tuple[Path, ...]]
