@@ -4,9 +4,11 @@ Whatever imports JAX is imported by the commands that need it, so that --help an
 """
 
 import contextlib
+import difflib
 import json
 import os
 import platform
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator
@@ -17,13 +19,12 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from train.config import Config, load
+from train.config import CONFIGS, Config, closest_config, load
 from train.errors import RunFailed, UserError, explained
 
 if TYPE_CHECKING:
     from train.runs.stopping import StopRequests
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 HELP = """\
 usage: python -m train CONFIG.toml [--key value ...]   train; resumes where there is a checkpoint
        python -m train CONFIG.toml --help              the keys, with this file's values
@@ -106,10 +107,10 @@ COMMANDS = {"eval": evaluate, "predict": predict, "export": export, "list": list
 class Compare:
     """Train several jobs and compare them with the first: comparison.json, and report.html.
 
-    How many times fewer steps does each take to the best test accuracy of the baseline? The same line again
-    resumes a study that was stopped; finished jobs are not trained again. Any further `--key value` is a key
-    of every config; `--key A,B` trains every job with each of the values, and `--inspect True` measures for
-    the report what the layers get and how smooth the loss is.
+    How many times fewer steps does each take to the best test accuracy (of numbers R^2) of the baseline? The
+    same line again resumes a study that was stopped; finished jobs are not trained again. Any further `--key
+    value` is a key of every config; `--key A,B` trains every job with each of the values, and `--inspect
+    True` measures for the report what the layers get and how smooth the loss is.
     """
 
     configs: Positional[tuple[Path, ...]]
@@ -150,13 +151,20 @@ def study(command: str, words: list[str]) -> int:
     ):
         expected = "two configs or more, the baseline first" if compare else "one config"
         got = " ".join(map(str, configs)) or "none before the first --key"
-        raise UserError(f"{command}: expected {expected}, got {got}.")
+        close = [path if path.suffix == ".toml" else closest_config(str(path)) for path in configs]
+        meant = f"; did you mean {' '.join(map(str, close))}?" if all(close) and close != configs else "."
+        raise UserError(f"{command}: expected {expected}, got {got}{meant}")
     if given.seeds < 1:
         raise UserError(f"--seeds: expected 1 or more, got {given.seeds}.")
     from train.studies.plan import plan
 
     out = given.out or Path("runs") / f"{configs[0].stem}-{'comparison' if compare else 'sweep'}"
     planned = plan(configs, overrides, out=out, seeds=given.seeds)
+    if len(planned) == 1:
+        raise UserError(
+            "sweep: expected several values of a key, as in --optimizer.learning_rate 0.1,1, or --seeds 3, "
+            f"got one job; `python -m train {configs[0]}` trains it."
+        )
     with _session(planned[0].config, command, out=str(out), jobs=len(planned)) as stop:
         from train import models
         from train.runs import processes
@@ -170,6 +178,7 @@ def study(command: str, words: list[str]) -> int:
                 recalibrate=job.config.recalibrate,
             )
         with processes.raise_on_all("use the folder of the study"):
+            report.check_folder(out, planned, compare=compare)
             runner.create_folder(out)
 
         def write(outcomes: list[runner.Outcome]) -> None:
@@ -222,7 +231,7 @@ def main(arguments: list[str]) -> int:
     try:
         with explained():
             match arguments:
-                case [path, *flags] if path.endswith(".toml"):
+                case [path, *flags] if path.endswith(".toml") and not _is_misspelt(path):
                     return train(Path(path), flags)
                 case [command, *words] if command in COMMANDS:
                     return tyro.cli(COMMANDS[command], args=words, prog=f"python -m train {command}")
@@ -232,7 +241,7 @@ def main(arguments: list[str]) -> int:
                     print(_help())
                     return 0 if arguments else 2
                 case _:
-                    raise UserError(f"'{' '.join(arguments)}' is neither a config nor a command.\n{_help()}")
+                    raise UserError(_advice(arguments))
     except UserError as error:
         return _exit(2, f"error: {error}")
     except RunFailed as error:
@@ -241,6 +250,32 @@ def main(arguments: list[str]) -> int:
         return 130
     except Exception as error:
         return _exit(1, traceback.format_exc().rstrip(), error)
+
+
+def _is_misspelt(path: str) -> bool:
+    return path.endswith(".toml") and not Path(path).exists() and closest_config(path) is not None
+
+
+def _advice(arguments: list[str]) -> str:
+    """Say what a line was probably meant to be that begins with neither a config nor a command."""
+    known = lambda word: word.endswith(".toml") or word in COMMANDS | STUDIES
+    first, *others = arguments
+    at = next((at for at, word in enumerate(others) if known(word)), None)
+    said = f"'{first}' is neither a config nor a command"
+    if _is_misspelt(first):
+        said = f"{first} does not exist"
+    if first.startswith("-"):
+        said = f"expected a config or a command first, got '{first}'"
+        meant = None if at is None else [others[at], first, *others[:at], *others[at + 1 :]]
+    elif close := difflib.get_close_matches(first.lower(), COMMANDS | STUDIES, n=1, cutoff=0.7):
+        meant = [*close, *others]
+    elif (Path(first) / "config.json").exists():
+        meant = ["eval", *arguments]
+    elif config := closest_config(first):
+        meant = [config, *others]
+    else:
+        meant = others if at == 0 else None
+    return f"{said}; did you mean `python -m train {shlex.join(meant)}`?" if meant else f"{said}.\n{_help()}"
 
 
 def _help() -> str:

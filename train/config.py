@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -190,6 +191,8 @@ class Config:
     """Seconds after which a process that does not come, or is silent, is given up, and the job with it."""
 
 
+CONFIGS = Path(__file__).parent.parent / "configs"  # those that come with the program
+
 # How and where a job runs does not change what it computes, but for rounding.
 NOT_COMPARED = (
     *("run_dir", "data.path", "data.cache", "profile", "devices"),
@@ -205,6 +208,13 @@ def load(path: Path, overrides: Sequence[str]) -> Config:
       SystemExit: with code 2 for an unknown flag or a wrong type, after tyro has printed which was meant.
     """
     default = parse(_read(path), where=f"{path}: ")
+    for word in overrides:
+        if re.fullmatch(r"(--[\w.-]+=)?[\d.e+-]+,[\d.e+,-]*", word):
+            spaced = word.rpartition("=")[2].replace(",", " ").strip()
+            raise UserError(
+                f"expected spaces between the numbers of a list, `{spaced}`, got '{word}'; commas, between "
+                "several values of a key, are for `python -m train sweep`."
+            )
     config = tyro.cli(
         Config,
         args=list(overrides),
@@ -307,6 +317,16 @@ def flatten(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def closest_config(word: str) -> str | None:
+    """Return the config with a name like this, of those next to it and those that come with the program."""
+    name = Path(word).name.lower().removesuffix(".toml")
+    known = {
+        path.stem.lower(): path for folder in (CONFIGS, Path(word).parent) for path in folder.glob("*.toml")
+    }
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    return os.path.relpath(known[close[0]]) if close else None
+
+
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the values of a TOML file over those of its base."""
     if path.resolve() in above:
@@ -314,7 +334,9 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; `python -m train list` shows the configs.") from None
+        close = closest_config(str(path))
+        meant = f"did you mean {close}?" if close else "`python -m train list` shows the configs."
+        raise UserError(f"{path} does not exist; {meant}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as TOML: {error}") from None
     below, base = {}, table.pop("base", None)

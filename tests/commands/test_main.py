@@ -44,7 +44,7 @@ def test_bad_input_exits_2_with_a_message_and_no_traceback(command):
         (["configs/digits_mlp.toml", "--epocs", "3"], "--epochs"),
         (["configs/digits_mlp.toml", "--seed", "zero"], "--seed"),
         (["configs/digits_mlp.toml", "--seed", "-1"], "seed: expected a number >= 0"),
-        (["configs/digits_lmp.toml"], "configs/digits_lmp.toml does not exist"),
+        (["configs/nothing.toml"], "configs/nothing.toml does not exist; `python -m train list` shows"),
         (
             ["configs/mnist_mlp.toml", "--data.path", "/no/such.npz"],
             "'/no/such.npz' does not exist; expected an .npz",
@@ -57,11 +57,34 @@ def test_bad_input_exits_2_with_a_message_and_no_traceback(command):
             "compare: expected two configs or more, the baseline first, got",
         ),
         (["sweep", "configs/digits_mlp.toml", "--seeds", "0"], "--seeds"),
-        (["trian", "configs/digits_mlp.toml"], "is neither a config nor a command.\nusage: python -m train"),
     ):
         code, printed, complaint = command(*arguments)
         assert code == 2, arguments
         assert printed == "" and named in complaint and "Traceback" not in complaint, (arguments, complaint)
+
+
+def test_line_that_begins_with_nothing_known_is_told_what_it_was_probably_meant_to_be(
+    command, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "config.json").touch()
+    job = "configs/digits_mlp.toml"
+    for line, said, meant in (
+        ("digits_mlp --seed 3", "'digits_mlp' is neither a config nor a command", f"{job} --seed 3"),
+        ("digits_mlp.toml", "digits_mlp.toml does not exist", job),
+        ("configs/digit_mlp.toml --seed 3", "configs/digit_mlp.toml does not exist", f"{job} --seed 3"),
+        ("Configs/Digits_MLP.TOML", "'Configs/Digits_MLP.TOML' is neither a config nor a command", job),
+        ("evla runs/x", "'evla' is neither a config nor a command", "eval runs/x"),
+        (f"Swep {job} --seeds 3", "'Swep' is neither a config nor a command", f"sweep {job} --seeds 3"),
+        (f"trian {job} --seed 1", "'trian' is neither a config nor a command", f"{job} --seed 1"),
+        (f"--seed 3 {job}", "expected a config or a command first, got '--seed'", f"{job} --seed 3"),
+        (f"{tmp_path}", f"'{tmp_path}' is neither a config nor a command", f"eval {tmp_path}"),
+    ):
+        code, printed, complaint = command(*line.split())
+        assert (code, printed) == (2, ""), line
+        assert complaint == f"error: {said}; did you mean `python -m train {meant}`?\n"
+    code, _, complaint = command("nothing", "like", "it")
+    assert code == 2 and "'nothing' is neither a config nor a command.\nusage: python -m train" in complaint
 
 
 def test_usage_is_printed_and_asking_for_it_is_no_mistake(command):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,26 @@ def test_base_inherits_every_key_but_the_run_directory(job, write):
         optimizer=dataclasses.replace(base.optimizer, momentum=0),
     )
     assert load(write("base = 'job.toml'\nrun_dir = 'mine'", "named.toml"), []).run_dir == "mine"
+
+
+def test_list_with_commas_on_the_command_line_is_told_of_spaces(job, refusal):
+    assert refusal(load, job, ["--model.widths", "3,4"]) == (
+        "expected spaces between the numbers of a list, `3 4`, got '3,4'; commas, between several values of "
+        "a key, are for `python -m train sweep`."
+    )
+    for word in ("--model.widths=3,4", "0.5,", "1e-3,2"):
+        assert f"got '{word}'" in refusal(load, job, ["--optimizer.milestones", word])
+    assert load(job, ["--data.path", "a,b"]).data.path == "a,b"
+
+
+def test_config_that_does_not_exist_is_told_of_one_with_a_name_like_its_own(tmp_path, write, refusal):
+    (tmp_path / "Mine_job.toml").touch()
+    assert refusal(load, tmp_path / "min_job.toml", []).endswith("Mine_job.toml?")
+    of_program = os.path.relpath(CONFIGS / "digits_mlp.toml")
+    for name in ("digit_mlp.toml", "Digits_MLP.toml"):
+        path = tmp_path / name
+        assert refusal(load, path, []) == f"{path} does not exist; did you mean {of_program}?"
+    assert of_program in refusal(load, write("base = 'digits_mlq.toml'"), [])
 
 
 def test_base_that_leads_nowhere_is_named(write, refusal):

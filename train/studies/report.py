@@ -13,7 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from train.runs.files import replace, write_json
+from train.errors import UserError
+from train.runs.files import read_json, replace, write_json
 from train.runs.summary import SAID, Summary
 from train.studies import results
 from train.studies.plan import Planned, short
@@ -68,6 +69,28 @@ def write_report(
 def numbers(out: Path, *, compare: bool) -> Path:
     """Return the file of a study's numbers."""
     return out / ("comparison.json" if compare else "results.json")
+
+
+def check_folder(out: Path, planned: Sequence[Planned], *, compare: bool) -> None:
+    """Raise a UserError if the folder of a study has another one's numbers, which this one would replace.
+
+    A study may grow, and what was refused has left nothing. A file that is spoilt counts as none.
+    """
+    kind, other = ("comparison", "sweep") if compare else ("sweep", "comparison")
+    if numbers(out, compare=not compare).exists():
+        raise UserError(f"--out = '{out}' holds a {other}; give another --out for this {kind}.")
+    try:
+        found = read_json(path) if (path := numbers(out, compare=compare)).exists() else []
+        ended = [seed for job in found for seed in (job["seeds"] if compare else [job])]
+        held = {Path(run["run_dir"]).name for run in ended if run["status"] != "refused"}
+    except (UserError, TypeError, KeyError):
+        return
+    if lost := sorted(held - {Path(job.config.run_dir).name for job in planned}):
+        more = f" and {len(lost) - 1} more" * (len(lost) > 1)
+        raise UserError(
+            f"--out = '{out}' holds another {kind}, with {lost[0]}{more}, which this one does not have; give "
+            "another --out, or its values, configs and seeds too, to go on with it."
+        )
 
 
 def render(title: str, intro: str, sections: Sequence[Section], footer: str) -> str:

@@ -114,10 +114,12 @@ def test_command_that_is_not_valid_exits_2_and_leaves_nothing(capsys, monkeypatc
         (f"sweep {DIGITS} {OTHER} --seed 0,1", "sweep: expected one config, got"),
         (f"sweep {DIGITS} --seeds 0", "--seeds: expected 1 or more, got 0"),
         (f"sweep {DIGITS} --out", "--out"),
+        (f"sweep {DIGITS} --model.norm none", "sweep: expected several values of a key, as in"),
+        ("compare digits_mlp raw_inputs --seeds 2", "did you mean ../"),
         (f"sweep {DIGITS} --sed 0,1", "--seed"),
         (f"compare {BASELINE} {OTHER} --optimizer.lerning-rate 1,2", "--optimizer.learning-rate"),
         (f"sweep {DIGITS} --model.norm batch,bach", "batch"),
-        (f"sweep {DIGITS} --num-processes 1 --out file/x", "Not a directory"),
+        (f"sweep {DIGITS} --seeds 2 --num-processes 1 --out file/x", "Not a directory"),
     ):
         try:
             code = main(words.split())

@@ -305,3 +305,47 @@ def test_stop_says_how_to_go_on_until_all_are_finished(study):
     assert [job["status"] for job in jobs] == ["finished", "stopped"]
     code, shown, jobs, html = study(NORMS, none=SLOW, batch=FAST, layer=FAST)
     assert code == 0 and len(jobs) == 3 and rest not in shown + html
+
+
+def test_study_into_the_folder_of_another_is_refused_before_it_trains_and_one_that_grows_is_not(
+    study, tmp_path, capsys
+):
+    ends = dict(none=SLOW, batch=FAST, layer=FAST, group=FAST)
+    study("sweep configs/digits_mlp.toml --model.norm none,batch", **ends | {"batch": UserError("no such.")})
+    held, names = (tmp_path / "results.json").read_text(), lambda jobs: [job["model.norm"] for job in jobs]
+
+    def refused(words):
+        before = (tmp_path / "results.json").read_text()
+        code = main([*words.split(), "--num-processes", "1", "--out", str(tmp_path)])
+        assert code == 2 and (tmp_path / "results.json").read_text() == before
+        return capsys.readouterr().err
+
+    assert refused("sweep configs/digits_mlp.toml --optimizer.learning-rate 0.1,1") == (
+        f"error: --out = '{tmp_path}' holds another sweep, with model.norm=none, which this one does not "
+        "have; give another --out, or its values, configs and seeds too, to go on with it.\n"
+    )
+    assert f"--out = '{tmp_path}' holds a sweep; give another --out for this comparison." in refused(COMPARE)
+    # What was refused has left nothing that could be lost; more values and more seeds may come.
+    _, _, jobs, _ = study("sweep configs/digits_mlp.toml --model.norm none,layer", **ends)
+    assert names(jobs) == ["none", "layer"]
+    _, _, jobs, _ = study(f"{NORMS},group --seeds 2", **ends)
+    assert len(jobs) == 8
+    assert "with model.norm=batch,seed=1 and 3 more, which" in refused(f"{NORMS},group")
+    for spoilt in (held[:20], "{}", "[3]", '[{"run_dir": 3, "status": "finished"}]', "null"):
+        (tmp_path / "results.json").write_text(spoilt)
+        report.check_folder(tmp_path, [], compare=False)
+    (tmp_path / "results.json").write_text(held)
+    with pytest.raises(UserError):
+        report.check_folder(tmp_path, [], compare=False)
+
+
+def test_comparison_grows_by_configs_and_seeds_and_is_not_replaced_by_another(study, tmp_path, capsys):
+    study(COMPARE.removesuffix(" --seeds 2"), none=SLOW, batch=FAST)
+    _, _, jobs, _ = study(
+        COMPARE.replace(" --seeds", " configs/raw_inputs.toml --seeds"), none=SLOW, batch=FAST
+    )
+    assert [len(job["seeds"]) for job in jobs] == [2, 2, 2]
+    code = main([*COMPARE.split(), "--num-processes", "1", "--out", str(tmp_path)])
+    assert code == 2 and "holds another comparison, with raw_inputs and 1 more, which" in (
+        capsys.readouterr().err
+    )
