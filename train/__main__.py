@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from train.config import Config, load
+from train.config import Config, check_text, load
 from train.errors import RunFailed, UserError, explained
+from train.streams import outlast_readers, use_utf8
 
 if TYPE_CHECKING:
     from train.runs.stopping import StopRequests
@@ -155,8 +156,10 @@ def study(command: str, words: list[str]) -> int:
         expected = "two configs or more, the baseline first" if compare else "one config"
         got = " ".join(map(str, configs)) or "none before the first --key"
         raise UserError(f"{command}: expected {expected}, got {got}.")
-    if given.seeds < 1:
-        raise UserError(f"--seeds: expected 1 or more, got {given.seeds}.")
+    if not 1 <= given.seeds <= 10_000:
+        raise UserError(f"--seeds: expected 1 to 10000, got {given.seeds}.")
+    if given.out is not None:
+        check_text("--out", str(given.out))
     from train.studies.plan import plan
 
     out = given.out or Path("runs") / f"{configs[0].stem}-{'comparison' if compare else 'sweep'}"
@@ -265,4 +268,6 @@ def _exit(code: int, message: str, error: Exception | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
+    outlast_readers()
     sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ def draw(run_dir: Path) -> None:
             points = [
                 (line["step"], line[key])
                 for line in lines
-                if line["split"] == split and line[key] is not None
+                if line["split"] == split and line.get(key) is not None
             ]
             if points:
                 axes.plot(*zip(*points), label=split, marker=".")

@@ -153,7 +153,9 @@ def read_config(path: Path) -> Config:
     try:
         if not isinstance(values, dict):
             raise UserError(f"expected an object, got a {type(values).__name__}.")
-        return configs.parse(values)
+        config = configs.parse(values)
+        configs.check(config)
+        return config
     except UserError as error:
         raise UserError(
             f"'{path / 'config.json'}' is not a job of this program: {error} {_RESTORE_CONFIG}"
@@ -167,19 +169,24 @@ def read_data(path: Path) -> Description:
         preprocessing = {
             name: np.asarray(value, np.float32) for name, value in values["preprocessing"].items()
         }
-        return Description(
+        described = Description(
             shape=tuple(map(int, values["shape"])),
             dtype=str(values["dtype"]),
             classes=int(values["classes"]),
             preprocessing=Preprocessing(**preprocessing),
             fingerprint=values["fingerprint"],
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        for value in described.preprocessing:
+            np.broadcast_to(value, described.shape)
+        if described.dtype not in ("uint8", "float32") or not 0 < described.classes < 2**31:
+            raise ValueError("its dtype or its number of classes is none")
+        return described
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"'{path / 'data.json'}' does not describe data: {error}. {_RESTORE_DATA}") from None
 
 
 def _read(path: Path, name: str, remedy: str) -> Any:
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises an error for a name that is too long
         raise UserError(f"'{path}' does not exist; expected a run directory.")
     if not (path / name).is_file():
         runs = sorted(found.parent for found in path.glob("*/config.json"))

@@ -30,7 +30,8 @@ class Run(NamedTuple):
     @property
     def curve(self) -> Curve:
         """Test accuracy over steps."""
-        return [(line["step"], line["accuracy"]) for line in self.metrics if line["split"] == "test"]
+        tests = [line for line in self.metrics if line["split"] == "test"]
+        return [(line["step"], line["accuracy"]) for line in tests if line.get("accuracy") is not None]
 
     @property
     def final_accuracy(self) -> float | None:
