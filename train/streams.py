@@ -28,7 +28,7 @@ def outlast_readers() -> None:
                 io.BufferedWriter(_Outlet(number, "w", closefd=False)),
                 encoding=getattr(stream, "encoding", "utf-8"),
                 errors="backslashreplace",
-                line_buffering=number == 2 or os.isatty(number),
+                line_buffering=stream is None or stream.line_buffering or stream.write_through,
             ),
         )
 

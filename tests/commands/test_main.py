@@ -11,6 +11,8 @@ from tests.helpers.command import ROOT
 from train import __main__ as program
 from train import data
 from train.config import load
+from train.errors import UserError
+from train.runs import processes
 
 
 @pytest.mark.slow
@@ -62,6 +64,23 @@ def test_bad_input_exits_2_with_a_message_and_no_traceback(command):
         code, printed, complaint = command(*arguments)
         assert code == 2, arguments
         assert printed == "" and named in complaint and "Traceback" not in complaint, (arguments, complaint)
+
+
+def test_processes_compare_what_they_were_asked_for_before_they_write(tmp_path, command, monkeypatch):
+    """As if this were one of several processes; how they compare is in tests/train/runs/test_processes.py."""
+    compared = []
+
+    def refuse(values):
+        compared.append(list(values.values()))
+        raise UserError("another command elsewhere")
+
+    monkeypatch.setattr(processes, "check_equal", refuse)
+    config, out = "configs/digits_mlp.toml", tmp_path / "out"
+    assert command(config, "--run-dir", out)[0] == 2
+    assert command("sweep", config, "--seed", "1,2", "--out", out)[0] == 2
+    assert command("compare", config, "configs/digits_cnn.toml", "--seeds", "3", "--out", out)[0] == 2
+    assert compared == [["train", None, 1], ["sweep", str(out), 2], ["compare", str(out), 6]]
+    assert not out.exists()
 
 
 def test_usage_is_printed_and_asking_for_it_is_no_mistake(command):

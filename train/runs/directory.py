@@ -178,8 +178,9 @@ def read_data(path: Path) -> Description:
         )
         for value in described.preprocessing:
             np.broadcast_to(value, described.shape)
-        if described.dtype not in ("uint8", "float32") or not 0 < described.classes < 2**31:
-            raise ValueError("its dtype or its number of classes is none")
+        possible = 0 < described.classes < 2**31 and described.dtype in ("uint8", "float32")
+        if not possible or 0 in (described.shape or [0]):
+            raise ValueError("no data have its shape, its dtype or its number of classes")
         return described
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"'{path / 'data.json'}' does not describe data: {error}. {_RESTORE_DATA}") from None
