@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from train.config import CONFIGS, Config, closest_config, load
+from train.config import CONFIGS, Config, check_text, closest_config, load
 from train.errors import RunFailed, UserError, explained
+from train.streams import outlast_readers, use_utf8
 
 if TYPE_CHECKING:
     from train.runs.stopping import StopRequests
@@ -154,8 +155,10 @@ def study(command: str, words: list[str]) -> int:
         close = [path if path.suffix == ".toml" else closest_config(str(path)) for path in configs]
         meant = f"; did you mean {' '.join(map(str, close))}?" if all(close) and close != configs else "."
         raise UserError(f"{command}: expected {expected}, got {got}{meant}")
-    if given.seeds < 1:
-        raise UserError(f"--seeds: expected 1 or more, got {given.seeds}.")
+    if not 1 <= given.seeds <= 10_000:
+        raise UserError(f"--seeds: expected 1 to 10000, got {given.seeds}.")
+    if given.out is not None:
+        check_text("--out", str(given.out))
     from train.studies.plan import plan
 
     out = given.out or Path("runs") / f"{configs[0].stem}-{'comparison' if compare else 'sweep'}"
@@ -300,4 +303,6 @@ def _exit(code: int, message: str, error: Exception | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
+    outlast_readers()
     sys.exit(main(sys.argv[1:]))

@@ -21,10 +21,10 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from train.errors import UserError
 
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
+Positive = Annotated[float, Field(gt=0, lt=1e38, allow_inf_nan=False)]  # as float32 holds it
+NonNegativeFloat = Annotated[float, Field(ge=0, lt=1e38, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # Each name is a line of a table too: READERS in train/data/formats.py, NETWORKS in train/models/build.py and
@@ -160,7 +160,7 @@ class Config:
     """Initial weights, augmentation and the order of the data follow from it."""
     steps: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     """How long to train, in steps; replaces epochs."""
-    epochs: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    epochs: Annotated[float | None, Field(gt=0, lt=1e38, allow_inf_nan=False)] = None
     """How long to train, in passes over the training data; replaces steps."""
     batch_size: Count = 128
     """Examples in a step, over all devices."""
@@ -187,11 +187,12 @@ class Config:
     """How many processes train together; 1 asks no cluster."""
     process_id: int | None = None
     """Which of them this is, from 0."""
-    peer_timeout: Count = 100
+    peer_timeout: Annotated[int, Field(ge=1, lt=10**6)] = 100
     """Seconds after which a process that does not come, or is silent, is given up, and the job with it."""
 
 
 CONFIGS = Path(__file__).parent.parent / "configs"  # those that come with the program
+LARGEST_FILE = 2**16  # bytes of TOML, which is parsed in a time that grows with their square
 
 # How and where a job runs does not change what it computes, but for rounding.
 NOT_COMPARED = (
@@ -234,10 +235,18 @@ def parse(values: dict[str, Any], *, where: str = "") -> Config:
         return _SCHEMA.validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         raise UserError(where + _explained(error)) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of thousands of digits, or lists in lists in lists
+        raise UserError(f"{where}expected a job, got values that cannot be one: {error}.") from None
 
 
 def check(config: Config) -> None:
     """Raise a UserError for a value outside its range, or for values that contradict each other."""
+    for key, value in flatten(dataclasses.asdict(config)).items():
+        if isinstance(value, str):
+            check_text(key, value)
     parse(dataclasses.asdict(config))
     accumulate, scales = config.optimizer.accumulate, config.data.feature_scales
     milestones = config.optimizer.milestones
@@ -250,6 +259,8 @@ def check(config: Config) -> None:
         raise UserError(
             f"data.feature_scales: expected none, or the lowest and the highest, got {list(scales)}."
         )
+    if scales and scales[0] < 1e-30:
+        raise UserError(f"data.feature_scales: expected numbers from 1e-30 to 1e38, got {list(scales)}.")
     if list(milestones) != sorted(set(milestones)):
         raise UserError(f"optimizer.milestones: expected increasing fractions, got {list(milestones)}.")
     if config.batch_size % accumulate:
@@ -288,6 +299,14 @@ def check(config: Config) -> None:
             f"devices: expected none with num_processes = {config.num_processes}, because several "
             f"processes use all of their devices, got {config.devices}."
         )
+
+
+def check_text(key: str, text: str) -> None:
+    """Raise a UserError for text that no file can be named with, or that JSON cannot hold."""
+    if not text:
+        raise UserError(f"{key}: expected a value, got ''.")
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"{key}: expected text in UTF-8 without NUL characters, got {text!r}.")
 
 
 def differences(a: Config, b: Config, *, ignore: Sequence[str] = ()) -> list[str]:
@@ -329,20 +348,31 @@ def closest_config(word: str) -> str | None:
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the values of a TOML file over those of its base."""
-    if path.resolve() in above:
-        raise UserError(f"{path} inherits from itself: expected a `base` that does not lead back here.")
     try:
+        resolved = path.resolve()
+        if resolved in above:
+            raise UserError(f"{path} inherits from itself: expected a `base` that does not lead back here.")
+        if len(above) > 99:
+            raise UserError(f"{path} is the base of more than 99 configs, one of the other: expected fewer.")
+        size = path.stat().st_size
+        if not path.is_file():  # A pipe may never end, nor a device.
+            raise ValueError("it is a folder, a pipe or a device")
+        if size > LARGEST_FILE:
+            raise ValueError(f"it has {size:,} bytes, more than {LARGEST_FILE:,}")
         table = tomllib.loads(path.read_bytes().decode())
     except FileNotFoundError:
         close = closest_config(str(path))
         meant = f"did you mean {close}?" if close else "`python -m train list` shows the configs."
         raise UserError(f"{path} does not exist; {meant}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    # RuntimeError: of links that lead to each other, up to Python 3.12.
+    except (OSError, ValueError, RecursionError, RuntimeError) as error:
         raise UserError(f"{path} cannot be read as TOML: {error}") from None
     below, base = {}, table.pop("base", None)
     parse({"run_dir": ""} | table, where=f"{path}: ")  # by itself: its mistakes are not those of its base
     if base is not None:
-        below = _read(path.parent / str(base), (*above, path.resolve()))
+        if not isinstance(base, str):
+            raise UserError(f"{path}: base: expected a string, got {_said(base)}.")
+        below = _read(path.parent / base, (*above, resolved))
     if {"steps", "epochs"} & table.keys():
         below = {key: value for key, value in below.items() if key not in ("steps", "epochs")}
     sections = {
@@ -389,10 +419,20 @@ def _explained(error: ValidationError) -> str:
     if kind == "unexpected_keyword_argument":
         schema = _SECTIONS[str(section[0])] if section else Config
         return f"{key} is not a key; {_meant(key, [field.name for field in dataclasses.fields(schema)])}."
-    expected = _EXPECTED.get(kind, "{text}").format(text=text, limit=text.rpartition(" ")[2])
+    limit = text.rpartition(" ")[2]
+    limit = limit if len(limit) < 20 else f"{float(limit):g}"
+    expected = _EXPECTED.get(kind, "{text}").format(text=text, limit=limit)
     expected += " or a list" * any(other["type"] == "tuple_type" for other in same if other is not problem)
-    got = "none" if kind == "missing" else repr(problem["input"])
+    if kind == "json_invalid":  # which is nested too deeply
+        return f"expected a job, got values that cannot be one: {problem.get('ctx', {}).get('error')}."
+    got = "none" if kind == "missing" else _said(problem["input"])
     return f"{key}: expected {expected}, got {got}.".removeprefix(": ")
+
+
+def _said(value: Any) -> str:
+    """Return a value as it is shown to a user, who knows it and needs no more of it than a line."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _tagged(loc: Sequence[int | str]) -> bool:

@@ -3,6 +3,7 @@
 import json
 import signal
 import socket
+import time
 
 import jax
 import numpy as np
@@ -193,8 +194,23 @@ def test_exception_in_one_process_ends_it_alone_and_does_not_hang_the_others(don
     (first, _), (other, _) = done
     assert other.returncode == 1
     assert other.stderr.endswith("ZeroDivisionError: in the third step of process 1\n")
-    # The other one is told by the connection that breaks, or by JAX, which ends the process.
-    assert first.returncode in (1, -signal.SIGABRT), first
+    assert first.returncode == 1
+    assert "failed: process 1 has ended or cannot be reached. What it has printed" in first.stderr
+
+
+def test_process_that_is_killed_is_named_by_the_others_without_a_core_dump(tmp_path):
+    """That which JAX's coordination service is a part of; another one is in the test before."""
+    address = ["--coordinator", f"127.0.0.1:{free_port()}", "--num-processes", 2]
+    flags = [*FLAGS, "--steps", 10**6, "--run-dir", tmp_path / "run", *address]
+    first, other = (start(*flags, "--process-id", i, JAX_NUM_CPU_DEVICES="1") for i in range(2))
+    while not results(tmp_path / "run"):
+        assert first.poll() is None and other.poll() is None
+        time.sleep(0.1)
+    first.kill()
+    finish(first)
+    done = finish(other)
+    assert done.returncode == 1
+    assert "failed: process 0 has ended" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_process_that_never_comes_ends_the_other_with_a_message(tmp_path):

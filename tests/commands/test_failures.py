@@ -165,7 +165,7 @@ def test_config_that_makes_no_sense_is_refused_in_a_line_that_names_the_mistake(
         ),
         (b"steps = 1\nmodel.norm = 'group'\nmodel.norm_groups = 7", "model.norm_groups: expected a divisor"),
         (b"base = 'job.toml'", "inherits from itself"),
-        (b"base = '.'", "Is a directory"),
+        (b"base = '.'", "it is a folder, a pipe or a device"),
         (b"base = 'nothing.toml'", "nothing.toml does not exist"),
         (b"epocs = 1", "epocs is not a key; perhaps you meant epochs"),
         (b"steps = 1\n[optimiser]\nname = 'sgd'", "perhaps you meant optimizer"),

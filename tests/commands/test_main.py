@@ -11,6 +11,8 @@ from tests.helpers.command import ROOT
 from train import __main__ as program
 from train import data
 from train.config import load
+from train.errors import UserError
+from train.runs import processes
 
 
 @pytest.mark.slow
@@ -85,6 +87,23 @@ def test_line_that_begins_with_nothing_known_is_told_what_it_was_probably_meant_
         assert complaint == f"error: {said}; did you mean `python -m train {meant}`?\n"
     code, _, complaint = command("nothing", "like", "it")
     assert code == 2 and "'nothing' is neither a config nor a command.\nusage: python -m train" in complaint
+
+
+def test_processes_compare_what_they_were_asked_for_before_they_write(tmp_path, command, monkeypatch):
+    """As if this were one of several processes; how they compare is in tests/train/runs/test_processes.py."""
+    compared = []
+
+    def refuse(values):
+        compared.append(list(values.values()))
+        raise UserError("another command elsewhere")
+
+    monkeypatch.setattr(processes, "check_equal", refuse)
+    config, out = "configs/digits_mlp.toml", tmp_path / "out"
+    assert command(config, "--run-dir", out)[0] == 2
+    assert command("sweep", config, "--seed", "1,2", "--out", out)[0] == 2
+    assert command("compare", config, "configs/digits_cnn.toml", "--seeds", "3", "--out", out)[0] == 2
+    assert compared == [["train", None, 1], ["sweep", str(out), 2], ["compare", str(out), 6]]
+    assert not out.exists()
 
 
 def test_usage_is_printed_and_asking_for_it_is_no_mistake(command):

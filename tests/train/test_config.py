@@ -129,13 +129,69 @@ def test_base_that_leads_nowhere_is_named(write, refusal):
     assert refusal(load, inheriting, []) == f"{base}: data: expected a table, got 3."
 
 
+def test_bases_that_lead_in_circles_or_into_pipes_end_in_a_sentence(write, tmp_path, refusal):
+    (tmp_path / "again").symlink_to(".")
+    assert "inherits from itself" in refusal(load, write("base = 'again/job.toml'"), [])
+    (tmp_path / "other.toml").symlink_to("job.toml")
+    assert "inherits from itself" in refusal(load, write("base = 'other.toml'"), [])
+    (tmp_path / "loop.toml").symlink_to("loop.toml")
+    os.mkfifo(tmp_path / "pipe.toml")
+    (tmp_path / "zeros.toml").symlink_to("/dev/zero")
+    for name in ("loop", "pipe", "zeros"):
+        for path in (tmp_path / f"{name}.toml", write(f"base = '{name}.toml'")):
+            assert f"{name}.toml cannot be read as TOML: " in refusal(load, path, []), name
+    for number in range(101):
+        write(f"base = '{number + 1}.toml'", f"{number}.toml")
+    assert "is the base of more than 99 configs" in refusal(load, tmp_path / "0.toml", [])
+    for base in (3, True, ["a"]):
+        text = f"base = {json.dumps(base)}"
+        assert f"base: expected a string, got {base}." in refusal(load, write(text), [])
+
+
+def test_text_that_names_no_file_is_refused_wherever_it_stands(job, write, refusal):
+    assert "a\0b.toml cannot be read as TOML: embedded null" in refusal(load, Path("a\0b.toml"), [])
+    assert "cannot be read as TOML: embedded null" in refusal(
+        load, write('base = "a\\u0000b"', "nul.toml"), []
+    )
+    for flag, key in (("--run-dir", "run_dir"), ("--data.path", "data.path"), ("--init-from", "init_from")):
+        for text in ("a\0b", "l\udcfcft"):
+            expected = f"{key}: expected text in UTF-8 without NUL characters, got {text!r}."
+            assert refusal(load, job, [flag, text]) == expected
+        assert refusal(load, job, [flag, ""]) == f"{key}: expected a value, got ''."
+
+
+def test_file_sets_values_and_never_flags(write, refusal):
+    for text in (
+        "help = true",
+        "'--help' = true",
+        "model.widths = ['--seed', '3']",
+        "model.widths = ['--help']",
+    ):
+        assert "is not a key" in (said := refusal(load, write(text), [])) or "expected an integer" in said
+    loaded = load(write("steps = 1\ndata.path = '--help'\nrun_dir = '--seed=3'"), [])
+    assert (loaded.data.path, loaded.run_dir, loaded.seed) == ("--help", "--seed=3", 0)
+
+
 def test_files_that_cannot_be_read_are_named(write, tmp_path, refusal):
     assert refusal(load, tmp_path / "none.toml", []) == (
         f"{tmp_path}/none.toml does not exist; `python -m train list` shows the configs."
     )
-    for content in ("epochs = ", "seed = 1\nseed = 1", b"\xff", "seed = " + "1" * 5000, "a = " + "[" * 10**5):
+    lists, long = "a = " + "[" * 5000, "# " + "long" * 2**14
+    for content in ("epochs = ", "seed = 1\nseed = 1", b"\xff", "seed = " + "1" * 5000, lists, long):
         path = write(content)
         assert refusal(load, path, []).startswith(f"{path} cannot be read as TOML: "), content[:9]
+
+
+def test_values_that_no_number_and_no_table_can_be_are_refused_in_a_line(write, refusal):
+    for text in (
+        "seed = 0x" + "1" * 5000,
+        "data.path = " + "[" * 400 + "]" * 400,
+        f"seed.{'.'.join('a' * 900)} = 1",
+    ):
+        sentence = refusal(load, write(text), [])
+        assert ": expected a job, got values that cannot be one: " in sentence and len(sentence) < 400
+    long = refusal(load, write("data.path = " + "1" * 4000), [])
+    assert "data.path: expected a string, got 1111" in long and len(long) < 400
 
 
 # What a file holds in place of what it should hold -> what is said of it.
@@ -205,21 +261,21 @@ RANGES = {
     "data.validation": ([0, 0.999], {-0.1: ">= 0", 1: "< 1", NAN: "< 1"}),
     "data.feature_scales": (
         [(), (1e-9, 1e9), (0.5, 0.5)],
-        {(0, 1): "> 0", (-1, 1): "> 0", (1, INF): "finite", (NAN, 1): "finite"},
+        {(0, 1): "> 0", (-1, 1): "> 0", (1, INF): "finite", (NAN, 1): "finite", (1, 1e300): "< 1e+38"},
     ),
     "data.crop": ([0], {-1: ">= 0"}),
     "data.shift": ([0], {-1: ">= 0"}),
-    "data.device_gib": ([0], {-1: ">= 0", INF: "finite", NAN: "finite"}),
+    "data.device_gib": ([0], {-1: ">= 0", 1e300: "< 1e+38", INF: "finite", NAN: "finite"}),
     "model.norm_momentum": ([0, 1], {-0.1: ">= 0", 1.1: "<= 1"}),
     "model.virtual_batch_size": ([1], {0: ">= 1"}),
     "model.norm_groups": ([1], {0: ">= 1"}),
-    "model.widths": ([(), (1, 1)], {(8, 0): ">= 1"}),
+    "model.widths": ([(), (1, 1)], {(8, 0): ">= 1", (2**31,): "< 2147483648"}),
     "model.class_weights": (
         [(), (0, 1e9), "balanced"],
         {(1, -1): ">= 0", (1, INF): "finite", (NAN,): "finite"},
     ),
     "model.kernel_std": ([0, 1e9], {-0.1: ">= 0", INF: "finite", NAN: "finite"}),
-    "optimizer.learning_rate": ([1e-9, 1e9], {0: "> 0", INF: "finite", NAN: "finite"}),
+    "optimizer.learning_rate": ([1e-9, 1e9], {0: "> 0", 1e300: "< 1e+38", INF: "finite", NAN: "finite"}),
     "optimizer.base_batch_size": ([0], {-1: ">= 0"}),
     "optimizer.momentum": ([0, 0.99], {-0.1: ">= 0", 1: "< 1"}),
     "optimizer.weight_decay": ([0, 1e9], {-0.1: ">= 0", INF: "finite"}),
@@ -257,6 +313,7 @@ CONTRADICTIONS = [
     ({"epochs": 4.0}, "expected either steps or epochs, got steps = 100, epochs = 4.0."),
     ({"data.feature_scales": (2,)}, "data.feature_scales: expected none, or ... the highest, got [2]."),
     ({"data.feature_scales": (1, 2, 3)}, "data.feature_scales: expected none, or ..., got [1, 2, 3]."),
+    ({"data.feature_scales": (1e-300, 1)}, "expected numbers from 1e-30 to 1e38, got [1e-300, 1]."),
     ({"data.feature_scales": (2, 1)}, "data.feature_scales: expected none, or ..., got [2, 1]."),
     ({"optimizer.milestones": (0.7, 0.2)}, "milestones: expected increasing fractions, got [0.7, 0.2]."),
     ({"optimizer.milestones": (0.2, 0.2)}, "milestones: expected increasing fractions, got [0.2, 0.2]."),

@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers
 from xxhash import xxh3_128
 
 from train.errors import RunFailed, UserError, explain
+from train.runs.files import read_text
 
 Metrics = dict[str, float]
 
@@ -164,13 +165,13 @@ def _check_metrics(folder: Path) -> None:
     for path in folder.glob("[0-9]*/metrics/metrics"):
         checkpoint = path.parent.parent
         try:
-            metrics = json.loads(path.read_text())
+            metrics = json.loads(read_text(path))
             _quality(metrics)
             digest = _digest(metrics)
             digests = _record(checkpoint)["digests"]
         except FileNotFoundError:
             continue  # the job that trains there is just deleting it, or was killed while it did
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _broken(checkpoint, error) from error
         if digests is not None and digests.get("metrics") != digest:
             raise _damaged(checkpoint, "metrics")
@@ -178,7 +179,7 @@ def _check_metrics(folder: Path) -> None:
 
 def _record(folder: Path) -> dict[str, Any]:
     """Return what was recorded of a checkpoint when it was saved; of those of earlier versions nothing."""
-    metadata = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
+    metadata = json.loads(read_text(folder / "_CHECKPOINT_METADATA"))
     try:
         return {"digests": None, "best_step": None} | metadata.get("custom_metadata", {})
     except (AttributeError, TypeError):

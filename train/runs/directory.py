@@ -15,6 +15,7 @@ profile/          a trace of some steps, if asked for
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import platform
 import sys
@@ -183,7 +184,9 @@ def read_config(path: Path) -> Config:
     try:
         if not isinstance(values, dict):
             raise UserError(f"expected an object, got a {type(values).__name__}.")
-        return configs.parse(values)
+        config = configs.parse(values)
+        configs.check(config)
+        return config
     except UserError as error:
         raise UserError(
             f"'{path / 'config.json'}' is not a job of this program: {error} {_RESTORE_CONFIG}"
@@ -197,7 +200,7 @@ def read_data(path: Path) -> Description:
         preprocessing = {
             name: np.asarray(value, np.float32) for name, value in values["preprocessing"].items()
         }
-        return Description(
+        described = Description(
             shape=tuple(map(int, values["shape"])),
             dtype=str(values["dtype"]),
             labels=_labels(values),
@@ -205,24 +208,35 @@ def read_data(path: Path) -> Description:
             preprocessing=Preprocessing(**preprocessing),
             fingerprint=values["fingerprint"],
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        for value in described.preprocessing:
+            np.broadcast_to(value, described.shape)
+        if described.dtype not in ("uint8", "float32") or 0 in (described.shape or [0]):
+            raise ValueError("no data have its shape or its dtype")
+        return described
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"'{path / 'data.json'}' does not describe data: {error}. {_RESTORE_DATA}") from None
 
 
 def _labels(values: dict[str, Any]) -> Labels:
     if "labels" not in values:  # as earlier versions wrote it
-        return Labels(counts=(1,) * int(values["classes"]))
-    labels = values["labels"]
-    return Labels(
-        counts=tuple(map(int, labels["counts"])),
-        names=tuple(map(str, labels["names"])),
-        mean=float(labels["mean"]),
-        std=float(labels["std"]),
+        if not 0 < (classes := int(values["classes"])) < 2**24:
+            raise ValueError(f"no data have {classes} classes")
+        return Labels(counts=(1,) * classes)
+    given = values["labels"]
+    labels = Labels(
+        counts=tuple(map(int, given["counts"])),
+        names=tuple(map(str, given["names"])),
+        mean=float(given["mean"]),
+        std=float(given["std"]),
     )
+    known = len(labels.names) in (0, len(labels.counts)) and min(labels.counts, default=0) >= 0
+    if not (known and math.isfinite(labels.mean) and 0 <= labels.std < math.inf):
+        raise ValueError("no data have its labels")
+    return labels
 
 
 def _read(path: Path, name: str, remedy: str) -> Any:
-    if not path.exists():
+    if not os.path.exists(path):  # Path.exists raises an error for a name that is too long
         raise UserError(f"'{path}' does not exist; expected a run directory.")
     if not (path / name).is_file():
         runs = sorted(found.parent for found in path.glob("*/config.json"))

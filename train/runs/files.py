@@ -1,13 +1,17 @@
 """Small files, written whole or not at all, also when the process is killed: JSON, and lines of JSON."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from train.errors import UserError
+
+LARGEST = sys.float_info.max
 
 
 def read_json(path: Path) -> Any:
@@ -17,9 +21,16 @@ def read_json(path: Path) -> Any:
       UserError: it does not exist, or is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read: {error}") from None
+
+
+def read_text(path: Path, *, errors: str = "strict") -> str:
+    """Read a text file; an OSError says so if it is a pipe or a device, which might never end."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is not a file", str(path))
+    return path.read_text("utf-8", errors)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,10 +77,19 @@ class JsonLines:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read such a file, if it exists, without a last line that a kill may have cut."""
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
+    for text in read_text(path, errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
             lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    return [line for line in lines if isinstance(line, dict) and _is_step(line.get("step"))]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a JSON file is a number, or null for one that was not finite."""
+    return value is None or (type(value) in (int, float) and abs(value) <= LARGEST)
+
+
+def _is_step(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**31
 
 
 def _as_line(value: dict[str, Any]) -> str:

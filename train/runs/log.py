@@ -4,6 +4,7 @@ import math
 import platform
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -23,17 +24,27 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from train.runs.files import JsonLines, read_lines
+from train.runs.files import JsonLines, is_number, read_lines
+from train.runs.summary import SPLITS
 
 # split -> {"loss": ..., "accuracy": ...}, the same metrics for each; of classes it is a dict of theirs
 Results = dict[str, dict[str, Any]]
 
-SPLITS = ("train", "validation", "test")
-
 
 def read_inspections(run_dir: Path) -> list[dict[str, Any]]:
-    """Read inspection.jsonl: the measurements inside the network, step by step."""
-    return read_lines(run_dir / "inspection.jsonl")
+    """Read inspection.jsonl: the measurements inside the network, step by step, all of one shape."""
+    lines = read_lines(run_dir / "inspection.jsonl")
+    shapes = Counter(map(_shape, lines))
+    return [line for line in lines if _shape(line) == shapes.most_common(1)[0][0]]
+
+
+def _shape(value: Any) -> Any:
+    """Return a value of a JSON file with its numbers left out, which may be compared and hashed."""
+    if isinstance(value, dict):
+        return tuple((key, _shape(inner)) for key, inner in sorted(value.items()))
+    if isinstance(value, list):
+        return tuple(map(_shape, value))
+    return is_number(value) or str(value)
 
 
 class Log:
@@ -51,8 +62,8 @@ class Log:
                 JsonLines(run_dir / f"{name}.jsonl", first_step=first_step)
                 for name in ("metrics", "inspection")
             )
-            if self._metrics.kept:
-                self._started -= self._metrics.kept[-1].get("seconds", 0.0)
+            seconds = [line.get("seconds") for line in self._metrics.kept]
+            self._started -= max((s for s in seconds if s is not None and is_number(s)), default=0.0)
             self._tensorboard = _EventFile(run_dir / "tensorboard", purge_step=first_step + 1)
         self._progress = Progress(
             TextColumn("training"),

@@ -1,5 +1,6 @@
 """Requests to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -32,4 +33,5 @@ class StopRequests:
             os.kill(os.getpid(), number)
         self.received = number
         # Not print, in the middle of which the signal may have come.
-        os.write(2, b"\nstopping: saves first; a second signal ends it at once\n")
+        with contextlib.suppress(OSError):  # where nobody reads it any more
+            os.write(2, b"\nstopping: saves first; a second signal ends it at once\n")

@@ -1,18 +1,20 @@
 """What a run has reached: summary.json."""
 
+import dataclasses
 import re
 import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 
 from train.errors import UserError
 from train.runs.checkpoints import Checkpoints
-from train.runs.files import read_json, read_lines
+from train.runs.files import is_number, read_json, read_lines
 
+SPLITS = ("train", "validation", "test")
 Status = Literal["finished", "stopped", "failed"]
 
 # How metrics that say how good a network is are called.
@@ -62,14 +64,27 @@ def read_summary(run_dir: Path) -> Summary | None:
     """Read the summary of a run; None if there is none, or a broken one, which the next start replaces."""
     try:
         summary = Summary(**read_json(run_dir / "summary.json"))
-        return summary if isinstance(summary.step, int | None) else None
+        status, step, *numbers = dataclasses.astuple(summary)
+        known = status in get_args(Status) and type(step) in (int, type(None))
+        valid = known and all(map(_has_numbers, numbers))
+        return summary if valid else None
     except (UserError, TypeError):
         return None
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read metrics.jsonl, without a last line that a kill may have cut."""
-    return [line for line in read_lines(run_dir / "metrics.jsonl") if "split" in line]
+    """Read metrics.jsonl, without a last line that a kill may have cut, and others that are no results."""
+    lines = read_lines(run_dir / "metrics.jsonl")
+    return [
+        line
+        for line in lines
+        if "loss" in line and line.get("split") in SPLITS and _has_numbers(line | {"split": None})
+    ]
+
+
+def _has_numbers(value: Any) -> bool:
+    """Return whether a value of a JSON file is a number, or a dict of them, as for classes."""
+    return all(map(_has_numbers, value.values())) if isinstance(value, dict) else is_number(value)
 
 
 def summarize(

@@ -152,7 +152,7 @@ def test_one_process_at_a_time_trains_in_a_directory(tmp_path):
 def test_config_that_cannot_be_read_is_named(make_config, tmp_path):
     config = make_config()
     begin(config)
-    for text in ("", "[]", '{"run_dir": "x"', '{"run_dir": "x", "colour": 3}'):
+    for text in ("", "[]", '{"run_dir": "x"', '{"run_dir": "x", "colour": 3}', '{"run_dir": "x"}'):
         (Path(config.run_dir) / "config.json").write_text(text)
         with pytest.raises(UserError, match="config.json' (cannot be read|is not a job of this program)"):
             directory.earlier_summary(config)
@@ -174,6 +174,20 @@ def test_data_are_described_for_those_who_use_the_network_later(make_config):
         assert described.fingerprint == digits().fingerprint
         for value, expected in zip(described.preprocessing, digits(**options).preprocessing):
             assert_array_equal(value, expected, strict=True)
+
+
+def test_data_json_that_does_not_describe_data_is_named(make_config):
+    begin(make_config())
+    path = Path(make_config().run_dir) / "data.json"
+    whole = json.loads(path.read_text())
+    for spoilt in (
+        *({"shape": []}, {"shape": [8, 0, 1]}, {"shape": [-1]}, {"shape": "x"}, {"shape": [10**400]}),
+        *({"classes": 0}, {"classes": 10**400}, {"dtype": "int3"}, {"preprocessing": []}),
+        *({"preprocessing": {"mean": value, "std": 1}} for value in ("x", [1, 2, 3], [[1], [2, 3]], 10**400)),
+    ):
+        path.write_text(json.dumps(whole | spoilt))
+        with pytest.raises(UserError, match="data.json' does not describe data: .* Delete it"):
+            directory.read_data(path.parent)
 
 
 def test_other_data_than_those_of_the_run_are_refused(make_config):

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,11 +34,17 @@ def test_file_of_the_same_name_with_another_ending_is_left_alone(tmp_path):
 
 def test_file_that_is_not_json_is_named(tmp_path):
     path = tmp_path / "a.json"
-    for content in (None, b"", b"{", b"\xff", b"[" * 10**5):
+    for content in (None, b"", b"{", b"\xff", b"[" * 10**5, b"1" * 5000):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(UserError, match="a.json' cannot be read: "):
             files.read_json(path)
+    path.unlink()
+    os.mkfifo(path)  # for which a reader would wait for ever
+    with pytest.raises(UserError, match="a.json' cannot be read: .* is not a file"):
+        files.read_json(path)
+    with pytest.raises(OSError, match="is not a file"):
+        read_lines(path)
 
 
 @pytest.fixture

@@ -45,7 +45,15 @@ def test_line_that_is_not_a_result_costs_no_other_line(tmp_path):
     write(tmp_path, [10])
     path = tmp_path / "metrics.jsonl"
     whole = path.read_text()
-    for broken in ("[]", "{}", "\x00", "3", '{"step": 1}', '{"step": 10}'):
+    long = "1" * 5000
+    for broken in (
+        *("[]", "{}", "\x00", "3", '{"step": 1}', '{"step": 10}', "[" * 10**5, f'{{"step": {long}}}'),
+        *('{"step": true, "split": "test", "loss": 1}', '{"step": -1, "split": "test", "loss": 1}'),
+        '{"step": 10, "split": "test", "loss": "low", "accuracy": 1, "seconds": "x"}',
+        '{"step": 10, "split": ["test"], "loss": 1, "seconds": [1]}',
+        '{"step": 10, "split": "test", "accuracy": 1, "seconds": null}',
+        f'{{"step": 10, "split": "test", "loss": {long[:400]}, "seconds": {long[:400]}}}',
+    ):
         path.write_text(broken + "\n" + whole + broken + "\n")
         assert len(read_metrics(tmp_path)) == 3, broken
         write(tmp_path, [20], first_step=10)
@@ -66,6 +74,21 @@ def test_inspections_are_one_valid_json_object_a_step_in_a_file_of_their_own(tmp
     ]
     assert read_inspections(tmp_path) == [json.loads(line) for line in text.splitlines()]
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_inspection_of_another_shape_than_the_others_is_left_out(tmp_path):
+    inspect(tmp_path, [0, 10])
+    path = tmp_path / "inspection.jsonl"
+    whole = path.read_text()
+    for broken in (
+        *('{"step": 5}', '{"step": 5, "slope": [0.5], "losses": {"deep": [1, 2]}}'),
+        *(
+            '{"step": 5, "slope": [0.5, "x"], "losses": {"deep": [1, 2]}}',
+            '{"step": 5, "slope": 1, "losses": []}',
+        ),
+    ):
+        path.write_text(broken + "\n" + whole)
+        assert [line["step"] for line in read_inspections(tmp_path)] == [0, 10], broken
 
 
 @pytest.mark.parametrize("first_step, steps", [(0, [5]), (10, [0, 10, 5]), (15, [0, 10, 5])])

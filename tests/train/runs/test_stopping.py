@@ -39,3 +39,13 @@ def test_signal_that_a_library_has_taken_is_noted_again_after_install_handlers()
         stop.install_handlers()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
+
+
+def test_signal_is_noted_where_nobody_reads_what_is_said_of_it(monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(stopping.os, "write", broken)
+    with StopRequests() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received == signal.SIGTERM

@@ -64,6 +64,12 @@ def test_broken_summary_counts_as_none(tmp_path):
     for content in ("", "[]", '{"status": "fin', '{"step": 3}', '{"status": "finished", "step": "x"}', "3"):
         path.write_text(content)
         assert summary.read_summary(tmp_path) is None, content
+    for spoilt in (
+        *({"status": 3}, {"status": ["finished"]}, {"step": True}, {"step": 2.5}, {"best_step": [1]}),
+        *({"test_accuracy": "high"}, {"test_accuracy": 10**400}, {"wall_seconds": {}}),
+    ):
+        path.write_text(json.dumps({"status": "finished", "step": 3} | spoilt))
+        assert summary.read_summary(tmp_path) is None, spoilt
     path.write_text(json.dumps({"status": "finished"}))
     assert not summary.read_summary(tmp_path).finished
     path.write_text(json.dumps({"status": "finished", "step": 3}))
