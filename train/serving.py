@@ -1,6 +1,5 @@
 """Using a trained network: evaluation, prediction, and export to a program that needs JAX alone."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from train.errors import UserError
 from train.runs import processes
 from train.runs.files import replace
 from train.training import TrainedRun, load_best, steps
+from train.training.evaluation import data_at
 
 IMAGE_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for as many bytes a pixel
 # Images are predicted this many at a time, the last ones padded with zeros: one program for any number of
@@ -31,11 +31,7 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
       UserError: the run or the data cannot be read, or the data do not suit the network.
     """
     run = load_best(run_dir)
-    config = run.config.data
-    if path is not None:
-        # The embedded digits have no file; others like them come in the general layout.
-        name = "npz" if config.name == "digits" else config.name
-        config = dataclasses.replace(config, name=name, path=path)
+    config = data_at(run.config.data, path)
     _, (inputs, labels) = data.read(config)
     what = f"the test split of {path or config.path or config.name}"
     if labels.max() >= (outputs := run.data.labels.outputs):

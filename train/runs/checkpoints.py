@@ -4,11 +4,13 @@ A checkpoint is a dict of pytrees, saved and restored by name. Data order, augme
 functions of the seed and the step, so that a training state is all that is needed to go on exactly.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 from train.errors import RunFailed, UserError, explain
 
 Metrics = dict[str, float]
+RECALIBRATED = "recalibrated"  # the folder of the best model with running statistics that were pooled anew
 
 
 def _quality(metrics: Metrics) -> Any:
@@ -29,9 +32,9 @@ def _quality(metrics: Metrics) -> Any:
 class Checkpoints:
     """The checkpoints of one run: the newest two and the best one by validation."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, name: str = "checkpoints"):
         _silence_libraries()
-        folder = (run_dir / "checkpoints").absolute()
+        folder = (run_dir / name).absolute()
         _check_metrics(folder)
         policies = [
             checkpoint_managers.LatestN(2),
@@ -63,6 +66,10 @@ class Checkpoints:
         """The step of the best checkpoint by validation; of the newest one where there is no validation."""
         return self._manager.best_step() or self.latest_step
 
+    def metrics(self, step: int) -> Metrics | None:
+        """Return the metrics that a step was saved with, if any."""
+        return self._manager.metrics(step)
+
     def save(self, step: int, items: dict[str, Any], metrics: Metrics | None) -> None:
         """Save a step, with the validation metrics that rank it. A step is saved once."""
         if step == self.latest_step:
@@ -87,6 +94,16 @@ class Checkpoints:
             if not isinstance(error, FileNotFoundError) and (reason := explain(error)):
                 raise RunFailed(f"'{folder}' could not be read: {reason}") from error
             raise _broken(folder, error) from error
+
+
+@contextlib.contextmanager
+def open_recalibrated(run_dir: Path, step: int | None) -> Iterator[Checkpoints | None]:
+    """Open what recalibration has made of a step's model, if there is that."""
+    if not (run_dir / RECALIBRATED).exists():
+        yield None
+        return
+    with Checkpoints(run_dir, RECALIBRATED) as checkpoints:
+        yield checkpoints if checkpoints.latest_step == step else None
 
 
 @functools.cache

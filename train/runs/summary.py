@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from train.errors import UserError
-from train.runs.checkpoints import Checkpoints
+from train.runs.checkpoints import Checkpoints, open_recalibrated
 from train.runs.files import read_json, read_lines
 
 Status = Literal["finished", "stopped", "failed"]
@@ -26,6 +26,7 @@ class Summary:
     test_accuracy: float | None = None  # of the best step
     test_loss: float | None = None
     best_test_accuracy: float | None = None  # the maximum of the test curve, as papers report it
+    recalibrated: dict[str, float] | None = None  # the test metrics of the best step after recalibration
     wall_seconds: float | None = None  # earlier sessions included
     examples_per_second: float | None = None
     peak_host_bytes: int | None = None
@@ -61,6 +62,8 @@ def summarize(
     """Return what a run has reached, by its metrics and its checkpoints."""
     tests = {line["step"]: line for line in read_metrics(run_dir) if line["split"] == "test"}
     best = tests.get(checkpoints.best_step, {})
+    with open_recalibrated(run_dir, best_step := checkpoints.best_step) as of_best:
+        recalibrated = of_best.metrics(best_step) if of_best and best_step is not None else None
     accuracies = [accuracy for line in tests.values() if (accuracy := line.get("accuracy")) is not None]
     return Summary(
         status=status,
@@ -69,6 +72,7 @@ def summarize(
         test_accuracy=best.get("accuracy"),
         test_loss=best.get("loss"),
         best_test_accuracy=max(accuracies, default=None),
+        recalibrated=recalibrated,
         wall_seconds=round(wall_seconds, 3),
         examples_per_second=examples_per_second and round(examples_per_second, 1),
         peak_host_bytes=peak_host_bytes(),
