@@ -72,7 +72,7 @@ def recalibrate_best(
         models.build_pooling(config.model, best.data.shape, best.data.labels.outputs),
         trained,
         dataset.train,
-        # In one order of the data, any batch may be of a single class.
+        # As they are in the file, a batch may be of a single class.
         data.order(config.seed, 0, len(dataset.train)),
         config.batch_size // config.optimizer.accumulate,
         stopped,

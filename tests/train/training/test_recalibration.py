@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.helpers.jobs import final_state, fit, results
 from train import data, models, serving
+from train.__main__ import main
 from train.config import Model
 from train.data import Labels, Preprocessing, Split
 from train.models import Variables
@@ -176,7 +177,7 @@ def test_longer_job_is_recalibrated_anew_and_until_then_has_what_belongs_to_its_
     assert not [entry for entry in path.iterdir() if entry.name.startswith(".recalibrated")]
 
 
-def test_run_that_is_there_is_recalibrated_by_the_command_also_again(copied, monkeypatch):
+def test_run_that_is_there_is_recalibrated_by_the_command_also_again(copied, monkeypatch, capsys, tmp_path):
     config, summary = copied
     path = Path(config.run_dir)
     orders, sizes = [], []
@@ -192,7 +193,14 @@ def test_run_that_is_there_is_recalibrated_by_the_command_also_again(copied, mon
     assert found["before"] == {"loss": summary.test_loss, "accuracy": summary.test_accuracy}
     assert serving.evaluate(path)["loss"] == found["after"]["loss"] != found["before"]["loss"]
     assert fit(config) == dataclasses.replace(summary, recalibrated=found["after"])
-    assert recalibrate(path) == found
+    capsys.readouterr()
+    assert main(["recalibrate", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    job = tmp_path / "job.toml"
+    job.write_text(f"run_dir = '{path}'\nsteps = 30\neval_every = 12\ndevices = 1\n[model]\nwidths = [16]\n")
+    assert main([str(job), "--num-processes", "1"]) == 0
+    accuracy = f"the best by validation, {found['after']['accuracy']:.4f} after recalibration. Files: "
+    assert accuracy in capsys.readouterr().out
     # In parts where training normalizes parts of a batch.
     best = load_best(path, recalibrated=False)
     parts = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, accumulate=4))
