@@ -91,6 +91,24 @@ def export(run_dir: Positional[Path], file: Positional[Path | None] = None) -> i
     return 0
 
 
+def recalibrate(
+    run_dir: Positional[Path], *, path: Annotated[str | None, arg(name="data.path")] = None
+) -> int:
+    """Pool the running statistics of a run anew; print a JSON line.
+
+    They are pooled over its training data, with the weights of its best checkpoint, which every other command
+    then uses with them.
+
+    Args:
+      run_dir: the run directory.
+      path: where the data that the run was trained on are now.
+    """
+    from train.training import recalibration
+
+    print(json.dumps(recalibration.recalibrate(run_dir, path)))
+    return 0
+
+
 def list_configs() -> int:
     """List the configs, a line each."""
     paths = sorted(CONFIGS.glob("*.toml"))
@@ -101,7 +119,13 @@ def list_configs() -> int:
     return 0
 
 
-COMMANDS = {"eval": evaluate, "predict": predict, "export": export, "list": list_configs}
+COMMANDS = {
+    "eval": evaluate,
+    "predict": predict,
+    "export": export,
+    "recalibrate": recalibrate,
+    "list": list_configs,
+}
 
 
 @dataclass(frozen=True)
@@ -283,7 +307,7 @@ def _advice(arguments: list[str]) -> str:
 
 def _help() -> str:
     lines = [
-        f"  {name:8} {(f.__doc__ or '').partition(chr(10))[0]}" for name, f in (COMMANDS | STUDIES).items()
+        f"  {name:11} {(f.__doc__ or '').partition(chr(10))[0]}" for name, f in (COMMANDS | STUDIES).items()
     ]
     return "\n".join([HELP, *lines])
 

@@ -1,6 +1,5 @@
 """Using a trained network: evaluation, prediction, and export to a program that needs JAX alone."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from train.errors import UserError
 from train.runs import directory, processes
 from train.runs.files import replace
 from train.training import TrainedRun, load_best, steps
+from train.training.evaluation import data_at
 
 # Images are predicted this many at a time, the last ones padded with zeros: one program for any number of
 # them, in which none's result depends on the others. Small, because a single image costs as much.
@@ -32,11 +32,7 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         those that it was trained on, and no path was given.
     """
     run = load_best(run_dir)
-    config = run.config.data
-    if path is not None:
-        # The embedded digits have no file; others like them come in the general layout.
-        name = "npz" if config.name == "digits" else config.name
-        config = dataclasses.replace(config, name=name, path=path)
+    config = data_at(run.config.data, path)
     given, fingerprint = data.load_test(
         config,
         loss=run.config.model.loss,

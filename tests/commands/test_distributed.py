@@ -13,20 +13,22 @@ from numpy.testing import assert_allclose
 from tests.helpers.command import finish, start
 from tests.helpers.jobs import final_state, fit, make_config, results
 from train import serving
+from train.runs.summary import read_summary
 
 pytestmark = pytest.mark.slow
 
-# Every kind of thing that could differ: augmentation, accumulation, an average, an evaluation of odd size.
+# What could differ: augmentation, accumulation, an average, an evaluation of odd size, recalibration.
 JOB = {
     "steps": 12,
     "eval_every": 5,
+    "recalibrate": True,
     "data": {"shift": 1},
     "optimizer": {"schedule": "constant", "accumulate": 2, "average": 0.9, "weight_decay": 0.0},
 }
 FLAGS = [
     *("configs/digits_mlp.toml", "--steps", 12, "--eval-every", 5, "--model.widths", 16, "--data.shift", 1),
     *("--optimizer.schedule", "constant", "--optimizer.accumulate", 2, "--optimizer.average", 0.9),
-    *("--optimizer.weight-decay", 0, "--peer-timeout", 20),
+    *("--optimizer.weight-decay", 0, "--peer-timeout", 20, "--recalibrate", True),
 ]
 
 PROCESS = """
@@ -148,6 +150,9 @@ def test_several_processes_train_as_one_does_to_rounding(folder, done):
         exact = ("step", "split", "accuracy")
         assert [line[key] for key in exact] == [expected[key] for key in exact]
         assert_allclose(line["loss"], expected["loss"], rtol=1e-5)
+    found, expected = (read_summary(folder / name).recalibrated for name in ("scratch", "alone"))
+    assert found["accuracy"] == expected["accuracy"]
+    assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
 
 
 def test_only_the_first_of_several_processes_writes_and_prints(folder, done):

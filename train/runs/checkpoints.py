@@ -7,11 +7,13 @@ Orbax stores with it our digest of each item, by which a flipped bit is noticed,
 best then, by which missing metrics are. Checkpoints of earlier versions have neither.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +27,7 @@ from train.errors import RunFailed, UserError, explain
 from train.runs.files import read_text
 
 Metrics = dict[str, float]
+RECALIBRATED = "recalibrated"  # the folder of the best model with running statistics that were pooled anew
 
 
 def _quality(metrics: Metrics) -> Any:
@@ -45,9 +48,9 @@ def exist(run_dir: Path) -> bool:
 class Checkpoints:
     """The checkpoints of one run: the newest two and the best one by validation."""
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, name: str = "checkpoints"):
         _silence_libraries()
-        folder = self._folder = (run_dir / "checkpoints").absolute()
+        folder = self._folder = (run_dir / name).absolute()
         _check_metrics(folder)
         policies = [
             checkpoint_managers.LatestN(2),
@@ -83,6 +86,10 @@ class Checkpoints:
     def best_step(self) -> int | None:
         """The step of the best checkpoint by validation; of the newest one where there is no validation."""
         return self._manager.best_step() or self.latest_step
+
+    def metrics(self, step: int) -> Metrics | None:
+        """Return the metrics that a step was saved with, if any."""
+        return self._manager.metrics(step)
 
     def save(self, step: int, items: dict[str, Any], metrics: Metrics | None) -> None:
         """Save a step, with the validation metrics that rank it. A step is saved once."""
@@ -139,6 +146,16 @@ class Checkpoints:
             raise _broken(newest, error) from error
         if recorded not in (None, self._manager.best_step()) and (self._folder / str(recorded)).exists():
             raise _damaged(self._folder / str(recorded), "metrics")
+
+
+@contextlib.contextmanager
+def open_recalibrated(run_dir: Path, step: int | None) -> Iterator[Checkpoints | None]:
+    """Open what recalibration has made of a step's model, if there is that."""
+    if not (run_dir / RECALIBRATED).exists():
+        yield None
+        return
+    with Checkpoints(run_dir, RECALIBRATED) as checkpoints:
+        yield checkpoints if checkpoints.latest_step == step else None
 
 
 @functools.cache

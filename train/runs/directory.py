@@ -7,6 +7,7 @@ metrics.jsonl     one line an evaluation and split (train/runs/log.py)
 inspection.jsonl  what the layers see, if asked for (train/training/inspection.py)
 summary.json      what the run reached; absent while it runs (train/runs/summary.py)
 checkpoints/      train/runs/checkpoints.py
+recalibrated/     the best model with running statistics pooled anew, if asked for
 tensorboard/      the metrics once more
 curves.png        their chart (train/runs/curves.py)
 profile/          a trace of some steps, if asked for

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from train.errors import UserError
-from train.runs.checkpoints import Checkpoints
+from train.runs.checkpoints import Checkpoints, open_recalibrated
 from train.runs.files import is_number, read_json, read_lines
 
 SPLITS = ("train", "validation", "test")
@@ -32,6 +32,7 @@ class Summary:
     test_accuracy: float | None = None  # of the best step; of numbers there is none
     test_loss: float | None = None
     best_test_accuracy: float | None = None  # the maximum of the test curve, as papers report it
+    recalibrated: dict[str, float] | None = None  # the test metrics of the best step after recalibration
     wall_seconds: float | None = None  # earlier sessions included
     examples_per_second: float | None = None
     peak_host_bytes: int | None = None
@@ -47,17 +48,23 @@ class Summary:
     @property
     def reached(self) -> str:
         """What the best step has reached, in words."""
-        test = self.test or {"accuracy": self.test_accuracy, "loss": self.test_loss}
-        said = [f"{said} {test[key]:.4f}" for key, said in SAID.items() if test.get(key) is not None]
-        of_classes = test.get("class_accuracy", {})
-        if 0 < len(of_classes) <= NAMED:
-            known = (f"{name} {'-' if a is None else f'{a:.4f}'}" for name, a in of_classes.items())
-            said[-1] += f" ({', '.join(known)})"
-        if (error := test.get("mean_absolute_error")) is not None:
-            said.append(f"mean absolute error {error:.4g}")
+        said = _said(self.test or {"accuracy": self.test_accuracy, "loss": self.test_loss})
         if not said:
             return "no evaluation yet"
-        return f"test {', '.join(said)} at step {self.best_step}, the best by validation"
+        after = f"; after recalibration {_said(self.recalibrated)}" if self.recalibrated else ""
+        return f"test {said} at step {self.best_step}, the best by validation{after}"
+
+
+def _said(test: dict[str, Any]) -> str:
+    """Return the metrics of the test split that say how good a network is, in words."""
+    said = [f"{said} {test[key]:.4f}" for key, said in SAID.items() if test.get(key) is not None]
+    of_classes = test.get("class_accuracy", {})
+    if 0 < len(of_classes) <= NAMED:
+        known = (f"{name} {'-' if a is None else f'{a:.4f}'}" for name, a in of_classes.items())
+        said[-1] += f" ({', '.join(known)})"
+    if (error := test.get("mean_absolute_error")) is not None:
+        said.append(f"mean absolute error {error:.4g}")
+    return ", ".join(said)
 
 
 def read_summary(run_dir: Path) -> Summary | None:
@@ -97,6 +104,8 @@ def summarize(
     """Return what a run has reached, by its metrics and its checkpoints."""
     tests = {line["step"]: line for line in read_metrics(run_dir) if line["split"] == "test"}
     best = tests.get(checkpoints.best_step, {})
+    with open_recalibrated(run_dir, best_step := checkpoints.best_step) as of_best:
+        recalibrated = of_best.metrics(best_step) if of_best and best_step is not None else None
     maximum = lambda key: max(
         (line[key] for line in tests.values() if line.get(key) is not None), default=None
     )
@@ -108,6 +117,7 @@ def summarize(
         test_accuracy=best.get("accuracy"),
         test_loss=best.get("loss"),
         best_test_accuracy=maximum("accuracy"),
+        recalibrated=recalibrated,
         wall_seconds=round(wall_seconds, 3),
         examples_per_second=examples_per_second and round(examples_per_second, 1),
         peak_host_bytes=peak_host_bytes(),

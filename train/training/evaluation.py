@@ -1,5 +1,6 @@
 """Evaluation over a split, and the best checkpoint of a run to do it with."""
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,12 +9,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train import models
-from train.config import Config
+from train.config import Config, Data
 from train.data import Preprocessing, Split, eval_batches
 from train.errors import UserError
 from train.models import Network, Variables
 from train.runs import directory, processes
-from train.runs.checkpoints import Checkpoints
+from train.runs.checkpoints import Checkpoints, open_recalibrated
 from train.runs.directory import Description
 from train.training import losses
 from train.training.losses import Loss, Metrics
@@ -54,14 +55,27 @@ class TrainedRun(NamedTuple):
     trained: TrainedNetwork
 
 
-def load_best(run_dir: Path) -> TrainedRun:
+def data_at(config: Data, path: str | None) -> Data:
+    """Return where a run's data are, or others like them: at a path that is given now, if one is."""
+    if path is None:
+        return config
+    # The embedded digits have no file; others like them come in the general layout.
+    name = "npz" if config.name == "digits" else config.name
+    return dataclasses.replace(config, name=name, path=path)
+
+
+def load_best(run_dir: Path, *, recalibrated: bool = True, mesh: Mesh | None = None) -> TrainedRun:
     """Load the best checkpoint of a run, by validation.
+
+    Args:
+      recalibrated: whether to load it as recalibration has left it, where that was done.
+      mesh: where to put it; if not given, on all devices.
 
     Raises:
       UserError: it is not a run, or has no checkpoint.
     """
     config, data = directory.read_config(run_dir), directory.read_data(run_dir)
-    mesh = processes.mesh_of(jax.devices())
+    mesh = mesh or processes.mesh_of(jax.devices())
     network = models.build(config.model, data.shape, data.labels.outputs)
     shapes = jax.eval_shape(network.init, jax.random.key(0), np.zeros((1, *data.shape), np.float32))
     like = jax.tree.map(lambda leaf: processes.replicated_like(mesh, leaf), shapes._asdict())
@@ -69,7 +83,9 @@ def load_best(run_dir: Path) -> TrainedRun:
         step = checkpoints.best_step
         if step is None:
             raise UserError(f"'{run_dir}' has no checkpoint yet; train it first.")
-        variables = Variables(**checkpoints.restore(step, {"model": like})["model"])
+        with open_recalibrated(run_dir, step) as of_best:
+            source = of_best if of_best and recalibrated else checkpoints
+            variables = Variables(**source.restore(step, {"model": like})["model"])
     preprocessing = processes.replicate(mesh, data.preprocessing)
     trained = TrainedNetwork(network, losses.of(config.model, data.labels), mesh, variables, preprocessing)
     return TrainedRun(config, data, step, trained)

@@ -30,15 +30,15 @@ class Job(NamedTuple):
     notes: tuple[str, ...]  # what the user should know before it starts
 
 
-def load_data(config: Config) -> Dataset:
-    """Load the data of a job; what is made of them once is kept beside its run directory.
+def load_data(config: Config, run_dir: Path | None = None) -> Dataset:
+    """Load the data of a job; what is made of them once is kept beside its run directory, wherever that is.
 
     Raises:
       UserError: a file is missing or malformed, or there is nothing to train on, or what can be known of the
         network without data rules it out.
     """
     models.check(config.model, accumulate=config.optimizer.accumulate, recalibrate=config.recalibrate)
-    cache = directory.data_cache(Path(config.run_dir))
+    cache = directory.data_cache(run_dir or Path(config.run_dir))
     return data.load(config.data, loss=config.model.loss, cache=cache)
 
 

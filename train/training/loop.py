@@ -13,6 +13,7 @@ import jax
 from train import data
 from train.config import Config
 from train.errors import RunFailed, UserError, explained
+from train.models import NORMS
 from train.runs import curves, directory, processes
 from train.runs.checkpoints import Checkpoints
 from train.runs.files import write_json
@@ -20,9 +21,10 @@ from train.runs.log import Log, Results
 from train.runs.stopping import StopRequests
 from train.runs.summary import Summary, read_metrics, summarize
 from train.training import losses, steps
-from train.training.evaluation import TrainedNetwork
+from train.training.evaluation import TrainedNetwork, load_best
 from train.training.inspection import inspect
 from train.training.job import Job, load_data, prepare
+from train.training.recalibration import recalibrate_best
 from train.training.state import ALL_FINITE, TrainState, from_items, no_sums, to_items
 
 SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait, or one step if that is longer
@@ -73,13 +75,15 @@ def fit(config: Config, stop: StopRequests) -> Summary:
             Log(run_dir, first_step=step or 0, total_steps=job.step_config.total_steps, writes=primary)
         )
         log.print("\n".join([_heading(job, step), *job.notes]))
-        speed, error = Speed(), None
+        speed, error, finished = Speed(), None, False
         try:
             with explained():
                 train(job, state, checkpoints, log, stop, speed)
+                finished = _is_finished(job, checkpoints, checkpoints.latest_step or 0)
+                if finished and config.recalibrate and NORMS[config.model.norm].pools:
+                    finished = _recalibrate(job, log, stop)
         except RunFailed as failure:
             error = failure
-        finished = _is_finished(job, checkpoints, checkpoints.latest_step or 0)
         status = "failed" if error else "finished" if finished else "stopped"
         rate = speed.steps * config.batch_size / speed.seconds if speed.steps else None
         summary = summarize(run_dir, checkpoints, status, log.seconds, rate)
@@ -156,6 +160,15 @@ def train(
                 checkpoints.save(step, to_items(state), None)
             if signal:
                 break
+
+
+def _recalibrate(job: Job, log: Log, stop: StopRequests) -> bool:
+    """Recalibrate the best checkpoint of a job, and return whether that was done before a stop."""
+    run_dir = Path(job.config.run_dir)
+    log.print(f"recalibrating over {len(job.data.train):,} training examples")
+    best = load_best(run_dir, recalibrated=False, mesh=job.step_config.mesh)
+    stopped = lambda: bool(processes.agree(0, stop).signal)
+    return recalibrate_best(run_dir, best, job.data, stopped) is not None
 
 
 def _take(job: Job, state: TrainState, order: Any, start: int, count: int) -> TrainState:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jbn
 from train.data import Examples, Preprocessing, augment
 from train.models import Network, Variables
+from train.models.norms import Rule
 from train.runs.processes import AXIS
 from train.training.losses import Loss, add_up
 from train.training.state import StepConfig, StepInputs, TrainState, no_sums
@@ -75,14 +76,14 @@ def _gradients(config, variables, x, labels):
     (grads, loss, sums, batch_stats), _ = jax.lax.scan(add_part, totals, (split(x), split(labels)))
     grads, loss = jax.tree.map(lambda total: total / parts, (grads, loss))
     if not frozen:
-        batch_stats = _update(config.rule, variables.batch_stats, batch_stats)
+        batch_stats = update_statistics(config.rule, variables.batch_stats, batch_stats)
     return grads, loss, sums, batch_stats
 
 
-def _update(rule, running, batch):
+def update_statistics(rule: Rule, running: Any, batch: Any) -> Any:
     """Apply an update rule to the moments of every layer, each a dict of mean, var and count."""
     if "mean" not in running:
-        return {name: _update(rule, running[name], batch[name]) for name in running}
+        return {name: update_statistics(rule, running[name], batch[name]) for name in running}
     return rule(jbn.Moments(**running), jbn.Moments(**batch))._asdict()
 
 

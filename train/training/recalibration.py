@@ -1,0 +1,148 @@
+"""Running statistics pooled anew over the training data, with the weights of the best checkpoint."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jbn
+from train import data, models
+from train.data import Dataset, Preprocessing, Split
+from train.errors import UserError
+from train.models import NORMS, Network, Variables
+from train.runs import directory, processes
+from train.runs.checkpoints import RECALIBRATED, Checkpoints
+from train.runs.files import write_json
+from train.runs.summary import read_summary
+from train.training.evaluation import TrainedNetwork, TrainedRun, data_at, load_best
+from train.training.job import load_data
+from train.training.steps import update_statistics
+
+
+def recalibrate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
+    """Recalibrate the best checkpoint of a run, and return its test metrics before and after.
+
+    Args:
+      path: where the data of the run are now, if not where it was trained.
+
+    Raises:
+      UserError: the run or its data cannot be read, other data are there, the run has no statistics to pool,
+        or another process trains it.
+    """
+    config = directory.read_config(run_dir)
+    if not NORMS[config.model.norm].pools:
+        pooling = " or ".join(repr(name) for name in NORMS if NORMS[name].pools)
+        raise UserError(
+            f"'{run_dir}': expected a run with model.norm = {pooling}, whose running statistics can be "
+            f"pooled, got {config.model.norm!r}."
+        )
+    with directory.created_and_locked(run_dir):
+        best = load_best(run_dir, recalibrated=False)
+        dataset = load_data(dataclasses.replace(config, data=data_at(config.data, path)), run_dir)
+        directory.check_same_data(run_dir, dataset.fingerprint, "give their --data.path")
+        before = best.trained.evaluate(dataset.test)
+        after = recalibrate_best(run_dir, best, dataset)
+        if summary := read_summary(run_dir):
+            summary = dataclasses.replace(summary, recalibrated=after)
+            write_json(run_dir / "summary.json", dataclasses.asdict(summary))
+    examples = len(dataset.test)
+    return {"split": "test", "step": best.step, "before": before, "after": after, "examples": examples}
+
+
+def recalibrate_best(
+    run_dir: Path, best: TrainedRun, dataset: Dataset, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Recalibrate the best checkpoint, save it in the run directory, and return its test metrics.
+
+    Every process of a job calls this. Nothing is saved if `stopped` says so meanwhile; it then returns None.
+    """
+    config, trained = best.config, best.trained
+    variables = pool(
+        models.build_pooling(config.model, best.data.shape, best.data.labels.outputs),
+        trained,
+        dataset.train,
+        # As they are in the file, a batch may be of a single class.
+        data.order(config.seed, 0, len(dataset.train)),
+        config.batch_size // config.optimizer.accumulate,
+        stopped,
+    )
+    if variables is None:
+        return None
+    metrics = trained._replace(variables=variables).evaluate(dataset.test)
+    _save(run_dir, best.step, variables, metrics)
+    return metrics
+
+
+def pool(
+    network: Network,
+    trained: TrainedNetwork,
+    split: Split,
+    order: np.ndarray,
+    batch_size: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Variables | None:
+    """Return a network's variables with the running statistics of a whole split, or None if `stopped`.
+
+    Every example counts once, as it is, without augmentation. As in training, each layer normalizes with the
+    moments of the batch; the last batch takes in what is left over. A feature whose variance float32 cannot
+    hold keeps the statistics that it has.
+
+    Args:
+      network: the one that is trained, with statistics that pool batches.
+      order: (n,), the order in which the split is gone through.
+    """
+    (params, stats), mesh = trained.variables, trained.mesh
+    pooled = processes.replicate(mesh, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stats))
+    batches = len(order) // batch_size
+    for i in range(batches):
+        if stopped():
+            return None
+        rows = order[i * batch_size : (i + 1) * batch_size if i + 1 < batches else None]
+        place = processes.replicate if len(rows) % mesh.size else processes.shard
+        inputs = place(mesh, split.take(rows).inputs)
+        pooled = _add(network, mesh, Variables(params, pooled), trained.preprocessing, inputs)
+        jax.block_until_ready(pooled)  # or batches that wait would fill the memory
+    return Variables(params, jax.jit(partial(update_statistics, _complete))(stats, pooled))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _add(
+    network: Network, mesh: Mesh, variables: Variables, preprocessing: Preprocessing, inputs: jax.Array
+) -> Any:
+    """Return the running statistics after one more batch."""
+    _, stats = network.apply(variables, preprocessing(inputs), train=True)
+    return jax.lax.with_sharding_constraint(stats, NamedSharding(mesh, P()))
+
+
+def _complete(old: jbn.Moments, pooled: jbn.Moments) -> jbn.Moments:
+    """Count for complete, as moments from elsewhere do in a job that goes on from them."""
+    counted = pooled.count > 0
+    pooled = pooled._replace(count=jnp.ones_like(pooled.count))
+    return jax.tree.map(partial(jnp.where, counted), pooled, old)
+
+
+def _save(run_dir: Path, step: int, variables: Variables, metrics: dict[str, float]) -> None:
+    """Replace what an earlier recalibration has left; a kill leaves one of the two, or none."""
+    folder, new, old = (
+        run_dir / name for name in (RECALIBRATED, f".{RECALIBRATED}.tmp", ".recalibrated.old")
+    )
+    with processes.raise_on_all("make room in the run directory"):
+        if processes.is_primary():
+            shutil.rmtree(new, ignore_errors=True)
+    with Checkpoints(run_dir, new.name) as checkpoints:
+        checkpoints.save(step, {"model": variables._asdict()}, metrics)
+    with processes.raise_on_all("replace the recalibrated model"):
+        if processes.is_primary():
+            shutil.rmtree(old, ignore_errors=True)
+            if folder.exists():
+                folder.rename(old)
+            new.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
