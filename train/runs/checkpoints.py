@@ -116,8 +116,8 @@ class Checkpoints:
         if metrics is None:
             return best
         # Of equals the latest, as Orbax ranks them.
-        is_best = best is None or _quality(metrics) >= _quality(self._manager.metrics(best))
-        return step if is_best else best
+        of_best: Any = best is not None and self._manager.metrics(best)
+        return step if best is None or _quality(metrics) >= _quality(of_best) else best
 
     def _check_best(self) -> None:
         """Raise a UserError if another step is the best now than when the newest one was saved."""
@@ -185,7 +185,7 @@ def _digest(item: Any) -> str:
         array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 
