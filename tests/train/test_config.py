@@ -129,10 +129,8 @@ def test_bases_that_lead_in_circles_or_into_pipes_end_in_a_sentence(write, tmp_p
 
 
 def test_text_that_names_no_file_is_refused_wherever_it_stands(job, write, refusal):
-    assert "a\0b.toml cannot be read as TOML: embedded null" in refusal(load, Path("a\0b.toml"), [])
-    assert "cannot be read as TOML: embedded null" in refusal(
-        load, write('base = "a\\u0000b"', "nul.toml"), []
-    )
+    assert "a\0b.toml cannot be read as TOML: " in refusal(load, Path("a\0b.toml"), [])
+    assert "cannot be read as TOML: " in refusal(load, write('base = "a\\u0000b"', "nul.toml"), [])
     for flag, key in (("--run-dir", "run_dir"), ("--data.path", "data.path"), ("--init-from", "init_from")):
         for text in ("a\0b", "l\udcfcft"):
             expected = f"{key}: expected text in UTF-8 without NUL characters, got {text!r}."
