@@ -23,8 +23,8 @@ from train.errors import UserError
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
-Positive = Annotated[float, Field(gt=0, lt=1e38, allow_inf_nan=False)]  # as float32 holds it
-NonNegativeFloat = Annotated[float, Field(ge=0, lt=1e38, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False)]  # as float32 holds it
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # Each name is a line of a table too: READERS in train/data/formats.py, NETWORKS in train/models/build.py and
@@ -160,7 +160,7 @@ class Config:
     """Initial weights, augmentation and the order of the data follow from it."""
     steps: Annotated[int | None, Field(ge=1, lt=2**31)] = None
     """How long to train, in steps; replaces epochs."""
-    epochs: Annotated[float | None, Field(gt=0, lt=1e38, allow_inf_nan=False)] = None
+    epochs: Annotated[float | None, Field(gt=0, le=1e38, allow_inf_nan=False)] = None
     """How long to train, in passes over the training data; replaces steps."""
     batch_size: Count = 128
     """Examples in a step, over all devices."""
@@ -420,11 +420,12 @@ def _explained(error: ValidationError) -> str:
         schema = _SECTIONS[str(section[0])] if section else Config
         return f"{key} is not a key; {_meant(key, [field.name for field in dataclasses.fields(schema)])}."
     limit = text.rpartition(" ")[2]
-    limit = limit if len(limit) < 20 else f"{float(limit):g}"
+    if limit.isdigit() and len(limit) > 20:
+        limit = f"{float(limit):g}"
     expected = _EXPECTED.get(kind, "{text}").format(text=text, limit=limit)
     expected += " or a list" * any(other["type"] == "tuple_type" for other in same if other is not problem)
     if kind == "json_invalid":  # which is nested too deeply
-        return f"expected a job, got values that cannot be one: {problem.get('ctx', {}).get('error')}."
+        return f"expected a job, got values that cannot be one: {text.rpartition(': ')[2]}."
     got = "none" if kind == "missing" else _said(problem["input"])
     return f"{key}: expected {expected}, got {got}.".removeprefix(": ")
 

@@ -1,5 +1,6 @@
 """Using a trained network: evaluation, prediction, and export to a program that needs JAX alone."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

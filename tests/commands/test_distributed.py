@@ -187,7 +187,7 @@ def test_processes_that_were_started_differently_are_refused(folder, done):
 
 def test_mistake_that_one_process_finds_ends_all(done):
     (_, first), (_, other) = done
-    assert first["other data"] == "another process could not prepare the job; it says why."
+    assert first["other data"] == "another process could not read the data; it says why."
     assert "nothing.npz' does not exist" in other["other data"]
 
 

@@ -132,13 +132,11 @@ def test_signal_is_noted_although_jax_has_taken_it_to_connect_processes(
 def test_job_outlasts_its_reader_also_where_names_of_files_are_said_to_be_ascii(tmp_path):
     run_dir = tmp_path / "l\u00e4uft"
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    process = start(
-        *JOB[:1], "--steps", 20, "--eval-every", 5, "--devices", 1, "--run-dir", run_dir, **locale
-    )
-    assert process.stdout.readline().startswith("data   digits")
-    process.stdout.close()  # as `| head -n 1` does
-    assert process.wait(120) == 0 and process.stderr.read() == ""
-    process.stderr.close()
+    job = [JOB[0], "--steps", 20, "--eval-every", 5, "--devices", 1, "--run-dir", run_dir]
+    with start(*job, **locale) as process:
+        assert process.stdout.readline().startswith("data   digits")
+        process.stdout.close()  # as `| head -n 1` does
+        assert process.stderr.read() == "" and process.wait(120) == 0
     assert json.loads((run_dir / "summary.json").read_text())["status"] == "finished"
     assert directory.read_config(run_dir).run_dir == str(run_dir)
 

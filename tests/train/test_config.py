@@ -149,10 +149,8 @@ def test_bases_that_lead_in_circles_or_into_pipes_end_in_a_sentence(write, tmp_p
 
 
 def test_text_that_names_no_file_is_refused_wherever_it_stands(job, write, refusal):
-    assert "a\0b.toml cannot be read as TOML: embedded null" in refusal(load, Path("a\0b.toml"), [])
-    assert "cannot be read as TOML: embedded null" in refusal(
-        load, write('base = "a\\u0000b"', "nul.toml"), []
-    )
+    assert "a\0b.toml cannot be read as TOML: " in refusal(load, Path("a\0b.toml"), [])
+    assert "cannot be read as TOML: " in refusal(load, write('base = "a\\u0000b"', "nul.toml"), [])
     for flag, key in (("--run-dir", "run_dir"), ("--data.path", "data.path"), ("--init-from", "init_from")):
         for text in ("a\0b", "l\udcfcft"):
             expected = f"{key}: expected text in UTF-8 without NUL characters, got {text!r}."
@@ -261,11 +259,11 @@ RANGES = {
     "data.validation": ([0, 0.999], {-0.1: ">= 0", 1: "< 1", NAN: "< 1"}),
     "data.feature_scales": (
         [(), (1e-9, 1e9), (0.5, 0.5)],
-        {(0, 1): "> 0", (-1, 1): "> 0", (1, INF): "finite", (NAN, 1): "finite", (1, 1e300): "< 1e+38"},
+        {(0, 1): "> 0", (-1, 1): "> 0", (1, INF): "finite", (NAN, 1): "finite", (1, 1e300): "<= 1e+38"},
     ),
     "data.crop": ([0], {-1: ">= 0"}),
     "data.shift": ([0], {-1: ">= 0"}),
-    "data.device_gib": ([0], {-1: ">= 0", 1e300: "< 1e+38", INF: "finite", NAN: "finite"}),
+    "data.device_gib": ([0], {-1: ">= 0", 1e300: "<= 1e+38", INF: "finite", NAN: "finite"}),
     "model.norm_momentum": ([0, 1], {-0.1: ">= 0", 1.1: "<= 1"}),
     "model.virtual_batch_size": ([1], {0: ">= 1"}),
     "model.norm_groups": ([1], {0: ">= 1"}),
@@ -275,7 +273,7 @@ RANGES = {
         {(1, -1): ">= 0", (1, INF): "finite", (NAN,): "finite"},
     ),
     "model.kernel_std": ([0, 1e9], {-0.1: ">= 0", INF: "finite", NAN: "finite"}),
-    "optimizer.learning_rate": ([1e-9, 1e9], {0: "> 0", 1e300: "< 1e+38", INF: "finite", NAN: "finite"}),
+    "optimizer.learning_rate": ([1e-9, 1e9], {0: "> 0", 1e300: "<= 1e+38", INF: "finite", NAN: "finite"}),
     "optimizer.base_batch_size": ([0], {-1: ">= 0"}),
     "optimizer.momentum": ([0, 0.99], {-0.1: ">= 0", 1: "< 1"}),
     "optimizer.weight_decay": ([0, 1e9], {-0.1: ">= 0", INF: "finite"}),

@@ -209,6 +209,8 @@ def read_data(path: Path) -> Description:
             preprocessing=Preprocessing(**preprocessing),
             fingerprint=values["fingerprint"],
         )
+        if not isinstance(described.fingerprint, str):
+            raise ValueError("its fingerprint is no text")
         for value in described.preprocessing:
             np.broadcast_to(value, described.shape)
         if described.dtype not in ("uint8", "float32") or 0 in (described.shape or [0]):

@@ -71,9 +71,11 @@ def read_summary(run_dir: Path) -> Summary | None:
     """Read the summary of a run; None if there is none, or a broken one, which the next start replaces."""
     try:
         summary = Summary(**read_json(run_dir / "summary.json"))
-        status, step, *numbers = dataclasses.astuple(summary)
+        status, step, *numbers = dataclasses.astuple(
+            dataclasses.replace(summary, test=None, recalibrated=None)
+        )
         known = status in get_args(Status) and type(step) in (int, type(None))
-        valid = known and all(map(_has_numbers, numbers))
+        valid = known and all(map(is_number, numbers)) and _has_numbers([summary.test, summary.recalibrated])
         return summary if valid else None
     except (UserError, TypeError):
         return None
@@ -90,8 +92,10 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _has_numbers(value: Any) -> bool:
-    """Return whether a value of a JSON file is a number, or a dict of them, as for classes."""
-    return all(map(_has_numbers, value.values())) if isinstance(value, dict) else is_number(value)
+    """Return whether a value of a JSON file is a number, or has numbers alone, as a dict of classes."""
+    if isinstance(value, dict | list):
+        return all(map(_has_numbers, value.values() if isinstance(value, dict) else value))
+    return is_number(value)
 
 
 def summarize(

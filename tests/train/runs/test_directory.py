@@ -182,12 +182,25 @@ def test_data_json_that_does_not_describe_data_is_named(make_config):
     whole = json.loads(path.read_text())
     for spoilt in (
         *({"shape": []}, {"shape": [8, 0, 1]}, {"shape": [-1]}, {"shape": "x"}, {"shape": [10**400]}),
-        *({"classes": 0}, {"classes": 10**400}, {"dtype": "int3"}, {"preprocessing": []}),
+        *({"dtype": "int3"}, {"preprocessing": []}, {"fingerprint": 3}),
+        *({"labels": None, "classes": 3}, {"labels": []}, {"labels": {"counts": [1]}}),
+        *(
+            {"labels": whole["labels"] | change}
+            for change in ({"counts": [-1]}, {"names": ["a"]}, {"mean": "x"})
+        ),
         *({"preprocessing": {"mean": value, "std": 1}} for value in ("x", [1, 2, 3], [[1], [2, 3]], 10**400)),
     ):
         path.write_text(json.dumps(whole | spoilt))
         with pytest.raises(UserError, match="data.json' does not describe data: .* Delete it"):
             directory.read_data(path.parent)
+    del whole["labels"]  # as in earlier versions
+    for classes, outputs in ((10, 10), (0, None), (10**9, None), (10**400, None)):
+        path.write_text(json.dumps(whole | {"classes": classes}))
+        if outputs:
+            assert directory.read_data(path.parent).labels.outputs == outputs
+        else:
+            with pytest.raises(UserError, match="data.json' does not describe data: .* Delete it"):
+                directory.read_data(path.parent)
 
 
 def test_other_data_than_those_of_the_run_are_refused(make_config):

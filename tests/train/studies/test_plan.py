@@ -112,7 +112,7 @@ def test_command_that_is_not_valid_exits_2_and_leaves_nothing(capsys, monkeypatc
         ("compare", "compare: expected two configs or more, the baseline first, got none"),
         (f"compare {DIGITS} runs/digits", "expected two configs or more"),
         (f"sweep {DIGITS} {OTHER} --seed 0,1", "sweep: expected one config, got"),
-        (f"sweep {DIGITS} --seeds 0", "--seeds: expected 1 or more, got 0"),
+        (f"sweep {DIGITS} --seeds 0", "--seeds: expected 1 to 10000, got 0"),
         (f"sweep {DIGITS} --out", "--out"),
         (f"sweep {DIGITS} --model.norm none", "sweep: expected several values of a key, as in"),
         ("compare digits_mlp raw_inputs --seeds 2", "did you mean ../"),

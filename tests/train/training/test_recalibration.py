@@ -199,7 +199,9 @@ def test_run_that_is_there_is_recalibrated_by_the_command_also_again(copied, mon
     job = tmp_path / "job.toml"
     job.write_text(f"run_dir = '{path}'\nsteps = 30\neval_every = 12\ndevices = 1\n[model]\nwidths = [16]\n")
     assert main([str(job), "--num-processes", "1"]) == 0
-    accuracy = f"the best by validation, {found['after']['accuracy']:.4f} after recalibration. Files: "
+    accuracy = (
+        f"the best by validation; after recalibration accuracy {found['after']['accuracy']:.4f}. Files: "
+    )
     assert accuracy in capsys.readouterr().out
     # In parts where training normalizes parts of a batch.
     best = load_best(path, recalibrated=False)
@@ -215,7 +217,7 @@ def test_what_cannot_be_recalibrated_is_refused_in_a_sentence(copied, refusal, t
     images, labels = np.zeros((200, 8, 8, 1), np.uint8), np.arange(200) % 10
     np.savez(tmp_path / "other.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     message = refusal(recalibrate, path, str(tmp_path / "other.npz"))
-    assert message.startswith(f"data.path: expected the data that '{path}' was trained on, of fingerprint")
+    assert message.startswith(f"run_dir = '{path}' was trained on other data (fingerprint")
     with directory.created_and_locked(path):
         assert "is in use by another process" in refusal(recalibrate, path)
     norm = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="flax"))
