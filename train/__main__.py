@@ -56,7 +56,7 @@ def evaluate(run_dir: Positional[Path], *, path: Annotated[str | None, arg(name=
       run_dir: the run directory.
       path: other data, in the layout of the data that the run was trained on.
     """
-    from train import serving
+    from train.training.trained import serving
 
     print(json.dumps(serving.evaluate(run_dir, path)))
     return 0
@@ -69,7 +69,7 @@ def predict(run_dir: Positional[Path], images: Positional[tuple[Path, ...]]) -> 
       run_dir: the run directory.
       images: images, .npy arrays or .npz archives of them: bytes from 0 to 255, or numbers as in training.
     """
-    from train import serving
+    from train.training.trained import serving
 
     if not images:
         raise UserError("images: expected one file or more, got none.")
@@ -85,7 +85,7 @@ def export(run_dir: Positional[Path], file: Positional[Path | None] = None) -> i
       run_dir: the run directory.
       file: where to write it; RUN_DIR/model.stablehlo if not given.
     """
-    from train import serving
+    from train.training.trained import serving
 
     print(serving.export(run_dir, file or run_dir / "model.stablehlo"))
     return 0
@@ -103,7 +103,7 @@ def recalibrate(
       run_dir: the run directory.
       path: where the data that the run was trained on are now.
     """
-    from train.training import recalibration
+    from train.training.trained import recalibration
 
     print(json.dumps(recalibration.recalibrate(run_dir, path)))
     return 0

@@ -12,8 +12,8 @@ from numpy.testing import assert_allclose
 
 from tests.helpers.command import finish, start
 from tests.helpers.jobs import final_state, fit, make_config, results
-from train import serving
 from train.runs.summary import read_summary
+from train.training.trained import serving
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ job = lambda name, *more: [*flags, "--run-dir", str(folder / name), *more]
 facts["scratch"] = main(job("scratch"))
 
 import jax
-from train import serving
+from train.training.trained import serving
 from train.config import load
 from train.errors import UserError
 from train.runs import processes

@@ -5,7 +5,7 @@ import os
 import numpy as np
 from numpy.testing import assert_array_equal
 
-from train.data.formats import KEYS
+from train.data.formats.arrays import KEYS
 
 
 def keras_arrays(n_train=20, n_test=8, shape=(4, 4), dtype=np.uint8):

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.data.formats import permutation
 from train.errors import UserError
 
 
@@ -102,3 +101,9 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 def order(seed: int, epoch: int, examples: int) -> np.ndarray:
     """Return the order in which an epoch visits the training data: (examples,), int32."""
     return permutation([seed, epoch], examples)
+
+
+def permutation(seed: int | list[int], n: int) -> np.ndarray:
+    """Return the numbers below n in an order that follows from the seed, on every machine: (n,), int32."""
+    # RandomState is the one NumPy generator whose stream is promised never to change.
+    return np.random.RandomState(seed).permutation(n).astype(np.int32)

@@ -11,10 +11,10 @@ import numpy as np
 import jbn
 from train.config import Data, LossName
 from train.data import fingerprints
-from train.data.dataset import Dataset, Examples, Labels, Preprocessing, Split
-from train.data.formats import READERS, permutation
+from train.data.dataset import Dataset, Examples, Labels, Preprocessing, Split, permutation
+from train.data.formats.readers import READERS
+from train.data.formats.reading import PARTS, Found, reading
 from train.data.labels import converted
-from train.data.reading import PARTS, Found, reading
 from train.errors import UserError
 
 CHUNK = 2**26  # bytes

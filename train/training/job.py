@@ -12,8 +12,8 @@ from train.config import Config, total_steps
 from train.data import Dataset
 from train.runs import checkpoints, directory, processes
 from train.training import mistakes, steps
-from train.training.pretrained import start_from
 from train.training.state import StepConfig, StepInputs, TrainState, create
+from train.training.trained.pretrained import start_from
 
 
 class Job(NamedTuple):

@@ -21,11 +21,11 @@ from train.runs.log import Log, Results
 from train.runs.stopping import StopRequests
 from train.runs.summary import Summary, read_metrics, summarize
 from train.training import losses, steps
-from train.training.evaluation import TrainedNetwork, load_best
 from train.training.inspection import inspect
 from train.training.job import Job, load_data, prepare
-from train.training.recalibration import recalibrate_best
 from train.training.state import ALL_FINITE, TrainState, from_items, no_sums, to_items
+from train.training.trained.evaluation import TrainedNetwork, load_best
+from train.training.trained.recalibration import recalibrate_best
 
 SECONDS_PER_DISPATCH = 0.2  # how long a stop request and the progress bar wait, or one step if that is longer
 FAR = 1e3  # times the training loss: beyond it, an evaluation sees other inputs than training did

@@ -4,8 +4,8 @@ import pytest
 
 from train.config import Data
 from train.data import load
-from train.data.formats import READERS, Reader
-from train.data.reading import Found
+from train.data.formats.readers import READERS, Reader
+from train.data.formats.reading import Found
 
 
 @pytest.fixture

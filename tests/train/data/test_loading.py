@@ -13,8 +13,9 @@ from tests.helpers.arrays import keras_arrays as arrays
 from tests.helpers.arrays import save_npys
 from train.config import Config, Data, Model
 from train.data import Examples, load, loading
-from train.data.formats import KEYS, READERS, Reader
-from train.data.reading import Found
+from train.data.formats.arrays import KEYS
+from train.data.formats.readers import READERS, Reader
+from train.data.formats.reading import Found
 from train.training.job import prepare
 
 SHAPES = [(4, 5), (4, 5, 3), (3,)]  # grey images, images, vectors

@@ -9,10 +9,10 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.helpers.jobs import final_state, fit
 from tests.helpers.torch_weights import weights
-from train.data.formats import digits
+from train.data.formats.arrays import digits
 from train.errors import UserError
 from train.training import prepare
-from train.training.evaluation import TrainedNetwork
+from train.training.trained.evaluation import TrainedNetwork
 
 
 def test_job_has_its_data_its_steps_and_its_devices(make_config):

@@ -13,8 +13,9 @@ from tests.helpers.jobs import final_state, fit, results
 from train.errors import RunFailed, UserError
 from train.runs import directory
 from train.runs.summary import Summary
-from train.training import evaluation, job, loop, prepare, steps
-from train.training.evaluation import TrainedNetwork, load_best
+from train.training import job, loop, prepare, steps
+from train.training.trained import evaluation
+from train.training.trained.evaluation import TrainedNetwork, load_best
 
 
 def test_job_reports_what_it_reached_and_leaves_its_files(finished):

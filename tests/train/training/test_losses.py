@@ -10,14 +10,15 @@ import pytest
 from numpy.testing import assert_allclose
 
 from tests.helpers.jobs import fit
-from train import data, serving
+from train import data
 from train.config import Model, flatten
 from train.data import Dataset, Labels, Preprocessing, Split
 from train.runs.log import read_inspections
 from train.runs.summary import read_metrics
 from train.training import inspection, losses, steps
-from train.training.evaluation import load_best
 from train.training.losses import CrossEntropy, SquaredError
+from train.training.trained import serving
+from train.training.trained.evaluation import load_best
 
 RNG = np.random.RandomState(0)
 LOGITS, CLASSES = RNG.randn(9, 3), np.array([0, 1, 1, 0, 1, 1, 1, 0, 1], np.int32)

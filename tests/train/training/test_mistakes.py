@@ -7,8 +7,8 @@ import pytest
 
 from train.config import Config, Data, Model, Optimizer
 from train.data import load
-from train.data.formats import READERS, Reader
-from train.data.reading import Found
+from train.data.formats.readers import READERS, Reader
+from train.data.formats.reading import Found
 from train.training.job import prepare
 
 X, Y = np.random.RandomState(0).normal(size=(40, 6, 6, 1)), np.arange(40) % 3

@@ -10,9 +10,9 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from tests.helpers.jobs import final_state, fit, results
-from train import serving
 from train.errors import UserError
 from train.training import loop, steps
+from train.training.trained import serving
 
 
 def killed(*_, **__):

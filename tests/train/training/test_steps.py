@@ -13,9 +13,10 @@ from train.config import Data, Model, Optimizer
 from train.data import Examples, Labels, Preprocessing, augment
 from train.models import Variables
 from train.runs import processes
-from train.training import evaluation, job, steps
+from train.training import job, steps
 from train.training.losses import CrossEntropy
 from train.training.state import ALL_FINITE, StepConfig, StepInputs
+from train.training.trained import evaluation
 
 RNG = np.random.RandomState(0)
 DATA = Examples(RNG.randint(0, 256, (40, 4, 4, 1)).astype(np.uint8), RNG.randint(0, 3, 40).astype(np.int32))

@@ -14,7 +14,8 @@ from numpy.testing import assert_array_equal
 
 from tests.helpers.arrays import Bomb, assert_same, keras_arrays, save_npys
 from train.config import DataName
-from train.data.formats import READERS, digits, npz
+from train.data.formats.arrays import digits, npz
+from train.data.formats.readers import READERS
 
 ARRAYS = keras_arrays()
 

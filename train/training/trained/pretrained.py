@@ -13,10 +13,11 @@ from safetensors.numpy import load_file
 from jbn import _torch
 from train import models
 from train.config import Model
-from train.data.formats import member, reading
+from train.data.formats.arrays import member
+from train.data.formats.reading import reading
 from train.errors import UserError
 from train.models import Variables, torchvision
-from train.training.evaluation import load_best
+from train.training.trained.evaluation import load_best
 
 EXPECTED = "a run directory, or a .safetensors or .npz file of PyTorch's names"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")

@@ -12,17 +12,18 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from train import data, models, serving
+from train import data, models
 from train.__main__ import main
 from train.config import Config, Data, Model
 from train.data import Labels, Split
 from train.models import Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints
-from train.training.evaluation import TrainedNetwork
 from train.training.losses import CrossEntropy
 from train.training.state import TrainState, to_items
 from train.training.steps import predict
+from train.training.trained import serving
+from train.training.trained.evaluation import TrainedNetwork
 
 RANDOM = np.random.RandomState(0)
 COLOURS = RANDOM.randint(0, 256, (90, 6, 5, 3)).astype(np.uint8)

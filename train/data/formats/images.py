@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.data.reading import naming, regular
+from train.data.formats.reading import naming, regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image

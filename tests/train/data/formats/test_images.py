@@ -11,8 +11,8 @@ import pytest
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from train.data import images
-from train.data.reading import reading
+from train.data.formats import images
+from train.data.formats.reading import reading
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (4, 6, 3)).astype(np.uint8)
 

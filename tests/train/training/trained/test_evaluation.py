@@ -10,16 +10,16 @@ import pytest
 from numpy.testing import assert_allclose
 
 from tests.helpers.jobs import fit, results
-from train import serving
 from train.config import Model
 from train.data import Labels, Preprocessing, Split
 from train.errors import UserError
 from train.models import Variables
 from train.runs import directory, processes
 from train.runs.log import read_inspections
-from train.training import evaluation, inspection, losses, prepare
-from train.training.evaluation import TrainedNetwork, load_best
+from train.training import inspection, losses, prepare
 from train.training.losses import LOSSES, CrossEntropy
+from train.training.trained import evaluation, serving
+from train.training.trained.evaluation import TrainedNetwork, load_best
 
 RNG = np.random.RandomState(0)
 INPUTS = RNG.randint(0, 256, (100, 5)).astype(np.uint8)

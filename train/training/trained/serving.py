@@ -11,14 +11,15 @@ from jax import export as jax_export
 from numpy.lib.npyio import NpzFile
 
 from train import data
-from train.data import Labels, images, tables
-from train.data.formats import member, npy
-from train.data.reading import reading, regular
+from train.data import Labels
+from train.data.formats import images, tables
+from train.data.formats.arrays import member, npy
+from train.data.formats.reading import reading, regular
 from train.errors import UserError
 from train.runs import directory, processes
 from train.runs.files import replace
 from train.training import TrainedRun, load_best, steps
-from train.training.evaluation import data_at
+from train.training.trained.evaluation import data_at
 
 # Images are predicted this many at a time, the last ones padded with zeros: one program for any number of
 # them, in which none's result depends on the others. Small, because a single image costs as much.

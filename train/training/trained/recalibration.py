@@ -22,9 +22,9 @@ from train.runs import directory, processes
 from train.runs.checkpoints import RECALIBRATED, Checkpoints
 from train.runs.files import write_json
 from train.runs.summary import read_summary
-from train.training.evaluation import TrainedNetwork, TrainedRun, data_at, load_best
 from train.training.job import load_data
 from train.training.steps import update_statistics
+from train.training.trained.evaluation import TrainedNetwork, TrainedRun, data_at, load_best
 
 
 def recalibrate(run_dir: Path, path: str | None = None) -> dict[str, Any]:

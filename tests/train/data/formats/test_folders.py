@@ -11,7 +11,8 @@ from numpy.testing import assert_array_equal
 from PIL import Image
 
 from train.config import Config, Data
-from train.data import folders, load
+from train.data import load
+from train.data.formats import folders
 from train.runs.directory import data_cache
 from train.training.job import prepare
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import track
 
 from train.config import Data
-from train.data import images
-from train.data.reading import PARTS, Found, reading
+from train.data.formats import images
+from train.data.formats.reading import PARTS, Found, reading
 from train.errors import DISK_FULL, UserError
 
 ACCEPTS = (

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.testing import assert_array_equal
 
 from train.config import Data
-from train.data import load, load_test, tables
+from train.data import load, load_test
+from train.data.formats import tables
 
 ROWS = "height,kind,width\n1.5,cat,2\n-3e2,dog,4\n.5,cat, 6 \n7,elk,8\n"
 

@@ -10,16 +10,17 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.helpers.jobs import final_state, fit, results
-from train import data, models, serving
+from train import data, models
 from train.__main__ import main
 from train.config import Model
 from train.data import Labels, Preprocessing, Split
 from train.models import Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import open_recalibrated
-from train.training import load_best, loop, losses, recalibration
-from train.training.evaluation import TrainedNetwork
-from train.training.recalibration import pool, recalibrate, recalibrate_best
+from train.training import load_best, loop, losses
+from train.training.trained import recalibration, serving
+from train.training.trained.evaluation import TrainedNetwork
+from train.training.trained.recalibration import pool, recalibrate, recalibrate_best
 
 RNG = np.random.RandomState(0)
 INPUTS = RNG.randint(0, 256, (60, 4, 4, 1)).astype(np.uint8)

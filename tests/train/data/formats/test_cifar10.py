@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 
 from tests.helpers.arrays import assert_same, save_npys
-from train.data.formats import CIFAR10_FILES, KEYS, cifar10
+from train.data.formats.arrays import CIFAR10_FILES, KEYS, cifar10
 
 PIXELS = np.random.RandomState(0).randint(0, 256, (6, 4, 3072)).astype(np.uint8)  # of four images a batch
 LABELS = np.random.RandomState(1).randint(0, 10, (6, 4)).astype(np.uint8)

@@ -1,26 +1,24 @@
-"""Files -> raw arrays: NumPy's, MNIST's IDX files, CIFAR-10's binary batches. Nothing is ever unpickled.
+"""NumPy's files, MNIST's IDX files, CIFAR-10's binary batches, embedded digits -> raw arrays.
 
-Each reader takes a path and returns what it found, the arrays under the names of the Keras layout, or None
-where the path has nothing of its kind. A further data set is a reader, a line of `READERS`, and a name in
-train/config.py.
+Nothing is ever unpickled. Each reader returns the arrays under the names of the Keras layout, or None where
+the path has nothing of its kind.
 """
 
 import gzip
 import math
 import struct
 import tarfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.lib.npyio import NpzFile
 
-from train.config import Data, DataName
-from train.data import folders, tables
-from train.data.reading import Found, reading, regular
+from train.data.dataset import permutation
+from train.data.formats.reading import Found, reading, regular
 from train.errors import UserError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -168,38 +166,3 @@ def _cifar10_batch(path: Path, content: bytes) -> tuple[np.ndarray, np.ndarray]:
         if not len(records) or labels.max() > 9:
             raise ValueError(f"it has the label {labels.max()}" if len(records) else "it is empty")
         return np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
-
-
-def permutation(seed: int | list[int], n: int) -> np.ndarray:
-    """Return the numbers below n in an order that follows from the seed, on every machine: (n,), int32."""
-    # RandomState is the one NumPy generator whose stream is promised never to change.
-    return np.random.RandomState(seed).permutation(n).astype(np.int32)
-
-
-class Reader(NamedTuple):
-    """How to read a data set."""
-
-    read: Callable[[Path, Data], Found | None]
-    accepts: str  # what a path may be
-    needs_path: bool = True
-
-
-ARRAYS = "an .npz file with {}, or a folder with these as {}.npz or as .npy files"
-OWN = "x_train and y_train, and x_test and y_test if there are test data,"
-READERS: dict[DataName, Reader] = {
-    "digits": Reader(
-        lambda path, config: digits(path), "no path: they come with scikit-learn", needs_path=False
-    ),
-    "npz": Reader(lambda path, config: npz(path), ARRAYS.format(OWN, "npz")),
-    "csv": Reader(tables.read, tables.ACCEPTS),
-    "folder": Reader(folders.read, folders.ACCEPTS),
-    "mnist": Reader(
-        lambda path, config: mnist(path),
-        f"{ARRAYS.format(', '.join(KEYS), 'mnist')}, or with {', '.join(IDX_FILES)}, each plain or .gz",
-    ),
-    "cifar10": Reader(
-        lambda path, config: cifar10(path),
-        f"{ARRAYS.format(', '.join(KEYS), 'cifar10')}, or with cifar-10-binary.tar.gz or its .bin files, or "
-        "that .tar.gz file",
-    ),
-}

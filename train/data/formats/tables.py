@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from train.config import Data
-from train.data.reading import PARTS, Found, reading, regular
+from train.data.formats.reading import PARTS, Found, reading, regular
 
 ACCEPTS = "a .csv file, or a folder with train.csv, and test.csv and validation.csv if there are any"
 EXPECTED = "a CSV file: names of the columns in its first line, and numbers below"

@@ -18,9 +18,9 @@ from safetensors.numpy import save_file
 from tests.helpers.torch_weights import images, weights
 from train.config import Model
 from train.models import build
-from train.training.pretrained import start_from
+from train.training.trained.pretrained import start_from
 
-PYTORCH = json.loads((Path(__file__).parents[2] / "data/torch_resnet.json").read_text())
+PYTORCH = json.loads((Path(__file__).parents[3] / "data/torch_resnet.json").read_text())
 NARROW = (4, 6, 8, 10)
 STATE = weights("resnet18", widths=NARROW)
 RESNET18 = Model(name="resnet18", widths=NARROW)
@@ -156,7 +156,7 @@ def test_files_that_hold_no_weights_are_refused_in_a_sentence(save, tmp_path, re
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.training.pretrained.MAX_BYTES", 2**20)
+        patch.setattr("train.training.trained.pretrained.MAX_BYTES", 2**20)
         escapes = save({"conv1.weight\n\x1b[2J": np.zeros(1)}, "escapes.npz")
         for path in (*(tmp_path / name for name in contents), pickled, escapes, bomb):
             sentence = refusal(start, path)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.arrays import assert_same, keras_arrays, save_npys
-from train.data.formats import IDX_FILES, KEYS, mnist
+from train.data.formats.arrays import IDX_FILES, KEYS, mnist
 
 ARRAYS = keras_arrays()
 

@@ -1,0 +1,1 @@
+"""Files -> raw arrays, whatever their format."""

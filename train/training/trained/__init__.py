@@ -1,0 +1,1 @@
+"""A trained network: evaluated, recalibrated, served, or gone on from."""
