@@ -28,7 +28,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 # Each name is a line of a table too: READERS in train/data/formats/readers.py, NETWORKS in
-# train/models/build.py, NORMS in train/models/norms.py, LOSSES in train/training/losses.py. They stand here because flags and --help must not wait for JAX.
+# train/models/build.py, NORMS in train/models/norms.py and LOSSES in train/training/losses.py. They stand
+# here because flags and --help must not wait for JAX.
 DataName = Literal["digits", "mnist", "cifar10", "npz", "csv", "folder"]
 NetworkName = Literal["mlp", "nnx_mlp", "cnn", "resnet20", "resnet56", "resnet18", "resnet50"]
 NormName = Literal["batch", "none", "ghost", "layer", "group", "flax"]
