@@ -25,7 +25,12 @@ ACCEPTS = (
     "PNG, JPEG, WebP, GIF, BMP or TIFF"
 )
 CHANNELS = 3
-NAMES = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+# What the folder of a split may be called, in capital letters or not.
+NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "testing"),
+}
 Files = dict[str, list[Path]]  # of each class
 
 
@@ -67,9 +72,16 @@ def read(path: Path, config: Data) -> Found | None:
 
 def _parts(path: Path) -> tuple[dict[str, Files], int]:
     """Return the images of each split and class, and how many other files there are."""
-    roots = {part: path / name for part, names in NAMES.items() for name in names if (path / name).is_dir()}
-    if "train" not in roots:
-        roots = {"train": path}
+    roots = {
+        part: folder
+        for part, names in NAMES.items()
+        for folder in sorted(path.iterdir())
+        if folder.name.lower() in names and folder.is_dir()
+    }
+    if roots and "train" not in roots:
+        other = next(iter(roots.values()))
+        raise UserError(f"'{path}' has {other.name}/ and no train/; expected {ACCEPTS}.")
+    roots = roots or {"train": path}
     parts, left_out = {}, 0
     for part, root in roots.items():
         found = {entry.name: list(_files(entry)) for entry in sorted(root.iterdir()) if _is_folder(entry)}
