@@ -31,6 +31,7 @@ IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+TEXTS = " (of texts, save y.astype(str))"  # pandas and lists of objects have them otherwise
 CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 
 
@@ -61,7 +62,7 @@ def npz(path: Path, name: str = "npz") -> Found | None:
             Found({key: npy(file) for key, file in files.items()}, tuple(files.values())) if files else None
         )
     with (
-        reading(path, "an .npz file of plain arrays"),
+        reading(path, f"an .npz file of plain arrays{TEXTS}"),
         regular(path).open("rb") as file,
         NpzFile(file) as archive,
     ):
@@ -81,7 +82,7 @@ def _wanted(path: Path, names: Sequence[str]) -> list[str]:
 
 def npy(path: Path) -> np.ndarray:
     """Read an .npy file as a memory map."""
-    with reading(path, "an .npy file of a plain array"):
+    with reading(path, f"an .npy file of a plain array{TEXTS}"):
         return open_memmap(regular(path), mode="r")
 
 
@@ -185,7 +186,7 @@ class Reader(NamedTuple):
 
 
 ARRAYS = "an .npz file with {}, or a folder with these as {}.npz or as .npy files"
-OWN = "x_train and y_train, and x_test and y_test if there are test data,"
+OWN = "x_train and y_train (and x_test and y_test)"
 READERS: dict[DataName, Reader] = {
     "digits": Reader(
         lambda path, config: digits(path), "no path: they come with scikit-learn", needs_path=False
