@@ -56,7 +56,7 @@ def test_bad_input_exits_2_with_a_message_and_no_traceback(command):
         (["predict", "/no/such/run"], "images: expected one file or more, got none"),
         (
             ["compare", "configs/digits_mlp.toml"],
-            "compare: expected two configs or more, the baseline first, got",
+            "compare: expected two configs or more, the baseline first, got configs/digits_mlp.toml.\n",
         ),
         (["sweep", "configs/digits_mlp.toml", "--seeds", "0"], "--seeds"),
     ):

@@ -38,7 +38,7 @@ def converted(
     if fractions := [name for name in found if _number(name) is not None and not _is_integer(name)]:
         raise UserError(
             f"{what}: expected classes as labels, got the number {fractions[0]}; for numbers set "
-            "model.loss = 'squared_error'."
+            "model.loss = 'squared_error', for classes write integers or texts."
         )
     order = tuple(found) if known is None else tuple(map(known.name, range(known.outputs)))
     if unknown := [name for name in found if name not in order]:

@@ -112,8 +112,6 @@ def _found(config: Data, cache: Path | None) -> tuple[str, Found]:
     with reading(path, reader.accepts):
         if given and not path.exists():
             raise UserError(f"{key}: '{path}' does not exist; expected {reader.accepts}.")
-        if given and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{key}: '{path}' is neither a file nor a folder; expected {reader.accepts}.")
         found = reader.read(path, config)
     if found is None:
         raise UserError(f"{key}: expected {reader.accepts}, got '{path}', which has none of it.")

@@ -25,7 +25,7 @@ def likely(config: Config, dataset: Dataset, step_config: StepConfig) -> Iterato
             f"optimizer.warmup_steps = {config.optimizer.warmup_steps} of {total} steps in all: the learning "
             "rate never reaches its peak."
         )
-    over_batch = NORMS[config.model.norm].over_batch
+    over_batch = NORMS[config.model.norm].over_batch and config.model.frozen == "none"
     part = config.batch_size // config.optimizer.accumulate
     ghost = config.model.norm == "ghost" and config.model.virtual_batch_size == 1
     if over_batch and (part == 1 or ghost):

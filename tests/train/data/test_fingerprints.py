@@ -10,7 +10,8 @@ from train.data import fingerprints, load
 from train.data.dataset import Examples
 
 
-def test_every_value_counts_wherever_it_is():
+def test_every_value_counts_wherever_it_is(monkeypatch):
+    monkeypatch.setattr(fingerprints, "CHUNK", 12 * 300)  # bytes of 300 rows
     inputs, labels = np.zeros((2000, 3), np.float32), np.zeros(2000, np.int32)
     seen = {fingerprints.of({"train": Examples(inputs, labels)}, (), ())}
     for row in range(0, 2000, 7):
@@ -44,6 +45,20 @@ def test_files_are_hashed_once_until_their_size_or_times_change(tmp_path, monkey
         assert load(config, cache=tmp_path / "cache").fingerprint == changed
     (tmp_path / "locked").write_text("no folder")
     assert load(config, cache=tmp_path / "locked").fingerprint == changed
+
+
+def test_fingerprint_that_is_kept_is_of_one_use_of_the_files(tmp_path, monkeypatch):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b,c\n" + "1,0,1\n0,1,0\n" * 20)
+    uses = [("a", "cross_entropy"), ("b", "cross_entropy"), ("a", "squared_error")]
+    seen = []
+    for large in (fingerprints.LARGE, 0, 0):
+        monkeypatch.setattr(fingerprints, "LARGE", large)
+        configs = [(Data("csv", path=str(path), label=label), loss) for label, loss in uses]
+        seen.append(
+            [load(config, loss=loss, cache=tmp_path / "cache").fingerprint for config, loss in configs]
+        )
+    assert seen[0] == seen[1] == seen[2] and len(set(seen[0])) == 3
 
 
 def test_small_files_leave_nothing_beside_the_run(tmp_path):

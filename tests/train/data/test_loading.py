@@ -200,6 +200,25 @@ def test_validation_is_held_out_of_the_training_data_and_never_of_the_test_data(
     )
 
 
+def test_fraction_that_is_held_out_for_testing_takes_some_examples_and_leaves_some(given, refusal):
+    values = {key: array for key, array in arrays().items() if not key.endswith("test")}
+    loaded = given(values)(test=0.1, validation=0)
+    assert_array_equal(loaded.test.rows, [1, 18])
+    assert_array_equal(loaded.train.rows, np.setdiff1d(np.arange(20), loaded.test.rows))
+    for fraction in (0.02, 0.99):
+        assert refusal(given(values), test=fraction) == (
+            "data.test: expected a fraction that holds out some of 20 examples, for the data have no test "
+            f"split, and leaves some, got {fraction}."
+        )
+
+
+def test_pipe_in_the_place_of_data_is_refused_and_never_waited_for(tmp_path, refusal):
+    os.mkfifo(tmp_path / "pipe")
+    for name, reader in READERS.items():
+        if reader.needs_path:
+            assert f"{tmp_path}/pipe" in refusal(load, Data(name, path=str(tmp_path / "pipe")))
+
+
 # Large data
 
 

@@ -71,6 +71,8 @@ SAID = [
         "optimizer.warmup_steps = 10 of 10 steps in all: the learning",
     ),
     ({"batch_size": 1}, "batch_size = 1: a batch of one example has no variance"),
+    # With running statistics no variance is missed.
+    ({"batch_size": 1, "model": Model(widths=(4,), frozen="norms")}, "model.frozen = 'norms' without"),
     ({"optimizer": Optimizer(accumulate=8)}, "batch_size = 8 in 8 parts: a batch of one example"),
     (
         {"model": Model(widths=(4,), norm="ghost", virtual_batch_size=1)},

@@ -29,6 +29,7 @@ IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+TEXTS = " (of texts, save y.astype(str))"  # pandas and lists of objects have them otherwise
 CIFAR10_FILES = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 
 
@@ -59,7 +60,7 @@ def npz(path: Path, name: str = "npz") -> Found | None:
             Found({key: npy(file) for key, file in files.items()}, tuple(files.values())) if files else None
         )
     with (
-        reading(path, "an .npz file of plain arrays"),
+        reading(path, f"an .npz file of plain arrays{TEXTS}"),
         regular(path).open("rb") as file,
         NpzFile(file) as archive,
     ):
@@ -79,7 +80,7 @@ def _wanted(path: Path, names: Sequence[str]) -> list[str]:
 
 def npy(path: Path) -> np.ndarray:
     """Read an .npy file as a memory map."""
-    with reading(path, "an .npy file of a plain array"):
+    with reading(path, f"an .npy file of a plain array{TEXTS}"):
         return open_memmap(regular(path), mode="r")
 
 

@@ -25,7 +25,12 @@ ACCEPTS = (
     "PNG, JPEG, WebP, GIF, BMP or TIFF"
 )
 CHANNELS = 3
-NAMES = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+# What the folder of a split may be called, in capital letters or not.
+NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "testing"),
+}
 Files = dict[str, list[Path]]  # of each class
 
 
@@ -43,13 +48,14 @@ def read(path: Path, config: Data) -> Found | None:
     cache = Path(config.cache or ".") / _cache_name(path, config.image_size)
     stamp = _stamp(path, parts)
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache.with_suffix(".lock")):
-            arrays = _decoded(cache, stamp)
-            if arrays is None:
-                _decode(cache, stamp, parts, names, config)
+        arrays = _decoded(cache, stamp)
+        if arrays is None:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache.with_suffix(".lock")):
+                if _decoded(cache, stamp) is None:  # unless another process has decoded them meanwhile
+                    _decode(cache, stamp, parts, names, config)
                 arrays = _decoded(cache, stamp)
-                assert arrays is not None, "what was just written can be read"
+            assert arrays is not None, "what was just written can be read"
     except OSError as error:
         if error.errno in DISK_FULL:
             raise
@@ -67,9 +73,16 @@ def read(path: Path, config: Data) -> Found | None:
 
 def _parts(path: Path) -> tuple[dict[str, Files], int]:
     """Return the images of each split and class, and how many other files there are."""
-    roots = {part: path / name for part, names in NAMES.items() for name in names if (path / name).is_dir()}
-    if "train" not in roots:
-        roots = {"train": path}
+    roots = {
+        part: folder
+        for part, names in NAMES.items()
+        for folder in sorted(path.iterdir())
+        if folder.name.lower() in names and folder.is_dir()
+    }
+    if roots and "train" not in roots:
+        other = next(iter(roots.values()))
+        raise UserError(f"'{path}' has {other.name}/ and no train/; expected {ACCEPTS}.")
+    roots = roots or {"train": path}
     parts, left_out = {}, 0
     for part, root in roots.items():
         found = {entry.name: list(_files(entry)) for entry in sorted(root.iterdir()) if _is_folder(entry)}
@@ -128,8 +141,9 @@ def _decoded(cache: Path, stamp: str) -> dict[str, np.ndarray] | None:
 
 def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, ...], config: Data) -> None:
     """Decode all images, several at a time; the folder is complete once it has its name."""
-    making = cache.with_suffix(".part")
+    making, replaced = cache.with_suffix(".part"), cache.with_suffix(".old")
     shutil.rmtree(making, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     making.mkdir()
     try:
         first = next(
@@ -168,10 +182,12 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
             unequal = "pixels, where" in faults[0] and " Set data.image_size to scale all to one size." or ""
             raise UserError(faults[0] + unequal + also)
         (making / "index.json").write_text(json.dumps({"stamp": stamp}))
-        shutil.rmtree(cache, ignore_errors=True)
+        if cache.exists():  # at once, for those who are about to read it
+            cache.rename(replaced)
         making.rename(cache)
     finally:
         shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:

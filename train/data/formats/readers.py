@@ -22,7 +22,7 @@ class Reader(NamedTuple):
 
 
 ARRAYS = "an .npz file with {}, or a folder with these as {}.npz or as .npy files"
-OWN = "x_train and y_train, and x_test and y_test if there are test data,"
+OWN = "x_train and y_train (and x_test and y_test)"
 READERS: dict[DataName, Reader] = {
     "digits": Reader(
         lambda path, config: digits(path), "no path: they come with scikit-learn", needs_path=False

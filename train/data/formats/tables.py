@@ -66,7 +66,8 @@ def _labels(file: Path, at: int, name: str) -> np.ndarray:
 
 def _names(file: Path) -> list[str]:
     with regular(file).open(newline="", encoding="utf-8-sig") as lines:
-        names = [name.strip() for name in next(csv.reader(lines, delimiter=_separator(file)), [])]
+        rows = csv.reader(lines, delimiter=_separator(file))
+        names, first = [name.strip() for name in next(rows, [])], next(filter(None, rows), [])
     if "" in names:
         raise ValueError(
             f"column {names.index('') + 1} has no name; give it one, or leave it out (pandas: index=False)"
@@ -75,6 +76,8 @@ def _names(file: Path) -> list[str]:
         raise ValueError("its first line has no names of columns" if names else "it is empty")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two columns are called {twice[0]!r}")
+    if len(first) > len(names):  # as where the first column, of row names, has none
+        raise ValueError(f"its first line has {len(names)} names, and row 1 has {len(first)} values")
     return names
 
 

@@ -88,8 +88,9 @@ def _in_words(labels: Labels, output: np.ndarray) -> dict[str, Any]:
 def export(run_dir: Path, path: Path) -> str:
     """Write the best checkpoint as a serialized StableHLO program, and return how to run it.
 
-    The program maps raw images, any number of them, to probabilities (n, classes), float32, on cpu, cuda and
-    tpu. It holds the weights and needs jax alone, which runs such programs for half a year of newer versions.
+    The program maps raw inputs, any number of them, to probabilities (n, classes), or to numbers (n,),
+    float32, on cpu, cuda and tpu. It holds the weights and needs jax alone, which runs such programs for half
+    a year of newer versions.
 
     Raises:
       UserError: the run cannot be read, or the file cannot be written.
@@ -102,22 +103,23 @@ def export(run_dir: Path, path: Path) -> str:
     network, loss, _, *arrays = run.trained
     # Host arrays become constants of the program, which then is for one device, however many are here.
     arrays = jax.device_get(arrays)
-    program = jax.jit(lambda images: steps.predict(network, loss, *arrays, images))
-    shape, dtype = run.data.shape, run.data.dtype
-    images = jax.ShapeDtypeStruct((*jax_export.symbolic_shape("n"), *shape), dtype)
-    exported = jax_export.export(program, platforms=("cpu", "cuda", "tpu"))(images)
+    program = jax.jit(lambda inputs: steps.predict(network, loss, *arrays, inputs))
+    inputs = jax.ShapeDtypeStruct((*jax_export.symbolic_shape("n"), *run.data.shape), run.data.dtype)
+    exported = jax_export.export(program, platforms=("cpu", "cuda", "tpu"))(inputs)
     try:
         replace(path, exported.serialize())
     except OSError as error:
         raise UserError(
             f"'{path}' cannot be written: {error.strerror}; expected a file in a folder that exists."
         ) from error
+    given = "images" if len(run.data.shape) == 3 else "rows"
+    outputs = "probabilities" if run.data.labels.counts else "numbers"
     return (
         f"Wrote {path}. To run it, anywhere with jax:\n"
         "    from pathlib import Path\n"
         "    from jax import export\n"
         f"    program = export.deserialize(bytearray(Path({str(path.absolute())!r}).read_bytes()))\n"
-        f"    probabilities = program.call(images)  # as the data: {dtype} (n, {', '.join(map(str, shape))})"
+        f"    {outputs} = program.call({given})  # {run.data.inputs}"
     )
 
 

@@ -108,7 +108,10 @@ def test_file_that_is_no_npz_is_refused_and_no_code_in_it_runs(tmp_path, refusal
     for content in (b"", b"PK\x03\x04 cut", pickle.dumps(Bomb()), b"no archive at all", saved(np.zeros(3))):
         path.write_bytes(content)
         sentence = refusal(npz, path)
-        assert " cannot be read: " in sentence and "; expected an .npz file of plain arrays." in sentence
+        assert (
+            " cannot be read: " in sentence
+            and "; expected an .npz file of plain arrays (of texts, save y.astype(str))." in sentence
+        )
 
 
 def test_damaged_npz_is_refused(tmp_path, refusal):

@@ -1,6 +1,7 @@
 """Folders of images: their layouts, the cache that they are decoded into, and what is said of them."""
 
 import dataclasses
+import errno
 import os
 import tracemalloc
 from pathlib import Path
@@ -80,6 +81,22 @@ def test_validation_may_have_a_folder_by_each_of_its_names(photographs):
         os.rename(root / name, root.parent / name)
 
 
+def test_splits_are_known_in_capital_letters_too_and_are_never_classes(photographs, refusal):
+    root, _ = photographs
+    for name in ("Train", "TRAINING", "train"):
+        (root / "train").rename(root / name)
+        (root / "test").rename(root / "Testing")
+        loaded = load(data(root))
+        assert [len(split) for split in (loaded.train, loaded.test)] == [9, 4], name
+        assert loaded.labels.names == ("cat", "dog", "elk")
+        (root / name).rename(root / "train")
+        (root / "Testing").rename(root / "test")
+    (root / "train").rename(root / "elsewhere")
+    assert f"'{root}' has test/ and no train/; expected a folder with train/CLASS" in refusal(
+        load, data(root)
+    )
+
+
 def test_images_of_any_size_are_scaled_and_cut_to_squares(tmp_path, refusal):
     for i, size in enumerate([(30, 20), (20, 31), (8, 8), (64, 48)]):
         save(tmp_path / "mixed" / "ab"[i % 2] / f"{i}.png", size=size)
@@ -97,7 +114,10 @@ def test_images_are_decoded_once_and_again_when_a_file_changes(photographs, monk
     monkeypatch.setattr(folders.images, "read", counting)
     first = load(data(root))
     count = len(decoded)
-    assert load(data(root)).fingerprint == first.fingerprint and len(decoded) == count == 13 + 1
+    with monkeypatch.context() as patch:  # which may be on a disk that is only read
+        patch.setattr(folders, "FileLock", None)
+        again = load(data(root)).fingerprint
+    assert again == first.fingerprint and len(decoded) == count == 13 + 1
 
     kept = np.array(first.train.inputs)
     path = root / "train" / "dog" / "1.png"
@@ -165,6 +185,18 @@ def test_folders_that_hold_something_else_are_refused(photographs, tmp_path, ref
     sentence = refusal(load, data(root, cache=str(tmp_path / "locked")))
     assert sentence.startswith(f"data.cache = '{tmp_path}/locked' cannot be used: ")
     assert sentence.endswith("Give another --data.cache.")
+
+
+def test_full_disk_is_not_taken_for_a_cache_that_cannot_be_used(photographs, monkeypatch):
+    root, _ = photographs
+
+    def allocate(file, shape):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folders, "_allocate", allocate)
+    with pytest.raises(OSError, match="No space left"):
+        load(data(root))
+    assert not list(Path(data(root).cache).glob("*.part"))
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ def test_columns_have_their_names_and_texts_are_classes_in_their_order(tmp_path)
         (ROWS.replace("cat", '"cat"').replace("width", '" width"').replace("1.5", '"1.5"'), "utf-8"),
         (ROWS.rstrip("\n"), "utf-8"),
         (ROWS.replace("\n7", "\n\n7"), "utf-8"),
+        (ROWS.replace("cat", " cat "), "utf-8"),
     ]:
         loaded = load(data(write(tmp_path / "table.csv", text, encoding), test=0.25))
         assert loaded.columns == ("height", "width") and loaded.labels.names == ("cat", "dog", "elk")
@@ -79,6 +80,7 @@ REFUSED = [
     ("a,kind\n1,x\n1e999,y\n", "row 2 has '1e999' in column 'a'"),
     ("a,kind\n1,x\n1_0,y\n", "row 2 has '1_0' in column 'a'"),
     ("a,b,kind\n1,2,x\n1,y\n", "in column 'b'"),
+    ("a,kind\nfirst,1,x\nsecond,2,y\n", "its first line has 2 names, and row 1 has 3 values"),
     ("a,kind\n1,x\n2,\n", "row 2 has no label in column 'kind'"),
     ("a,kinds\n1,x\n", "data.label = 'kind' is no column of it; perhaps you meant 'kinds'"),
     ("a,b\n1,x\n", "data.label = 'kind' is no column of it, which has a, b"),

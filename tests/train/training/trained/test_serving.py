@@ -15,11 +15,11 @@ from PIL import Image
 from train import data, models
 from train.__main__ import main
 from train.config import Config, Data, Model
-from train.data import Labels, Split
+from train.data import Split
 from train.models import Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints
-from train.training.losses import CrossEntropy
+from train.training import losses
 from train.training.state import TrainState, to_items
 from train.training.steps import predict
 from train.training.trained import serving
@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, path, **sections):
         config = Config(str(path), steps=1, **sections)
-        dataset = data.load(config.data)
+        dataset = data.load(config.data, loss=config.model.loss)
         network = models.build(config.model, dataset.example_shape, dataset.labels.outputs)
         images = np.zeros((1, *dataset.example_shape), np.float32)
         random = np.random.RandomState(0)
@@ -54,10 +54,10 @@ class Run:
         mesh = processes.mesh_of(jax.devices())
         placed = processes.replicate(mesh, (variables, dataset.preprocessing))
         self.path, self.test = path, dataset.test
-        self.live = TrainedNetwork(network, CrossEntropy(), mesh, *placed)
+        self.live = TrainedNetwork(network, losses.of(config.model, dataset.labels), mesh, *placed)
 
     def probabilities(self, inputs):
-        """Those of inputs, in batches as `serving.predict` makes them."""
+        """Return those, or numbers, of inputs, in batches as `serving.predict` makes them."""
         network, loss, mesh, *arrays = self.live
         missing = -len(inputs) % serving.PREDICT_BATCH
         padded = np.concatenate([inputs, np.zeros((missing, *inputs.shape[1:]), inputs.dtype)])
@@ -240,10 +240,10 @@ def test_photographs_are_scaled_as_in_training_and_classes_have_their_names(tmp_
 def test_tables_are_predicted_by_the_names_of_their_columns(tmp_path, refusal):
     x = RANDOM.normal(size=(30, 2))
     rows = [f"{a},{'xyz'[i % 3]},{b}" for i, (a, b) in enumerate(x)]
-    (tmp_path / "table.csv").write_text("\n".join(["height,kind,width", *rows]))
+    (tmp_path / "table.csv").write_text("\n".join(["width,kind,height", *rows]))
     options = Data("csv", path=str(tmp_path / "table.csv"), label="kind")
     run = Run(tmp_path / "run", data=options, model=Model(widths=(8,)))
-    (tmp_path / "new.csv").write_text("\n".join(["width,height", *(f"{b},{a}" for a, b in x)]))
+    (tmp_path / "new.csv").write_text("\n".join(["height,width", *(f"{b},{a}" for a, b in x)]))
     lines = list(serving.predict(run.path, [tmp_path / "new.csv"]))
     expected = run.probabilities(x.astype(np.float32))
     assert [line["class"] for line in lines] == ["xyz"[i] for i in expected.argmax(1)]
@@ -253,8 +253,21 @@ def test_tables_are_predicted_by_the_names_of_their_columns(tmp_path, refusal):
     assert sentence.startswith(f"{tmp_path}/new.csv cannot be read: it has no column 'height'; perhaps you")
 
 
-def test_numbers_are_predicted_in_their_units():
-    assert serving._in_words(Labels(mean=3.0), np.float32(4.5)) == {"value": 4.5}
+def test_numbers_are_predicted_and_exported_in_their_unit(tmp_path):
+    table = RANDOM.normal((0, 0, 500), (1, 1, 70), (30, 3)).astype(np.float32)
+    np.savetxt(tmp_path / "table.csv", table, delimiter=",", header="b,a,price", comments="", fmt="%.9g")
+    options = Data("csv", path=str(tmp_path / "table.csv"), label="price", test=0.5, validation=0)
+    run = Run(tmp_path / "run", data=options, model=Model(widths=(8,), loss="squared_error"))
+    network, _, _, variables, _ = run.live
+    standardized, _ = network.apply(variables, table[:, :2], train=False)
+    of_training = np.delete(table[:, 2], run.test.rows)
+    expected = of_training.mean() + of_training.std() * standardized[:, 0]
+    predicted = [*serving.predict(run.path, [tmp_path / "table.csv"])]
+    assert_allclose([line["value"] for line in predicted], expected, rtol=1e-5)
+    namespace, told = {"rows": table[:, :2]}, serving.export(run.path, tmp_path / "model")
+    exec("\n".join(line.strip() for line in told.splitlines()[1:]), namespace)
+    assert_allclose(namespace["numbers"], expected, rtol=1e-5)
+    assert told.endswith("  # rows of dtype float32 and shape (n, 2), in units of the training data: b, a")
 
 
 OTHER_ARRAYS = [
@@ -362,7 +375,7 @@ def test_exported_program_takes_raw_bytes_and_says_how_to_run_it(colours, tmp_pa
     namespace = {"images": images}
     exec("\n".join(line.strip() for line in told.splitlines()[1:]), namespace)
     assert_allclose(namespace["probabilities"], colours.probabilities(images), rtol=1e-5)
-    assert "uint8 (n, 6, 5, 3)" in told
+    assert told.endswith("  # images of dtype uint8 and shape (n, 6, 5, 3), from 0 to 255")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
