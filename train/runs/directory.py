@@ -211,8 +211,9 @@ def read_data(path: Path) -> Description:
         )
         if not isinstance(described.fingerprint, str):
             raise ValueError("its fingerprint is no text")
-        for value in described.preprocessing:
-            np.broadcast_to(value, described.shape)
+        mean, std = (np.broadcast_to(value, described.shape) for value in described.preprocessing)
+        if not (np.isfinite([mean, std]).all() and (std > 0).all()):
+            raise ValueError("no data have its preprocessing")
         if described.dtype not in ("uint8", "float32") or 0 in (described.shape or [0]):
             raise ValueError("no data have its shape or its dtype")
         return described

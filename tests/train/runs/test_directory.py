@@ -188,7 +188,11 @@ def test_data_json_that_does_not_describe_data_is_named(make_config):
             {"labels": whole["labels"] | change}
             for change in ({"counts": [-1]}, {"names": ["a"]}, {"mean": "x"})
         ),
-        *({"preprocessing": {"mean": value, "std": 1}} for value in ("x", [1, 2, 3], [[1], [2, 3]], 10**400)),
+        *(
+            {"preprocessing": {"mean": value, "std": 1}}
+            for value in ("x", [1, 2, 3], [[1], [2, 3]], 10**400, None)
+        ),
+        *({"preprocessing": {"mean": 0, "std": value}} for value in (None, 0, -1, [None])),
     ):
         path.write_text(json.dumps(whole | spoilt))
         with pytest.raises(UserError, match="data.json' does not describe data: .* Delete it"):
