@@ -69,6 +69,7 @@ def load_test(
             )
         order = [found.columns.index(name) for name in columns]
         found.arrays.update({key: x[:, order] for key, x in found.arrays.items() if key.startswith("x_")})
+        found = found._replace(columns=columns)
     examples, names = _examples(path, found, loss, known=labels)
     of_all = _fingerprint(config, loss, cache, found, examples, names)
     if "test" not in examples and of_all != trained_on:
@@ -82,24 +83,18 @@ def fingerprint(config: Data, *, loss: LossName, cache: Path | None = None) -> s
     Raises:
       UserError: a file is malformed.
     """
-    path, _ = _path(config)
-    if path is not None and not path.exists():
+    given, _ = _path(config)
+    if READERS[config.name].needs_path and not (given and given.exists()):
         return None
     path, found = _found(config, cache)
     return _fingerprint(config, loss, cache, found, *_examples(path, found, loss))
 
 
 def _path(config: Data) -> tuple[Path | None, str]:
-    """Return where the data are, None for embedded ones, and the name of what says so."""
-    reader = READERS[config.name]
+    """Return where the data are said to be, None for embedded ones, and the name of what says so."""
     given = config.path or os.environ.get("JBN_DATA")
-    if not reader.needs_path:
-        return None, ""
-    if not given:
-        raise UserError(
-            f"data.path: expected {reader.accepts}, for data.name = {config.name!r}, got none; or set "
-            "$JBN_DATA to it."
-        )
+    if not given or not READERS[config.name].needs_path:
+        return None, "data.path"
     return Path(given), "data.path" if config.path else "$JBN_DATA"
 
 
@@ -107,6 +102,11 @@ def _found(config: Data, cache: Path | None) -> tuple[str, Found]:
     """Read what is there, and return it with its name for errors."""
     reader = READERS[config.name]
     given, key = _path(config)
+    if reader.needs_path and not given:
+        raise UserError(
+            f"data.path: expected {reader.accepts}, for data.name = {config.name!r}, got none; or set "
+            "$JBN_DATA to it."
+        )
     path = given or Path(config.name)
     config = dataclasses.replace(config, cache=config.cache or str(cache or path.parent))
     with reading(path, reader.accepts):
@@ -217,7 +217,7 @@ def _labels(
 def _fingerprint(config: Data, loss: LossName, cache: Path | None, found: Found, examples, names) -> str:
     """Hash all examples; of large files once, as long as their sizes and times stay the same."""
     folder = Path(config.cache) if config.cache else cache
-    key = repr((loss, config.name, config.label))
+    key = repr((loss, config.name, config.label, names, found.columns))
     return fingerprints.cached(
         folder, found.files, key, lambda: fingerprints.of(examples, names, found.columns)
     )

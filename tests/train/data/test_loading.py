@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tests.helpers.arrays import keras_arrays as arrays
 from tests.helpers.arrays import save_npys
 from train.config import Config, Data, Model
-from train.data import Examples, load, loading
+from train.data import Examples, fingerprint, load, loading
 from train.data.formats import KEYS, READERS, Reader
 from train.data.reading import Found
 from train.training.job import prepare
@@ -73,6 +73,8 @@ def test_missing_file_names_the_path_and_what_is_accepted(tmp_path, monkeypatch,
         assert refusal(read, Data(name=name)) == (
             f"data.path: expected {accepted}, for data.name = '{name}', got none; or set $JBN_DATA to it."
         )
+        for path in (None, str(tmp_path / "gone")):  # a finished run does not need them
+            assert fingerprint(Data(name=name, path=path), loss="cross_entropy") is None
         assert refusal(read, Data(name=name, path=str(tmp_path / "nowhere"))) == (
             f"data.path: '{tmp_path}/nowhere' does not exist; expected {accepted}."
         )
