@@ -2,7 +2,7 @@
 
 Each reader takes a path and returns what it found, the arrays under the names of the Keras layout, or None
 where the path has nothing of its kind. A further data set is a reader, a line of `READERS`, and a name in
-train/config.py.
+train/config/schema.py.
 """
 
 import gzip
