@@ -212,3 +212,7 @@ def test_other_data_than_those_of_the_run_are_refused(make_config):
     other = digits()._replace(fingerprint="0" * 32)
     with pytest.raises(UserError, match="was trained on other data .fingerprint .*, now 0{32}."):
         begin(make_config(), other)
+    path = Path(make_config().run_dir) / "data.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "1" * 16}))
+    begin(make_config(), other)  # what earlier versions wrote, of a part of the data, tells nothing
+    assert directory.read_data(path.parent).fingerprint == "0" * 32
