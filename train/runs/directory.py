@@ -233,7 +233,7 @@ def _labels(values: dict[str, Any]) -> Labels:
         mean=float(given["mean"]),
         std=float(given["std"]),
     )
-    known = len(labels.names) in (0, len(labels.counts)) and min(labels.counts, default=0) >= 0
+    known = len(labels.names) in (0, len(labels.counts)) and all(0 <= n < 2**63 for n in labels.counts)
     if not (known and math.isfinite(labels.mean) and 0 <= labels.std < math.inf):
         raise ValueError("no data have its labels")
     return labels

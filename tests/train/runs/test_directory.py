@@ -186,7 +186,7 @@ def test_data_json_that_does_not_describe_data_is_named(make_config):
         *({"labels": None, "classes": 3}, {"labels": []}, {"labels": {"counts": [1]}}),
         *(
             {"labels": whole["labels"] | change}
-            for change in ({"counts": [-1]}, {"names": ["a"]}, {"mean": "x"})
+            for change in ({"counts": [-1]}, {"counts": [10**400]}, {"names": ["a"]}, {"mean": "x"})
         ),
         *(
             {"preprocessing": {"mean": value, "std": 1}}
