@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tests.helpers.arrays import keras_arrays as arrays
 from tests.helpers.arrays import save_npys
 from train.config import Config, Data, Model
-from train.data import Examples, fingerprint, load, loading
+from train.data import Examples, fingerprint, load, preprocessing
 from train.data.formats import KEYS, READERS, Reader
 from train.data.reading import Found
 from train.training.job import prepare
@@ -151,7 +151,7 @@ def test_malformed_arrays_are_named_with_their_file(tmp_path, refusal):
 
 
 def test_every_number_is_checked_though_never_all_at_once(given, monkeypatch, refusal):
-    monkeypatch.setattr(loading, "CHUNK", 1000 * 4 * 3)
+    monkeypatch.setattr(preprocessing, "CHUNK", 1000 * 4 * 3)
     for row in (0, 999, 1000, 2499):
         values = arrays(n_train=2500, shape=(3,), dtype=np.float32)
         values["x_train"][row, 1] = np.inf
@@ -159,11 +159,11 @@ def test_every_number_is_checked_though_never_all_at_once(given, monkeypatch, re
 
 
 def test_chunks_cover_all_examples_in_64_mib_or_one_by_one():
-    rows = [range(100)[part] for part in loading.chunks(np.empty((1, 2**20), np.uint8), 100)]
+    rows = [range(100)[part] for part in preprocessing.chunks(np.empty((1, 2**20), np.uint8), 100)]
     assert [len(part) for part in rows] == [16] * 6 + [4]
     assert [i for part in rows for i in part] == [*range(100)]
     large = np.broadcast_to(np.uint8(0), (2, 2**25))
-    assert list(loading.chunks(large, 2)) == [slice(0, 1), slice(1, 2)]
+    assert list(preprocessing.chunks(large, 2)) == [slice(0, 1), slice(1, 2)]
 
 
 def test_labels_that_cannot_be_classes_are_named(given, refusal):
@@ -226,7 +226,7 @@ def test_pipe_in_the_place_of_data_is_refused_and_never_waited_for(tmp_path, ref
 @pytest.mark.slow
 def test_data_larger_than_memory_stay_mapped_and_are_never_in_memory_at_once(tmp_path, monkeypatch):
     shape = (64, 64, 3)
-    monkeypatch.setattr(loading, "CHUNK", 64 * 4 * int(np.prod(shape)))
+    monkeypatch.setattr(preprocessing, "CHUNK", 64 * 4 * int(np.prod(shape)))
     save_npys(tmp_path, arrays(shape=shape, dtype=np.float32) | {"y_train": np.zeros(2**10, np.uint8)})
     (tmp_path / "x_train.npy").unlink()
     large = np.lib.format.open_memmap(tmp_path / "x_train.npy", "w+", np.float32, (2**10, *shape))
