@@ -48,6 +48,11 @@ def _of_inputs(config: Config, dataset: Dataset) -> Iterator[str]:
             f"images of shape {list(shape)} look as if their channels came first; expected (height, width, "
             "channels): save x.transpose(0, 2, 3, 1)."
         )
+    if config.data.image_size and config.data.name != "folder":
+        yield (
+            f"data.image_size = {config.data.image_size} changes nothing with data.name = {config.data.name!r}: "
+            "only the images of a folder are scaled."
+        )
     usual = config.data.normalize or config.data.feature_scales or config.model.norm_inputs
     largest, of_bytes = float(np.abs(dataset.preprocessing(some)).max()), some.dtype == np.uint8
     if not usual and (largest > LARGE or 0 < largest < 1 / LARGE):

@@ -58,6 +58,7 @@ SAID = [
     ({"x": 1000 * X.reshape(40, -1)}, "set data.normalize = true."),
     ({"x": X / 1000}, "inputs go up to 0.00"),
     ({"x": (np.abs(X) * 9).clip(0, 16).astype(np.uint8)}, "inputs go up to 0.06275 (bytes over 255), where"),
+    ({"data": Data("given", image_size=8)}, "data.image_size = 8 changes nothing with data.name = 'given'"),
     ({"x": np.ones_like(X)}, "all of the first 36 training inputs are equal"),
     (
         {"y": Y + 1},
