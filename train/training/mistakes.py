@@ -50,8 +50,8 @@ def _of_inputs(config: Config, dataset: Dataset) -> Iterator[str]:
         )
     if config.data.image_size and config.data.name != "folder":
         yield (
-            f"data.image_size = {config.data.image_size} changes nothing with data.name = {config.data.name!r}: "
-            "only the images of a folder are scaled."
+            f"data.image_size = {config.data.image_size} changes nothing with data.name = "
+            f"{config.data.name!r}: only the images of a folder are scaled."
         )
     usual = config.data.normalize or config.data.feature_scales or config.model.norm_inputs
     largest, of_bytes = float(np.abs(dataset.preprocessing(some)).max()), some.dtype == np.uint8
