@@ -177,11 +177,8 @@ def study(command: str, words: list[str]) -> int:
         expected = "two configs or more, the baseline first" if compare else "one config"
         got = " ".join(map(str, configs)) or "none before the first --key"
         close = [str(path) if path.suffix == ".toml" else closest_config(str(path)) for path in configs]
-        meant = (
-            f"; did you mean {' '.join(map(str, close))}?"
-            if all(close) and " ".join(map(str, close)) != got
-            else "."
-        )
+        line = " ".join(map(str, close))
+        meant = f"; did you mean {line}?" if all(close) and line != got else "."
         raise UserError(f"{command}: expected {expected}, got {got}{meant}")
     if not 1 <= given.seeds <= 10_000:
         raise UserError(f"--seeds: expected 1 to 10000, got {given.seeds}.")

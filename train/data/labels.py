@@ -37,7 +37,7 @@ def converted(
     found = sorted({str(name) for labels in texts.values() for name in np.unique(labels)}, key=by_number)
     if fractions := [name for name in found if _number(name) is not None and not _is_integer(name)]:
         raise UserError(
-            f"{what}: expected classes as labels, got the number {fractions[0]}; for numbers set "
+            f"{what}: expected classes as labels, got the number {fractions[0][:80]}; for numbers set "
             "model.loss = 'squared_error', for classes write integers or texts."
         )
     order = tuple(found) if known is None else tuple(map(known.name, range(known.outputs)))

@@ -1,23 +1,19 @@
 """The data that a job names -> a `Dataset`."""
 
 import dataclasses
-import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-import jbn
 from train.config import Data, LossName
 from train.data import fingerprints
-from train.data.dataset import Dataset, Examples, Labels, Preprocessing, Split, permutation
+from train.data.dataset import Dataset, Examples, Labels, Split, permutation
 from train.data.formats.readers import READERS
 from train.data.formats.reading import PARTS, Found, reading
 from train.data.labels import converted
+from train.data.preprocessing import chunks, fitting
 from train.errors import UserError
-
-CHUNK = 2**26  # bytes
 
 
 def load(config: Data, *, loss: LossName = "cross_entropy", cache: Path | None = None) -> Dataset:
@@ -37,7 +33,7 @@ def load(config: Data, *, loss: LossName = "cross_entropy", cache: Path | None =
     return Dataset(
         **splits,
         labels=_labels(config, examples, splits["train"], names, loss),
-        preprocessing=_preprocessing(config, splits["train"]),
+        preprocessing=fitting(config, splits["train"]),
         fingerprint=_fingerprint(config, loss, cache, found, examples, names),
         columns=found.columns,
         notes=(*found.notes, *notes),
@@ -69,6 +65,7 @@ def load_test(
             )
         order = [found.columns.index(name) for name in columns]
         found.arrays.update({key: x[:, order] for key, x in found.arrays.items() if key.startswith("x_")})
+        found = found._replace(columns=columns)
     examples, names = _examples(path, found, loss, known=labels)
     of_all = _fingerprint(config, loss, cache, found, examples, names)
     if "test" not in examples and of_all != trained_on:
@@ -82,24 +79,18 @@ def fingerprint(config: Data, *, loss: LossName, cache: Path | None = None) -> s
     Raises:
       UserError: a file is malformed.
     """
-    path, _ = _path(config)
-    if path is not None and not path.exists():
+    given, _ = _path(config)
+    if READERS[config.name].needs_path and not (given and given.exists()):
         return None
     path, found = _found(config, cache)
     return _fingerprint(config, loss, cache, found, *_examples(path, found, loss))
 
 
 def _path(config: Data) -> tuple[Path | None, str]:
-    """Return where the data are, None for embedded ones, and the name of what says so."""
-    reader = READERS[config.name]
+    """Return where the data are said to be, None for embedded ones, and the name of what says so."""
     given = config.path or os.environ.get("JBN_DATA")
-    if not reader.needs_path:
-        return None, ""
-    if not given:
-        raise UserError(
-            f"data.path: expected {reader.accepts}, for data.name = {config.name!r}, got none; or set "
-            "$JBN_DATA to it."
-        )
+    if not given or not READERS[config.name].needs_path:
+        return None, "data.path"
     return Path(given), "data.path" if config.path else "$JBN_DATA"
 
 
@@ -107,6 +98,11 @@ def _found(config: Data, cache: Path | None) -> tuple[str, Found]:
     """Read what is there, and return it with its name for errors."""
     reader = READERS[config.name]
     given, key = _path(config)
+    if reader.needs_path and not given:
+        raise UserError(
+            f"data.path: expected {reader.accepts}, for data.name = {config.name!r}, got none; or set "
+            "$JBN_DATA to it."
+        )
     path = given or Path(config.name)
     config = dataclasses.replace(config, cache=config.cache or str(cache or path.parent))
     with reading(path, reader.accepts):
@@ -217,44 +213,7 @@ def _labels(
 def _fingerprint(config: Data, loss: LossName, cache: Path | None, found: Found, examples, names) -> str:
     """Hash all examples; of large files once, as long as their sizes and times stay the same."""
     folder = Path(config.cache) if config.cache else cache
-    key = repr((loss, config.name, config.label))
+    key = repr((loss, config.name, config.label, names, found.columns))
     return fingerprints.cached(
         folder, found.files, key, lambda: fingerprints.of(examples, names, found.columns)
     )
-
-
-def chunks(examples: np.ndarray, count: int) -> Iterator[slice]:
-    """Yield slices that cover `count` such examples, each of up to 64 MiB as float32 or of one."""
-    size = max(1, CHUNK // (4 * examples[0].size))
-    return (slice(start, start + size) for start in range(0, count, size))
-
-
-def _preprocessing(config: Data, split: Split) -> Preprocessing:
-    mean, std = np.float32(0), np.float32(255 if split.inputs.dtype == np.uint8 else 1)
-    if config.normalize:
-        mean, std = _mean_and_std(split)
-    if config.feature_scales:
-        shape = split.inputs.shape[1:]
-        # The same for every job.
-        low, high = np.log(config.feature_scales)
-        scales = np.exp(np.random.RandomState(0).uniform(low, high, shape))
-        std = std / scales.astype(np.float32)
-    return Preprocessing(np.asarray(mean), np.asarray(std))
-
-
-def _mean_and_std(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Measure the split over all axes but the last, in chunks, for it may be larger than memory."""
-    parts = (
-        jbn.moments(split.take(positions).inputs.astype(np.float32, copy=False))
-        for positions in chunks(split.inputs, len(split))
-    )
-    whole = functools.reduce(jbn.merge, parts)
-    mean, std = np.asarray(whole.mean), np.sqrt(np.asarray(whole.var))
-    if not np.isfinite(std).all():
-        raise UserError(
-            "data.normalize: expected inputs whose standard deviation float32 can hold, got larger ones; "
-            "scale them, or set data.normalize = false."
-        )
-    # What is measured of a constant is rounding.
-    varies = std > np.finfo(np.float32).eps * np.abs(mean)
-    return mean, np.where(varies, std, np.float32(1))

@@ -211,8 +211,9 @@ def read_data(path: Path) -> Description:
         )
         if not isinstance(described.fingerprint, str):
             raise ValueError("its fingerprint is no text")
-        for value in described.preprocessing:
-            np.broadcast_to(value, described.shape)
+        mean, std = (np.broadcast_to(value, described.shape) for value in described.preprocessing)
+        if not (np.isfinite([mean, std]).all() and (std > 0).all()):
+            raise ValueError("no data have its preprocessing")
         if described.dtype not in ("uint8", "float32") or 0 in (described.shape or [0]):
             raise ValueError("no data have its shape or its dtype")
         return described
@@ -232,7 +233,7 @@ def _labels(values: dict[str, Any]) -> Labels:
         mean=float(given["mean"]),
         std=float(given["std"]),
     )
-    known = len(labels.names) in (0, len(labels.counts)) and min(labels.counts, default=0) >= 0
+    known = len(labels.names) in (0, len(labels.counts)) and all(0 <= n < 2**63 for n in labels.counts)
     if not (known and math.isfinite(labels.mean) and 0 <= labels.std < math.inf):
         raise ValueError("no data have its labels")
     return labels

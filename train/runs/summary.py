@@ -75,8 +75,8 @@ def read_summary(run_dir: Path) -> Summary | None:
             dataclasses.replace(summary, test=None, recalibrated=None)
         )
         known = status in get_args(Status) and type(step) in (int, type(None))
-        valid = known and all(map(is_number, numbers)) and _has_numbers([summary.test, summary.recalibrated])
-        return summary if valid else None
+        measured = all(map(_are_metrics, (summary.test or {}, summary.recalibrated or {})))
+        return summary if known and measured and all(map(is_number, numbers)) else None
     except (UserError, TypeError):
         return None
 
@@ -87,15 +87,16 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [
         line
         for line in lines
-        if "loss" in line and line.get("split") in SPLITS and _has_numbers(line | {"split": None})
+        if "loss" in line and line.get("split") in SPLITS and _are_metrics(line | {"split": None})
     ]
 
 
-def _has_numbers(value: Any) -> bool:
-    """Return whether a value of a JSON file is a number, or has numbers alone, as a dict of classes."""
-    if isinstance(value, dict | list):
-        return all(map(_has_numbers, value.values() if isinstance(value, dict) else value))
-    return is_number(value)
+def _are_metrics(value: Any) -> bool:
+    """Return whether a value of a JSON file is metrics: numbers by their names, and those of each class."""
+    if not isinstance(value, dict) or not isinstance(of_classes := value.get("class_accuracy", {}), dict):
+        return False
+    others = (number for name, number in value.items() if name != "class_accuracy")
+    return all(map(is_number, (*others, *of_classes.values())))
 
 
 def summarize(

@@ -112,10 +112,9 @@ def entries(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return comparison.json: one object a job, in their order, the first of them the baseline.
 
     `best_test_accuracy` (the maximum of the test curve; of numbers it is null, and there is `best_test_r2`),
-    `steps_to_target`, `speedup` and `wall_seconds` are
-    medians over seeds, each of which is compared with the same seed of the baseline; `ranges` has their
-    lowest and highest. The target is the baseline's best. What was not reached is null.
-    `speedup_over` takes each job as the baseline.
+    `steps_to_target`, `speedup` and `wall_seconds` are medians over seeds, each of which is compared with the
+    same seed of the baseline; `ranges` has their lowest and highest. The target is the baseline's best. What
+    was not reached is null. `speedup_over` takes each job as the baseline.
     """
     baseline = groups[0]
     found = []

@@ -10,7 +10,7 @@ from train.models import NORMS
 from train.training.state import StepConfig
 
 CHANNELS = (1, 2, 3, 4)  # as images have them
-LARGE = 10  # in standard deviations of inputs that a network is made for
+LARGE = 10  # times the inputs that a network is made for
 EXAMPLES = 1024  # of the training data, that are looked at
 
 
@@ -48,11 +48,18 @@ def _of_inputs(config: Config, dataset: Dataset) -> Iterator[str]:
             f"images of shape {list(shape)} look as if their channels came first; expected (height, width, "
             "channels): save x.transpose(0, 2, 3, 1)."
         )
-    usual = config.data.normalize or config.data.feature_scales or config.model.norm_inputs
-    if some.dtype != np.uint8 and not usual and (largest := float(np.abs(some).max())) > LARGE:
+    if config.data.image_size and config.data.name != "folder":
         yield (
-            f"inputs go up to {largest:.4g}, where networks expect a mean of 0 and a deviation of 1; set "
-            "data.normalize = true" + (", or save bytes as uint8." if len(shape) == 3 else ".")
+            f"data.image_size = {config.data.image_size} changes nothing with data.name = "
+            f"{config.data.name!r}: only the images of a folder are scaled."
+        )
+    usual = config.data.normalize or config.data.feature_scales or config.model.norm_inputs
+    largest, of_bytes = float(np.abs(dataset.preprocessing(some)).max()), some.dtype == np.uint8
+    if not usual and (largest > LARGE or 0 < largest < 1 / LARGE):
+        yield (
+            f"inputs go up to {largest:.4g}{' (bytes over 255)' * of_bytes}, where networks expect a mean of "
+            "0 and a deviation of 1; set data.normalize = true"
+            + (", or save bytes as uint8." if largest > LARGE and len(shape) == 3 else ".")
         )
     if len(some) > 1 and (some == some[:1]).all():
         yield f"all of the first {len(some)} training inputs are equal."

@@ -6,7 +6,7 @@ import numpy as np
 
 from tests.helpers.arrays import keras_arrays, save_npys
 from train.config import Data
-from train.data import fingerprints, load
+from train.data import Labels, fingerprints, load, load_test
 from train.data.dataset import Examples
 
 
@@ -59,6 +59,11 @@ def test_fingerprint_that_is_kept_is_of_one_use_of_the_files(tmp_path, monkeypat
             [load(config, loss=loss, cache=tmp_path / "cache").fingerprint for config, loss in configs]
         )
     assert seen[0] == seen[1] == seen[2] and len(set(seen[0])) == 3
+    # As other data of a network that knows more classes, and columns in another order.
+    known, config = Labels(counts=(1, 1, 1), names=("2", "1", "0")), Data("csv", path=str(path), label="a")
+    options = {"loss": "cross_entropy", "labels": known, "columns": ("c", "b"), "cache": tmp_path / "new"}
+    assert load_test(config, **options)[1] != seen[0][0]
+    assert load(config, cache=tmp_path / "new").fingerprint == seen[0][0]
 
 
 def test_small_files_leave_nothing_beside_the_run(tmp_path):

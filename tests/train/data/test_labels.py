@@ -62,5 +62,6 @@ def test_numbers_that_are_no_classes_are_refused_with_the_key_that_takes_them(re
         ([-1], "integers >= 0 and < 2**31, got -1 to -1"),
         (["1.5", "2"], "classes as labels, got the number 1.5; for numbers set model.loss = 'squared_error'"),
         (["nan", "2"], "classes as labels, got the number nan"),
+        (["9" * 5000, "2"], f"classes as labels, got the number {'9' * 80}; for"),
     ]:
         assert expected in refusal(classes, np.array(given)), given

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tests.helpers.arrays import keras_arrays as arrays
 from tests.helpers.arrays import save_npys
 from train.config import Config, Data, Model
-from train.data import Examples, load, loading
+from train.data import Examples, fingerprint, load, preprocessing
 from train.data.formats.arrays import KEYS
 from train.data.formats.readers import READERS, Reader
 from train.data.formats.reading import Found
@@ -74,6 +74,8 @@ def test_missing_file_names_the_path_and_what_is_accepted(tmp_path, monkeypatch,
         assert refusal(read, Data(name=name)) == (
             f"data.path: expected {accepted}, for data.name = '{name}', got none; or set $JBN_DATA to it."
         )
+        for path in (None, str(tmp_path / "gone")):  # a finished run does not need them
+            assert fingerprint(Data(name=name, path=path), loss="cross_entropy") is None
         assert refusal(read, Data(name=name, path=str(tmp_path / "nowhere"))) == (
             f"data.path: '{tmp_path}/nowhere' does not exist; expected {accepted}."
         )
@@ -150,7 +152,7 @@ def test_malformed_arrays_are_named_with_their_file(tmp_path, refusal):
 
 
 def test_every_number_is_checked_though_never_all_at_once(given, monkeypatch, refusal):
-    monkeypatch.setattr(loading, "CHUNK", 1000 * 4 * 3)
+    monkeypatch.setattr(preprocessing, "CHUNK", 1000 * 4 * 3)
     for row in (0, 999, 1000, 2499):
         values = arrays(n_train=2500, shape=(3,), dtype=np.float32)
         values["x_train"][row, 1] = np.inf
@@ -158,11 +160,11 @@ def test_every_number_is_checked_though_never_all_at_once(given, monkeypatch, re
 
 
 def test_chunks_cover_all_examples_in_64_mib_or_one_by_one():
-    rows = [range(100)[part] for part in loading.chunks(np.empty((1, 2**20), np.uint8), 100)]
+    rows = [range(100)[part] for part in preprocessing.chunks(np.empty((1, 2**20), np.uint8), 100)]
     assert [len(part) for part in rows] == [16] * 6 + [4]
     assert [i for part in rows for i in part] == [*range(100)]
     large = np.broadcast_to(np.uint8(0), (2, 2**25))
-    assert list(loading.chunks(large, 2)) == [slice(0, 1), slice(1, 2)]
+    assert list(preprocessing.chunks(large, 2)) == [slice(0, 1), slice(1, 2)]
 
 
 def test_labels_that_cannot_be_classes_are_named(given, refusal):
@@ -225,7 +227,7 @@ def test_pipe_in_the_place_of_data_is_refused_and_never_waited_for(tmp_path, ref
 @pytest.mark.slow
 def test_data_larger_than_memory_stay_mapped_and_are_never_in_memory_at_once(tmp_path, monkeypatch):
     shape = (64, 64, 3)
-    monkeypatch.setattr(loading, "CHUNK", 64 * 4 * int(np.prod(shape)))
+    monkeypatch.setattr(preprocessing, "CHUNK", 64 * 4 * int(np.prod(shape)))
     save_npys(tmp_path, arrays(shape=shape, dtype=np.float32) | {"y_train": np.zeros(2**10, np.uint8)})
     (tmp_path / "x_train.npy").unlink()
     large = np.lib.format.open_memmap(tmp_path / "x_train.npy", "w+", np.float32, (2**10, *shape))

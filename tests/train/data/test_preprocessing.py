@@ -6,7 +6,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.helpers.arrays import keras_arrays as arrays
-from train.data import loading
+from train.data import preprocessing
 
 SHAPES = [(4, 5), (4, 5, 3), (3,)]  # grey images, images, vectors
 
@@ -24,7 +24,7 @@ def test_bytes_become_numbers_in_0_to_1_and_floating_point_is_left_as_it_is(give
 def test_normalizing_is_by_mean_and_standard_deviation_of_the_training_split_alone(given, monkeypatch, shape):
     values = arrays(n_train=200, shape=shape, dtype=np.float32 if shape == (3,) else np.uint8)
     if shape[-1] == 3:  # in two chunks
-        monkeypatch.setattr(loading, "CHUNK", 75 * 4 * int(np.prod(shape)))
+        monkeypatch.setattr(preprocessing, "CHUNK", 75 * 4 * int(np.prod(shape)))
     first = given(values)(validation=0.25, normalize=True)
     raw = first.train.take(slice(None)).inputs
     examples = raw.astype(np.float64)
@@ -40,7 +40,7 @@ def test_normalizing_is_by_mean_and_standard_deviation_of_the_training_split_alo
 
 
 def test_constant_feature_becomes_0(given, monkeypatch):
-    monkeypatch.setattr(loading, "CHUNK", 75 * 4 * 3)
+    monkeypatch.setattr("train.data.preprocessing.CHUNK", 75 * 4 * 3)
     for constants in (0, 0.1), (-1e6, 1 / 3):
         for n in (150, 75 * 20 + 30):
             values = arrays(n_train=n, shape=(3,), dtype=np.float32)

@@ -186,9 +186,13 @@ def test_data_json_that_does_not_describe_data_is_named(make_config):
         *({"labels": None, "classes": 3}, {"labels": []}, {"labels": {"counts": [1]}}),
         *(
             {"labels": whole["labels"] | change}
-            for change in ({"counts": [-1]}, {"names": ["a"]}, {"mean": "x"})
+            for change in ({"counts": [-1]}, {"counts": [10**400]}, {"names": ["a"]}, {"mean": "x"})
         ),
-        *({"preprocessing": {"mean": value, "std": 1}} for value in ("x", [1, 2, 3], [[1], [2, 3]], 10**400)),
+        *(
+            {"preprocessing": {"mean": value, "std": 1}}
+            for value in ("x", [1, 2, 3], [[1], [2, 3]], 10**400, None)
+        ),
+        *({"preprocessing": {"mean": 0, "std": value}} for value in (None, 0, -1, [None])),
     ):
         path.write_text(json.dumps(whole | spoilt))
         with pytest.raises(UserError, match="data.json' does not describe data: .* Delete it"):
@@ -208,3 +212,7 @@ def test_other_data_than_those_of_the_run_are_refused(make_config):
     other = digits()._replace(fingerprint="0" * 32)
     with pytest.raises(UserError, match="was trained on other data .fingerprint .*, now 0{32}."):
         begin(make_config(), other)
+    path = Path(make_config().run_dir) / "data.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "1" * 16}))
+    begin(make_config(), other)  # what earlier versions wrote, of a part of the data, tells nothing
+    assert directory.read_data(path.parent).fingerprint == "0" * 32

@@ -52,6 +52,9 @@ def test_line_that_is_not_a_result_costs_no_other_line(tmp_path):
         '{"step": 10, "split": "test", "loss": "low", "accuracy": 1, "seconds": "x"}',
         '{"step": 10, "split": ["test"], "loss": 1, "seconds": [1]}',
         '{"step": 10, "split": "test", "accuracy": 1, "seconds": null}',
+        '{"step": 10, "split": "test", "loss": [1]}',
+        '{"step": 10, "split": "test", "loss": 1, "class_accuracy": {"cat": "high"}}',
+        '{"step": 10, "split": "test", "loss": 1, "class_accuracy": 3}',
         f'{{"step": 10, "split": "test", "loss": {long[:400]}, "seconds": {long[:400]}}}',
     ):
         path.write_text(broken + "\n" + whole + broken + "\n")

@@ -67,6 +67,8 @@ def test_broken_summary_counts_as_none(tmp_path):
     for spoilt in (
         *({"status": 3}, {"status": ["finished"]}, {"step": True}, {"step": 2.5}, {"best_step": [1]}),
         *({"test_accuracy": "high"}, {"test_accuracy": 10**400}, {"wall_seconds": {}}),
+        *({"test": 3}, {"test": [1]}, {"test": {"r2": [1]}}, {"test": {"class_accuracy": 3}}),
+        *({"recalibrated": "x"}, {"recalibrated": {"accuracy": {"cat": 1}}}),
     ):
         path.write_text(json.dumps({"status": "finished", "step": 3} | spoilt))
         assert summary.read_summary(tmp_path) is None, spoilt

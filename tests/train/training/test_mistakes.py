@@ -51,11 +51,14 @@ def test_nothing_is_said_of_usual_jobs(notes):
 SAID = [
     ({"x": X.transpose(0, 3, 1, 2)}, "images of shape [1, 6, 6] look as if their channels came first"),
     (
-        {"x": np.zeros((40, 3, 32, 32), np.uint8) + Y[:, None, None, None].astype(np.uint8)},
+        {"x": np.zeros((40, 3, 32, 32), np.uint8) + 50 * Y[:, None, None, None].astype(np.uint8)},
         "[3, 32, 32] look",
     ),
     ({"x": np.abs(255 * X).clip(0, 255)}, "inputs go up to 255, where networks expect a mean of 0"),
     ({"x": 1000 * X.reshape(40, -1)}, "set data.normalize = true."),
+    ({"x": X / 1000}, "inputs go up to 0.00"),
+    ({"x": (np.abs(X) * 9).clip(0, 16).astype(np.uint8)}, "inputs go up to 0.06275 (bytes over 255), where"),
+    ({"data": Data("given", image_size=8)}, "data.image_size = 8 changes nothing with data.name = 'given'"),
     ({"x": np.ones_like(X)}, "all of the first 36 training inputs are equal"),
     (
         {"y": Y + 1},

@@ -1,6 +1,6 @@
 """The data sets that a job may name, from one table.
 
-A further data set is a reader, a line here, and a name in train/config.py.
+A further data set is a reader, a line here, and a name in train/config/schema.py.
 """
 
 from collections.abc import Callable

@@ -42,6 +42,12 @@ def test_columns_have_their_names_and_texts_are_classes_in_their_order(tmp_path)
         assert [len(loaded.train), len(loaded.test)] == [3, 1]
 
 
+def test_sign_of_comments_in_other_files_is_a_part_of_a_label(tmp_path):
+    text = "a,#kind\n" + "1,#1\n2,c#\n" * 10
+    loaded = load(data(write(tmp_path / "table.csv", text), label="#kind"))
+    assert loaded.labels.names == ("#1", "c#") and len(loaded.train) == 18
+
+
 def test_folder_has_a_table_for_each_split_whose_columns_may_stand_in_another_order(tmp_path):
     folder = tmp_path / "tables"
     write(folder / "train.csv")
