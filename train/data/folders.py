@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +25,12 @@ ACCEPTS = (
     "PNG, JPEG, WebP, GIF, BMP or TIFF"
 )
 CHANNELS = 3
-NAMES = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
+NAMED = 10  # files at most in a sentence
+NAMES = {  # in any case
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "testing"),
+}
 Files = dict[str, list[Path]]  # of each class
 
 
@@ -67,10 +72,7 @@ def read(path: Path, config: Data) -> Found | None:
 
 def _parts(path: Path) -> tuple[dict[str, Files], int]:
     """Return the images of each split and class, and how many other files there are."""
-    roots = {part: path / name for part, names in NAMES.items() for name in names if (path / name).is_dir()}
-    if "train" not in roots:
-        roots = {"train": path}
-    parts, left_out = {}, 0
+    roots, parts, left_out = _roots(path), {}, 0
     for part, root in roots.items():
         found = {entry.name: list(_files(entry)) for entry in sorted(root.iterdir()) if _is_folder(entry)}
         loose = [file for file in root.iterdir() if _is_image(file)]
@@ -83,6 +85,25 @@ def _parts(path: Path) -> tuple[dict[str, Files], int]:
                 raise UserError(f"'{root / empty[0]}' has no image; add some, or remove that folder.")
             return {}, 0
     return ({part: files for part, files in parts.items() if files} if parts["train"] else {}), left_out
+
+
+def _roots(path: Path) -> dict[str, Path]:
+    """Return the folder of each split; without any, the whole is that of the training data."""
+    roots = {}
+    for folder in sorted(filter(_is_folder, path.iterdir())):
+        part = next((part for part, names in NAMES.items() if folder.name.lower() in names), None)
+        if part in roots:
+            raise UserError(
+                f"expected one folder of {part} data, got '{roots[part]}' and '{folder}'; remove one."
+            )
+        if part is not None:
+            roots[part] = folder
+    if "train" in roots:
+        return roots
+    for folder in roots.values():  # with folders in it, it is rarely meant as a class
+        if any(map(_is_folder, folder.iterdir())):
+            raise UserError(f"'{folder}' has no train/ beside it; expected {ACCEPTS}.")
+    return {"train": path}
 
 
 def _is_folder(path: Path) -> bool:
@@ -132,11 +153,11 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
     try:
-        first = next(
-            file for part in PARTS if part in parts for files in parts[part].values() for file in files
-        )
         read = functools.partial(images.read, channels=CHANNELS, image_size=config.image_size)
-        shape = read(first, size=None).shape
+        shape = _shape(
+            (file for part in PARTS if part in parts for files in parts[part].values() for file in files),
+            functools.partial(read, size=None),
+        )
         jobs = []
         for part, classes in parts.items():
             files = [(file, names.index(name)) for name, found in classes.items() for file in found]
@@ -144,12 +165,12 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
             np.save(making / f"y_{part}.npy", np.array([label for _, label in files], np.int32))
             jobs += [(array, row, file) for row, (file, _) in enumerate(files)]
 
-        def decode(job) -> str | None:
+        def decode(job) -> tuple[Path, str] | None:
             array, row, file = job
             try:
                 array[row] = read(file, size=shape[:2])
             except UserError as error:
-                return str(error)
+                return file, str(error)
             return None
 
         with reading(cache, ACCEPTS), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -164,14 +185,32 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
             )
             faults = [*filter(None, seen)]
         if faults:
-            also = f" So it is with {len(faults) - 1:,} other images." if faults[1:] else ""
-            unequal = "pixels, where" in faults[0] and " Set data.image_size to scale all to one size." or ""
-            raise UserError(faults[0] + unequal + also)
+            (_, first), *others = faults
+            unequal = "pixels, where" in first and " Set data.image_size to scale all to one size." or ""
+            raise UserError(first + unequal + _also([str(file) for file, _ in others]))
         (making / "index.json").write_text(json.dumps({"stamp": stamp}))
         shutil.rmtree(cache, ignore_errors=True)
         making.rename(cache)
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _shape(files: Iterator[Path], read: Callable[[Path], np.ndarray]) -> tuple[int, ...]:
+    """Return the shape of the first image that can be read, so that all others are named at once."""
+    first = None
+    for file in files:
+        try:
+            return read(file).shape
+        except UserError as error:
+            first = first or error
+    assert first is not None, "there is an image"
+    raise first
+
+
+def _also(files: list[str]) -> str:
+    """Name further images with a fault, not necessarily the same."""
+    some = ", ".join(files[:NAMED]) + f" and {len(files) - NAMED:,} more" * (len(files) > NAMED)
+    return f" Nor can be used: {some}." if files else ""
 
 
 def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
