@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from train.config import Data
-from train.data.reading import PARTS, Found, reading, regular
+from train.data.reading import PARTS, Found, left_out, reading, regular
 
 ACCEPTS = "a .csv file, or a folder with train.csv, and test.csv and validation.csv if there are any"
-EXPECTED = "a CSV file: names of the columns in its first line, and numbers below"
+EXPECTED = (
+    "a CSV file in UTF-8, separated by commas, semicolons or tabs: names of the columns in its first line, "
+    "and numbers below, such as 1.5"
+)
 SEPARATORS = ",;\t"
 
 
@@ -20,6 +23,7 @@ def read(path: Path, config: Data) -> Found | None:
     files = {part: file for part, file in files.items() if file.is_file()}
     if "train" not in files:
         return None
+    others = sorted(found.name for found in path.glob("*.csv") if found not in files.values())
     arrays, columns = {}, ()
     for part, file in files.items():
         with reading(file, EXPECTED):
@@ -31,7 +35,8 @@ def read(path: Path, config: Data) -> Found | None:
             columns = columns or tuple(name for name in names if name != config.label)
         arrays[f"x_{part}"] = features(file, columns)
         arrays[f"y_{part}"] = _labels(file, names.index(config.label), config.label)
-    return Found(arrays, tuple(files.values()), columns=columns)
+    notes = (left_out(path, others, ACCEPTS),) if others else ()
+    return Found(arrays, tuple(files.values()), columns=columns, notes=notes)
 
 
 def features(file: Path, columns: tuple[str, ...]) -> np.ndarray:
@@ -47,6 +52,7 @@ def features(file: Path, columns: tuple[str, ...]) -> np.ndarray:
         if not columns:
             raise ValueError("it has no column but that of the labels")
         at = [names.index(name) for name in columns]
+        _check_lengths(file, len(names))
         try:
             values = np.loadtxt(regular(file), usecols=at, ndmin=2, **_options(file))
         except ValueError:
@@ -92,6 +98,19 @@ def _options(file: Path) -> dict:
         "quotechar": '"',
         "encoding": "utf-8-sig",
     }
+
+
+def _check_lengths(file: Path, columns: int) -> None:
+    """Refuse rows that go on after the last column: of 1,5 for 1.5 the cells are out of place."""
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        rows = csv.reader(lines, delimiter=_separator(file))
+        next(rows)
+        for number, row in enumerate(filter(None, rows), 1):
+            if len(row) > columns and (beyond := "".join(row[columns:]).strip()):
+                raise ValueError(
+                    f"row {number} has {beyond[:80]!r} after the last of its {columns} columns; put quotes "
+                    "around cells that hold the separator"
+                )
 
 
 def _first_fault(file: Path, columns: dict[int, str]) -> str:
