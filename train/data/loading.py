@@ -156,7 +156,10 @@ def _check_shapes(path: str, part: str, x: np.ndarray, y: np.ndarray) -> None:
     hint = " (of one-hot ones, save y.argmax(-1))" if y.ndim == 2 and len(y) == len(x) else ""
     require(y.shape in ((len(x),), (len(x), 1)), one_each + hint)
     require(x.size > 0, "one example or more, of one number or more")
-    require(x.dtype == np.uint8 or x.dtype.kind == "f", f"x_{part} of uint8 or floating point")
+    floating = (
+        f"x_{part} of uint8 or floating point (save x.astype('float32'), or of pixels x.astype('uint8'))"
+    )
+    require(x.dtype == np.uint8 or x.dtype.kind == "f", floating)
 
 
 def _inputs(path: str, part: str, x: np.ndarray) -> np.ndarray:
@@ -164,8 +167,10 @@ def _inputs(path: str, part: str, x: np.ndarray) -> np.ndarray:
         if x.dtype != np.float32:
             with np.errstate(over="ignore"):
                 x = x.astype(np.float32, subok=False)
-        if not all(np.isfinite(x[rows]).all() for rows in chunks(x, len(x))):
-            raise UserError(f"{path}: expected finite numbers in x_{part}, got others.")
+        for rows in chunks(x, len(x)):
+            if not (finite := np.isfinite(x[rows])).all():
+                at = rows.start + int(finite.reshape(len(finite), -1).all(1).argmin())
+                raise UserError(f"{path}: expected finite numbers in x_{part}, got others in x_{part}[{at}].")
     return x[..., None] if x.ndim == 3 else x
 
 

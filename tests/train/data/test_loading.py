@@ -120,11 +120,16 @@ MALFORMED = [
     ({"x_train": np.uint8(1)}, "x_train of shape (n, features)"),
     (
         {"x_train": np.zeros((20, 4, 4), np.int32)},
-        "x_train of uint8 or floating point, got x_train int32[20, 4, 4]",
+        "x_train of uint8 or floating point (save x.astype('float32'), or of pixels x.astype('uint8')), got "
+        "x_train int32[20, 4, 4]",
     ),
     ({"x_train": np.zeros((20, 4, 4), [("a", "f4")])}, "x_train of uint8 or floating point"),
     ({"x_train": np.full((20, 4, 4), 1e300)}, "finite numbers in x_train"),
     ({"x_test": np.full((8, 4, 4), np.nan, np.float32)}, "finite numbers in x_test"),
+    (
+        {"x_train": np.where(np.arange(20)[:, None] == 7, np.inf, np.ones(6))},
+        "finite numbers in x_train, got others in x_train[7].",
+    ),
     ({"x_test": np.zeros((0, 4, 4), np.uint8), "y_test": np.zeros(0, int)}, "one example or more"),
     ({"x_train": np.zeros((20, 0))}, "one example or more, of one number or more"),
     ({"y_train": np.zeros(19, int)}, "one label in y_train for each of the 20 examples, got x_train"),
