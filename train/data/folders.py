@@ -56,8 +56,8 @@ def read(path: Path, config: Data) -> Found | None:
                 arrays = _decoded(cache, stamp)
                 assert arrays is not None, "what was just written can be read"
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
+        if error.errno in DISK_FULL:  # which of several disks, the system may not have said
+            raise OSError(error.errno, error.strerror, str(cache.parent)) from error
         raise UserError(
             f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
             "--data.cache."

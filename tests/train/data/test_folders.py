@@ -1,7 +1,9 @@
 """Folders of images: their layouts, the cache that they are decoded into, and what is said of them."""
 
 import dataclasses
+import errno
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -144,6 +146,18 @@ def test_cache_that_was_cut_short_is_made_anew(photographs, monkeypatch):
     for spoil in ("index.json", "x_train.npy", "y_test.npy"):
         (cache / spoil).write_bytes(b"{")
         assert load(data(root)).fingerprint == whole, spoil
+
+
+def test_full_disk_is_named_and_leaves_no_half_of_a_cache(photographs, monkeypatch):
+    root, _ = photographs
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folders, "_allocate", full)
+    with pytest.raises(OSError, match=re.escape(str(root.parent / "cache"))):
+        load(data(root))
+    assert [path.suffix for path in (root.parent / "cache").iterdir()] == [".lock"]
 
 
 def test_cache_is_beside_the_run_or_where_it_was_asked_for(photographs, tmp_path):
