@@ -52,11 +52,12 @@ def load_test(
     columns: tuple[str, ...] = (),
     trained_on: str | None = None,
     cache: Path | None = None,
-) -> tuple[Split, str]:
-    """Return the test split alone, and the data's fingerprint.
+) -> tuple[str, Split, str]:
+    """Return the test split alone, after its name, "test", and before the data's fingerprint.
 
     It is for a network that was trained with these labels and columns. Of data without a test split it is
-    what training held out, if these are the data (if `trained_on` is their fingerprint), else all of them.
+    what training held out, if these are the data (if `trained_on` is their fingerprint), else all of them,
+    whose name is "all": some may be training data, as in a folder to which images were added.
 
     Raises:
       UserError: a file is missing or malformed, or has labels that the network does not know.
@@ -72,8 +73,8 @@ def load_test(
     examples, names = _examples(path, found, loss, known=labels)
     of_all = _fingerprint(config, loss, cache, found, examples, names)
     if "test" not in examples and of_all != trained_on:
-        return Split(*examples["train"], np.arange(len(examples["train"].labels))), of_all
-    return _split(config, examples)[0]["test"], of_all
+        return "all", Split(*examples["train"], np.arange(len(examples["train"].labels))), of_all
+    return "test", _split(config, examples)[0]["test"], of_all
 
 
 def fingerprint(config: Data, *, loss: LossName, cache: Path | None = None) -> str | None:

@@ -125,12 +125,13 @@ def test_other_tables_are_evaluated_by_the_names_of_the_first(tmp_path, refusal)
     trained = load(data(write(tmp_path / "first.csv"), test=0.25))
     others = data(write(tmp_path / "others.csv", "kind,width,height\nelk,2,1\ncat,4,3\n"))
     options = {"loss": "cross_entropy", "labels": trained.labels, "columns": trained.columns}
-    split, _ = load_test(others, **options, trained_on=trained.fingerprint)
+    name, split, _ = load_test(others, **options, trained_on=trained.fingerprint)
     assert_array_equal(split.inputs, np.float32([[1, 2], [3, 4]]))
-    assert split.labels.tolist() == [2, 0] and len(split) == 2
-    held_out, _ = load_test(
+    assert (name, split.labels.tolist(), len(split)) == ("all", [2, 0], 2)
+    name, held_out, _ = load_test(
         data(tmp_path / "first.csv", test=0.25), **options, trained_on=trained.fingerprint
     )
+    assert name == "test"
     assert_array_equal(held_out.rows, trained.test.rows)
     write(tmp_path / "others.csv", "kind,width,height\nfox,2,1\n")
     assert "that the network was trained on, 'cat', 'dog', 'elk', got 'fox'." in refusal(
