@@ -18,6 +18,7 @@ from train.data.reading import PARTS, Found, reading
 from train.errors import UserError
 
 CHUNK = 2**26  # bytes
+OWN = ("folder", "csv", "npz")  # data sets of whatever the user has
 
 
 def load(config: Data, *, loss: LossName = "cross_entropy", cache: Path | None = None) -> Dataset:
@@ -31,6 +32,12 @@ def load(config: Data, *, loss: LossName = "cross_entropy", cache: Path | None =
     Raises:
       UserError: a file is missing or malformed, or there is nothing to train on.
     """
+    if config.path and not READERS[config.name].needs_path:
+        own = " or ".join(map(repr, OWN))
+        raise UserError(
+            f"data.path: expected none with data.name = {config.name!r}, whose data come with the program, "
+            f"got '{config.path}'; for data of your own set data.name = {own}."
+        )
     path, found = _found(config, cache)
     examples, names = _examples(path, found, loss)
     splits, notes = _split(config, examples)

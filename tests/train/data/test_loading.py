@@ -61,6 +61,15 @@ def test_data_are_found_by_flag_or_environment(tmp_path, monkeypatch, refusal):
             assert_array_equal(train.inputs[..., 0], arrays()["x_train"], name)
 
 
+def test_path_is_not_ignored_where_the_data_come_with_the_program(tmp_path, monkeypatch, refusal):
+    sentence = refusal(load, Data("digits", path=str(tmp_path)))
+    assert (
+        f"come with the program, got '{tmp_path}'; for data of your own set data.name = 'folder'" in sentence
+    )
+    monkeypatch.setenv("JBN_DATA", str(tmp_path))  # of all jobs, and so of some that need none
+    assert len(load(Data("digits")).test) == 360
+
+
 def test_missing_file_names_the_path_and_what_is_accepted(tmp_path, monkeypatch, refusal):
     monkeypatch.delenv("JBN_DATA", raising=False)
     for name, also in (
