@@ -33,6 +33,9 @@ def converted(
         return {part: _targets(what, part, labels) for part, labels in texts.items()}, ()
     if names:
         texts = {part: np.array(names)[labels] for part, labels in texts.items()}
+    elif known is not None and known.names and all(map(_is_integer, known.names)):
+        # Beside classes '1' and '2' the number 1 is the class '1', and not the second one.
+        texts = {part: y.astype(str) if y.dtype.kind in "iu" else y for part, y in texts.items()}
     if not all(labels.dtype.kind == "U" for labels in texts.values()):
         return {part: _positions(what, part, labels, known) for part, labels in texts.items()}, ()
     found = sorted({str(name) for labels in texts.values() for name in np.unique(labels)}, key=by_number)
