@@ -58,10 +58,12 @@ def read(path: Path, config: Data) -> Found | None:
     except OSError as error:
         if error.errno in DISK_FULL:  # which of several disks, the system may not have said
             raise OSError(error.errno, error.strerror, str(cache.parent)) from error
-        raise UserError(
-            f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
-            "--data.cache."
-        ) from error
+        arrays = _decoded(cache, stamp)  # that somebody else has made may be read though not locked
+        if arrays is None:
+            raise UserError(
+                f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
+                "--data.cache."
+            ) from error
     notes = (
         [f"{left_out:,} files in '{path}' are no images by their names, and are left out."]
         if left_out

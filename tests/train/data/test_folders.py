@@ -148,6 +148,19 @@ def test_cache_that_was_cut_short_is_made_anew(photographs, monkeypatch):
         assert load(data(root)).fingerprint == whole, spoil
 
 
+def test_cache_that_may_only_be_read_is_read_if_it_is_whole(photographs, monkeypatch, refusal):
+    root, _ = photographs
+    before = load(data(root)).fingerprint
+
+    def locked(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(folders, "FileLock", locked)
+    assert load(data(root)).fingerprint == before
+    save(root / "train" / "dog" / "2.png")
+    assert "cannot be used: Permission denied. Give another" in refusal(load, data(root))
+
+
 def test_full_disk_is_named_and_leaves_no_half_of_a_cache(photographs, monkeypatch):
     root, _ = photographs
 
