@@ -54,7 +54,8 @@ def evaluate(run_dir: Positional[Path], *, path: Annotated[str | None, arg(name=
 
     Args:
       run_dir: the run directory.
-      path: other data, in the layout of the data that the run was trained on.
+      path: other data, in the layout of the data that the run was trained on; all of them where they have no
+        test split.
     """
     from train.training.trained import serving
 

@@ -10,6 +10,7 @@ from train.data.dataset import Labels
 from train.errors import UserError
 
 Parts = dict[str, np.ndarray]  # the labels of each split
+LOST = 0.01  # of a standard deviation of numbers, the most that rounding to float32 may change one
 
 
 def converted(
@@ -32,6 +33,9 @@ def converted(
         return {part: _targets(what, part, labels) for part, labels in texts.items()}, ()
     if names:
         texts = {part: np.array(names)[labels] for part, labels in texts.items()}
+    elif known is not None and known.names and all(map(_is_integer, known.names)):
+        # Beside classes '1' and '2' the number 1 is the class '1', and not the second one.
+        texts = {part: y.astype(str) if y.dtype.kind in "iu" else y for part, y in texts.items()}
     if not all(labels.dtype.kind == "U" for labels in texts.values()):
         return {part: _positions(what, part, labels, known) for part, labels in texts.items()}, ()
     found = sorted({str(name) for labels in texts.values() for name in np.unique(labels)}, key=by_number)
@@ -75,10 +79,21 @@ def _targets(what: str, part: str, labels: np.ndarray) -> np.ndarray:
             f"'squared_error', got {wrong!r}; for classes set model.loss = 'cross_entropy'."
         ) from None
     with np.errstate(over="ignore"):
-        targets = targets.astype(np.float32)
-    if not np.isfinite(targets).all():
-        raise UserError(f"{what}: expected finite numbers as the labels of the {part} data, got others.")
-    return targets
+        rounded = targets.astype(np.float32)
+    if not (finite := np.isfinite(rounded)).all():
+        at = int(finite.argmin())
+        raise UserError(
+            f"{what}: expected finite numbers as the labels of the {part} data, got {targets[at]} as number "
+            f"{at + 1}."
+        )
+    mean, std = targets.mean(), targets.std()
+    differ = part == "train" and (targets != targets[0]).any()
+    if differ and np.abs(rounded - targets).max() > LOST * std:
+        raise UserError(
+            f"{what}: expected labels whose differences float32 can hold, got numbers about {mean:.10g} with "
+            f"a standard deviation of {std:.3g}; subtract {mean:.0f} from all labels."
+        )
+    return rounded
 
 
 def _positions(what: str, part: str, labels: np.ndarray, known: Labels | None) -> np.ndarray:

@@ -15,6 +15,8 @@ from train.data.labels import converted
 from train.data.preprocessing import chunks, fitting
 from train.errors import UserError
 
+OWN = ("folder", "csv", "npz")  # data sets of whatever the user has
+
 
 def load(config: Data, *, loss: LossName = "cross_entropy", cache: Path | None = None) -> Dataset:
     """Load the data that a job names. Every split is a function of the files alone, and not of the seed.
@@ -27,6 +29,12 @@ def load(config: Data, *, loss: LossName = "cross_entropy", cache: Path | None =
     Raises:
       UserError: a file is missing or malformed, or there is nothing to train on.
     """
+    if config.path and not READERS[config.name].needs_path:
+        own = " or ".join(map(repr, OWN))
+        raise UserError(
+            f"data.path: expected none with data.name = {config.name!r}, whose data come with the program, "
+            f"got '{config.path}'; for data of your own set data.name = {own}."
+        )
     path, found = _found(config, cache)
     examples, names = _examples(path, found, loss)
     splits, notes = _split(config, examples)
@@ -48,11 +56,12 @@ def load_test(
     columns: tuple[str, ...] = (),
     trained_on: str | None = None,
     cache: Path | None = None,
-) -> tuple[Split, str]:
-    """Return the test split alone, and the data's fingerprint.
+) -> tuple[str, Split, str]:
+    """Return the test split alone, after its name, "test", and before the data's fingerprint.
 
     It is for a network that was trained with these labels and columns. Of data without a test split it is
-    what training held out, if these are the data (if `trained_on` is their fingerprint), else all of them.
+    what training held out, if these are the data (if `trained_on` is their fingerprint), else all of them,
+    whose name is "all": some may be training data, as in a folder to which images were added.
 
     Raises:
       UserError: a file is missing or malformed, or has labels that the network does not know.
@@ -69,8 +78,8 @@ def load_test(
     examples, names = _examples(path, found, loss, known=labels)
     of_all = _fingerprint(config, loss, cache, found, examples, names)
     if "test" not in examples and of_all != trained_on:
-        return Split(*examples["train"], np.arange(len(examples["train"].labels))), of_all
-    return _split(config, examples)[0]["test"], of_all
+        return "all", Split(*examples["train"], np.arange(len(examples["train"].labels))), of_all
+    return "test", _split(config, examples)[0]["test"], of_all
 
 
 def fingerprint(config: Data, *, loss: LossName, cache: Path | None = None) -> str | None:
@@ -150,7 +159,10 @@ def _check_shapes(path: str, part: str, x: np.ndarray, y: np.ndarray) -> None:
     hint = " (of one-hot ones, save y.argmax(-1))" if y.ndim == 2 and len(y) == len(x) else ""
     require(y.shape in ((len(x),), (len(x), 1)), one_each + hint)
     require(x.size > 0, "one example or more, of one number or more")
-    require(x.dtype == np.uint8 or x.dtype.kind == "f", f"x_{part} of uint8 or floating point")
+    floating = (
+        f"x_{part} of uint8 or floating point (save x.astype('float32'), or of pixels x.astype('uint8'))"
+    )
+    require(x.dtype == np.uint8 or x.dtype.kind == "f", floating)
 
 
 def _inputs(path: str, part: str, x: np.ndarray) -> np.ndarray:
@@ -158,8 +170,10 @@ def _inputs(path: str, part: str, x: np.ndarray) -> np.ndarray:
         if x.dtype != np.float32:
             with np.errstate(over="ignore"):
                 x = x.astype(np.float32, subok=False)
-        if not all(np.isfinite(x[rows]).all() for rows in chunks(x, len(x))):
-            raise UserError(f"{path}: expected finite numbers in x_{part}, got others.")
+        for rows in chunks(x, len(x)):
+            if not (finite := np.isfinite(x[rows])).all():
+                at = rows.start + int(finite.reshape(len(finite), -1).all(1).argmin())
+                raise UserError(f"{path}: expected finite numbers in x_{part}, got others in x_{part}[{at}].")
     return x[..., None] if x.ndim == 3 else x
 
 

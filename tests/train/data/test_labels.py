@@ -37,6 +37,9 @@ def test_known_classes_keep_their_positions_and_others_are_refused(refusal):
     assert classes(np.array([1, 0]), names=("dog", "elk"), known=known) == ([2, 0], known.names)
     assert classes(np.array([2, 0]), known=known) == ([2, 0], ())
     assert classes(np.array(["2", "0"]), known=Labels(counts=(1, 1, 1))) == ([2, 0], ("0", "1", "2"))
+    numbered = Labels(counts=(1, 1), names=("1", "2"))
+    assert classes(np.array([2, 1, 1]), known=numbered) == ([1, 0, 0], ("1", "2"))
+    assert "'1', '2', got '0'." in refusal(classes, np.array([1, 0]), known=numbered)
     sentence = refusal(classes, np.array(["fox", "elk", "ape"]), known=known)
     assert sentence.endswith("network was trained on, 'dog', 'cat', 'elk', got 'ape', 'fox'.")
     assert "labels up to 2, as in" in refusal(classes, np.array([3]), known=known)
@@ -52,8 +55,16 @@ def test_targets_are_numbers_of_any_dtype_or_texts_of_them(refusal):
         parts, names = converted("data", {"train": given}, (), loss="squared_error")
         assert_array_equal(parts["train"], given.astype(np.float32), strict=True)
         assert names == ()
-    for given, got in (["1", "x"], "got 'x'"), ([1e300], "finite numbers"), ([np.nan], "finite numbers"):
+    for given, got in [
+        (["1", "x"], "got 'x'"),
+        ([1e300], "finite numbers"),
+        ([1, np.nan], "labels of the train data, got nan as number 2."),
+        ([1e9 + 1, 1e9 - 1], "about 1000000000 with a standard deviation of 1; subtract 1000000000 from all"),
+    ]:
         assert got in refusal(converted, "data", {"train": np.array(given)}, (), loss="squared_error")
+    for given in [0.1, 0.1, 0.1], [1e9, 2e9], [1e9 + 1]:
+        parts, _ = converted("data", {"train": np.array(given)}, (), loss="squared_error")
+        assert_array_equal(parts["train"], np.float32(given))
 
 
 def test_numbers_that_are_no_classes_are_refused_with_the_key_that_takes_them(refusal):

@@ -62,6 +62,15 @@ def test_data_are_found_by_flag_or_environment(tmp_path, monkeypatch, refusal):
             assert_array_equal(train.inputs[..., 0], arrays()["x_train"], name)
 
 
+def test_path_is_not_ignored_where_the_data_come_with_the_program(tmp_path, monkeypatch, refusal):
+    sentence = refusal(load, Data("digits", path=str(tmp_path)))
+    assert (
+        f"come with the program, got '{tmp_path}'; for data of your own set data.name = 'folder'" in sentence
+    )
+    monkeypatch.setenv("JBN_DATA", str(tmp_path))  # of all jobs, and so of some that need none
+    assert len(load(Data("digits")).test) == 360
+
+
 def test_missing_file_names_the_path_and_what_is_accepted(tmp_path, monkeypatch, refusal):
     monkeypatch.delenv("JBN_DATA", raising=False)
     for name, also in (
@@ -123,11 +132,16 @@ MALFORMED = [
     ({"x_train": np.uint8(1)}, "x_train of shape (n, features)"),
     (
         {"x_train": np.zeros((20, 4, 4), np.int32)},
-        "x_train of uint8 or floating point, got x_train int32[20, 4, 4]",
+        "x_train of uint8 or floating point (save x.astype('float32'), or of pixels x.astype('uint8')), got "
+        "x_train int32[20, 4, 4]",
     ),
     ({"x_train": np.zeros((20, 4, 4), [("a", "f4")])}, "x_train of uint8 or floating point"),
     ({"x_train": np.full((20, 4, 4), 1e300)}, "finite numbers in x_train"),
     ({"x_test": np.full((8, 4, 4), np.nan, np.float32)}, "finite numbers in x_test"),
+    (
+        {"x_train": np.where(np.arange(20)[:, None] == 7, np.inf, np.ones(6))},
+        "finite numbers in x_train, got others in x_train[7].",
+    ),
     ({"x_test": np.zeros((0, 4, 4), np.uint8), "y_test": np.zeros(0, int)}, "one example or more"),
     ({"x_train": np.zeros((20, 0))}, "one example or more, of one number or more"),
     ({"y_train": np.zeros(19, int)}, "one label in y_train for each of the 20 examples, got x_train"),

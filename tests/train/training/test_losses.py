@@ -155,7 +155,7 @@ def trained(monkeypatch, make_config):
         splits = [Split(INPUTS, labels, np.arange(start, start + 200)) for start in (0, 200, 400)]
         made = Dataset(*splits, description, PREPROCESSING, "made")
         monkeypatch.setattr(data, "load", lambda *_, **__: made)
-        monkeypatch.setattr(data, "load_test", lambda *_, **__: (splits[2], "made"))
+        monkeypatch.setattr(data, "load_test", lambda *_, **__: ("test", splits[2], "made"))
         gap = jax.jit(inspection._gap, static_argnums=0)
         monkeypatch.setattr(inspection, "_measure", lambda *given: ({}, gap(*given[:4])))
         config = make_config(

@@ -18,7 +18,7 @@ from numpy.lib.format import open_memmap
 from numpy.lib.npyio import NpzFile
 
 from train.data.dataset import permutation
-from train.data.formats.reading import Found, reading, regular
+from train.data.formats.reading import Found, left_out, reading, regular
 from train.errors import UserError
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -53,20 +53,28 @@ def npz(path: Path, name: str = "npz") -> Found | None:
     if path.is_dir() and (path / f"{name}.npz").is_file():
         path = path / f"{name}.npz"
     if path.is_dir():
-        files = {
-            key: path / f"{key}.npy" for key in _wanted(path, [file.stem for file in path.glob("*.npy")])
-        }
-        return (
-            Found({key: npy(file) for key, file in files.items()}, tuple(files.values())) if files else None
-        )
+        names = [file.stem for file in path.glob("*.npy")]
+        files = {key: path / f"{key}.npy" for key in _wanted(path, names)}
+        if not files:
+            return None
+        arrays = {key: npy(file) for key, file in files.items()}
+        return Found(arrays, tuple(files.values()), notes=_others(path, names))
     with (
         reading(path, f"an .npz file of plain arrays{TEXTS}"),
         regular(path).open("rb") as file,
         NpzFile(file) as archive,
     ):
         keys = _wanted(path, archive.files)
-        _require_all(path, archive.files, KEYS[:2])
-        return Found({key: member(archive, key) for key in keys}, (path,))
+        if not keys:
+            got = ", ".join(map(repr, archive.files[:10])) or "no arrays"
+            raise UserError(f"{path}: expected {', '.join(KEYS[:2])}, got {got}.")
+        arrays = {key: member(archive, key) for key in keys}
+        return Found(arrays, (path,), notes=_others(path, archive.files))
+
+
+def _others(path: Path, names: Sequence[str]) -> tuple[str, ...]:
+    others = sorted(set(names) - {*KEYS, *OPTIONAL})
+    return (left_out(path, others, ", ".join(dict.fromkeys(KEYS + OPTIONAL))),) if others else ()
 
 
 def _wanted(path: Path, names: Sequence[str]) -> list[str]:
@@ -122,7 +130,8 @@ def cifar10(path: Path) -> Found | None:
 
 
 def _require_all(path: Path, found: Collection[str], names: Sequence[str]) -> None:
-    if missing := [name for name in dict.fromkeys(names) if name not in found]:
+    names = list(dict.fromkeys(names))
+    if missing := [name for name in names if name not in found]:
         raise UserError(f"{path}: expected {', '.join(names)}, got no {' and no '.join(missing)}.")
 
 

@@ -4,7 +4,7 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,8 +25,8 @@ ACCEPTS = (
     "PNG, JPEG, WebP, GIF, BMP or TIFF"
 )
 CHANNELS = 3
-# What the folder of a split may be called, in capital letters or not.
-NAMES = {
+NAMED = 10  # files at most in a sentence
+NAMES = {  # of the folders of splits, in any case
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val"),
     "test": ("test", "testing"),
@@ -57,12 +57,14 @@ def read(path: Path, config: Data) -> Found | None:
                 arrays = _decoded(cache, stamp)
             assert arrays is not None, "what was just written can be read"
     except OSError as error:
-        if error.errno in DISK_FULL:
-            raise
-        raise UserError(
-            f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
-            "--data.cache."
-        ) from error
+        if error.errno in DISK_FULL:  # which of several disks, the system may not have said
+            raise OSError(error.errno, error.strerror, str(cache.parent)) from error
+        arrays = _decoded(cache, stamp)  # that somebody else has made may be read though not locked
+        if arrays is None:
+            raise UserError(
+                f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
+                "--data.cache."
+            ) from error
     notes = (
         [f"{left_out:,} files in '{path}' are no images by their names, and are left out."]
         if left_out
@@ -73,17 +75,7 @@ def read(path: Path, config: Data) -> Found | None:
 
 def _parts(path: Path) -> tuple[dict[str, Files], int]:
     """Return the images of each split and class, and how many other files there are."""
-    roots = {
-        part: folder
-        for part, names in NAMES.items()
-        for folder in sorted(path.iterdir())
-        if folder.name.lower() in names and folder.is_dir()
-    }
-    if roots and "train" not in roots:
-        other = next(iter(roots.values()))
-        raise UserError(f"'{path}' has {other.name}/ and no train/; expected {ACCEPTS}.")
-    roots = roots or {"train": path}
-    parts, left_out = {}, 0
+    roots, parts, left_out = _roots(path), {}, 0
     for part, root in roots.items():
         found = {entry.name: list(_files(entry)) for entry in sorted(root.iterdir()) if _is_folder(entry)}
         loose = [file for file in root.iterdir() if _is_image(file)]
@@ -96,6 +88,25 @@ def _parts(path: Path) -> tuple[dict[str, Files], int]:
                 raise UserError(f"'{root / empty[0]}' has no image; add some, or remove that folder.")
             return {}, 0
     return ({part: files for part, files in parts.items() if files} if parts["train"] else {}), left_out
+
+
+def _roots(path: Path) -> dict[str, Path]:
+    """Return the folder of each split; without any, the whole is that of the training data."""
+    roots = {}
+    for folder in sorted(filter(_is_folder, path.iterdir())):
+        part = next((part for part, names in NAMES.items() if folder.name.lower() in names), None)
+        if part in roots:
+            raise UserError(
+                f"expected one folder of {part} data, got '{roots[part]}' and '{folder}'; remove one."
+            )
+        if part is not None:
+            roots[part] = folder
+    if "train" in roots:
+        return roots
+    for folder in roots.values():  # with folders in it, it is rarely meant as a class
+        if any(map(_is_folder, folder.iterdir())):
+            raise UserError(f"'{folder}' has no train/ beside it; expected {ACCEPTS}.")
+    return {"train": path}
 
 
 def _is_folder(path: Path) -> bool:
@@ -146,11 +157,11 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
     shutil.rmtree(replaced, ignore_errors=True)
     making.mkdir()
     try:
-        first = next(
-            file for part in PARTS if part in parts for files in parts[part].values() for file in files
-        )
         read = functools.partial(images.read, channels=CHANNELS, image_size=config.image_size)
-        shape = read(first, size=None).shape
+        shape = _shape(
+            (file for part in PARTS if part in parts for files in parts[part].values() for file in files),
+            functools.partial(read, size=None),
+        )
         jobs = []
         for part, classes in parts.items():
             files = [(file, names.index(name)) for name, found in classes.items() for file in found]
@@ -158,12 +169,12 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
             np.save(making / f"y_{part}.npy", np.array([label for _, label in files], np.int32))
             jobs += [(array, row, file) for row, (file, _) in enumerate(files)]
 
-        def decode(job) -> str | None:
+        def decode(job) -> tuple[Path, str] | None:
             array, row, file = job
             try:
                 array[row] = read(file, size=shape[:2])
             except UserError as error:
-                return str(error)
+                return file, str(error)
             return None
 
         with reading(cache, ACCEPTS), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -178,9 +189,9 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
             )
             faults = [*filter(None, seen)]
         if faults:
-            also = f" So it is with {len(faults) - 1:,} other images." if faults[1:] else ""
-            unequal = "pixels, where" in faults[0] and " Set data.image_size to scale all to one size." or ""
-            raise UserError(faults[0] + unequal + also)
+            (_, first), *others = faults
+            unequal = "pixels, where" in first and " Set data.image_size to scale all to one size." or ""
+            raise UserError(first + unequal + _also([str(file) for file, _ in others]))
         (making / "index.json").write_text(json.dumps({"stamp": stamp}))
         if cache.exists():  # at once, for those who are about to read it
             cache.rename(replaced)
@@ -188,6 +199,24 @@ def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, 
     finally:
         shutil.rmtree(making, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _shape(files: Iterator[Path], read: Callable[[Path], np.ndarray]) -> tuple[int, ...]:
+    """Return the shape of the first image that can be read, so that all others are named at once."""
+    first = None
+    for file in files:
+        try:
+            return read(file).shape
+        except UserError as error:
+            first = first or error
+    assert first is not None, "there is an image"
+    raise first
+
+
+def _also(files: list[str]) -> str:
+    """Name further images with a fault, not necessarily the same."""
+    some = ", ".join(files[:NAMED]) + f" and {len(files) - NAMED:,} more" * (len(files) > NAMED)
+    return f" Nor can be used: {some}." if files else ""
 
 
 def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """One image file -> pixels, the same in training and in prediction."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,8 @@ def _check(image: "Image", size: tuple[int, ...] | None) -> None:
     if image.format != "MPO" and getattr(image, "is_animated", False):
         raise ValueError("it is animated, or has several pages; save the one that is meant")
     # Pillow would cut off values above 255, or, of colour, half of the bits.
-    if image.mode.startswith(("I", "F")) or ";16" in repr(getattr(image, "tile", "")):
+    of_two_bytes = re.search(r";16[A-Z]", repr(getattr(image, "tile", "")))
+    if image.mode.startswith(("I", "F")) or of_two_bytes:
         raise ValueError("it has more than 8 bits a channel; save it with 8")
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,3 +54,9 @@ def regular(path: Path) -> Path:
     if not path.is_file():
         raise ValueError("it is no file" if path.exists() else "it does not exist")
     return path
+
+
+def left_out(path: Path, names: Sequence[str], expected: str) -> str:
+    """Say that some of what is at a path is not read: a split that is misspelt would be missed by nobody."""
+    some = ", ".join(map(repr, names[:10])) + f" and {len(names) - 10} more" * (len(names) > 10)
+    return f"Left out of '{path}': {some}; expected {expected}."

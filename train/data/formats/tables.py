@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from train.config import Data
-from train.data.formats.reading import PARTS, Found, reading, regular
+from train.data.formats.reading import PARTS, Found, left_out, reading, regular
 
 ACCEPTS = "a .csv file, or a folder with train.csv, and test.csv and validation.csv if there are any"
-EXPECTED = "a CSV file: names of the columns in its first line, and numbers below"
+EXPECTED = (
+    "a CSV file in UTF-8, separated by commas, semicolons or tabs: names of the columns in its first line, "
+    "and numbers below, such as 1.5"
+)
 SEPARATORS = ",;\t"
 
 
@@ -20,6 +23,7 @@ def read(path: Path, config: Data) -> Found | None:
     files = {part: file for part, file in files.items() if file.is_file()}
     if "train" not in files:
         return None
+    others = sorted(found.name for found in path.glob("*.csv") if found not in files.values())
     arrays, columns = {}, ()
     for part, file in files.items():
         with reading(file, EXPECTED):
@@ -31,7 +35,8 @@ def read(path: Path, config: Data) -> Found | None:
             columns = columns or tuple(name for name in names if name != config.label)
         arrays[f"x_{part}"] = features(file, columns)
         arrays[f"y_{part}"] = _labels(file, names.index(config.label), config.label)
-    return Found(arrays, tuple(files.values()), columns=columns)
+    notes = (left_out(path, others, ACCEPTS),) if others else ()
+    return Found(arrays, tuple(files.values()), columns=columns, notes=notes)
 
 
 def features(file: Path, columns: tuple[str, ...]) -> np.ndarray:
@@ -47,6 +52,7 @@ def features(file: Path, columns: tuple[str, ...]) -> np.ndarray:
         if not columns:
             raise ValueError("it has no column but that of the labels")
         at = [names.index(name) for name in columns]
+        _check_lengths(file, len(names))
         try:
             values = np.loadtxt(regular(file), usecols=at, ndmin=2, **_options(file))
         except ValueError:
@@ -66,8 +72,7 @@ def _labels(file: Path, at: int, name: str) -> np.ndarray:
 
 def _names(file: Path) -> list[str]:
     with regular(file).open(newline="", encoding="utf-8-sig") as lines:
-        rows = csv.reader(lines, delimiter=_separator(file))
-        names, first = [name.strip() for name in next(rows, [])], next(filter(None, rows), [])
+        names = [name.strip() for name in next(csv.reader(lines, delimiter=_separator(file)), [])]
     if "" in names:
         raise ValueError(
             f"column {names.index('') + 1} has no name; give it one, or leave it out (pandas: index=False)"
@@ -76,8 +81,6 @@ def _names(file: Path) -> list[str]:
         raise ValueError("its first line has no names of columns" if names else "it is empty")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two columns are called {twice[0]!r}")
-    if len(first) > len(names):  # as where the first column, of row names, has none
-        raise ValueError(f"its first line has {len(names)} names, and row 1 has {len(first)} values")
     return names
 
 
@@ -95,6 +98,19 @@ def _options(file: Path) -> dict:
         "quotechar": '"',
         "encoding": "utf-8-sig",
     }
+
+
+def _check_lengths(file: Path, columns: int) -> None:
+    """Refuse rows that go on after the last column, as with 1,5 for 1.5, or with names of rows."""
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        rows = csv.reader(lines, delimiter=_separator(file))
+        next(rows)
+        for number, row in enumerate(filter(None, rows), 1):
+            if len(row) > columns and (beyond := "".join(row[columns:]).strip()):
+                raise ValueError(
+                    f"row {number} has {beyond[:80]!r} after the last of its {columns} columns; put quotes "
+                    "around cells that hold the separator"
+                )
 
 
 def _first_fault(file: Path, columns: dict[int, str]) -> str:

@@ -29,13 +29,15 @@ PREDICT_BATCH = 32
 def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
     """Evaluate the best checkpoint of a run on the test split of its data, or of the data at `path`.
 
+    Of other data without a test split it is all of them, and "split" of the result is "all".
+
     Raises:
       UserError: the run or the data cannot be read, the data do not suit the network, or they are no longer
         those that it was trained on, and no path was given.
     """
     run = load_best(run_dir)
     config = data_at(run.config.data, path)
-    given, fingerprint = data.load_test(
+    name, given, fingerprint = data.load_test(
         config,
         loss=run.config.model.loss,
         labels=run.data.labels,
@@ -47,7 +49,7 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         directory.check_same_data(run_dir, fingerprint, "give --data.path to evaluate on others")
     what = f"the test split of {path or config.path or config.name}"
     split = dataclasses.replace(given, inputs=_as_trained(run, what, given.inputs))
-    return {"split": "test", "step": run.step, **run.trained.evaluate(split), "examples": len(split)}
+    return {"split": name, "step": run.step, **run.trained.evaluate(split), "examples": len(split)}
 
 
 def predict(run_dir: Path, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:

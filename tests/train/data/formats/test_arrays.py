@@ -152,7 +152,8 @@ def test_test_and_validation_data_may_be_missing_but_not_half_of_them(tmp_path, 
         folder = tmp_path / ",".join(given)
         folder.mkdir()
         path = write(folder, where, {f"{key}.npy": saved(np.arange(7)) for key in given})
-        assert npz(path).arrays.keys() == set(given)
+        found = npz(path)
+        assert found.arrays.keys() == set(given) and found.notes == ()
     for given, missing in [
         (keys[:1], "y_train"),
         (keys[1:2], "x_train"),
@@ -165,4 +166,13 @@ def test_test_and_validation_data_may_be_missing_but_not_half_of_them(tmp_path, 
         path = write(folder, where, {f"{key}.npy": saved(ARRAYS["y_test"]) for key in given})
         assert refusal(npz, path).endswith(f", got no {missing}."), given
     path = write(tmp_path, "npz", {"other.npy": saved(np.zeros(3))})
-    assert refusal(npz, path) == f"{path}: expected x_train, y_train, got no x_train and no y_train."
+    assert refusal(npz, path) == f"{path}: expected x_train, y_train, got 'other'."
+
+
+@pytest.mark.parametrize("where", ["npz", "folder"])
+def test_arrays_that_are_not_read_are_said(tmp_path, where):
+    names = ("x_train", "y_train", "x_val", "y_val")
+    path = write(tmp_path, where, {f"{name}.npy": saved(np.arange(7)) for name in names})
+    (note,) = npz(path).notes
+    assert note.startswith(f"Left out of '{path}': 'x_val', 'y_val'; expected x_train, y_train, x_test, ")
+    assert note.endswith("x_validation, y_validation.")

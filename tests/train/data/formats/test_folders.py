@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -81,20 +82,27 @@ def test_validation_may_have_a_folder_by_each_of_its_names(photographs):
         os.rename(root / name, root.parent / name)
 
 
-def test_splits_are_known_in_capital_letters_too_and_are_never_classes(photographs, refusal):
+def test_splits_are_found_in_any_case_and_never_taken_for_classes(photographs, refusal):
     root, _ = photographs
-    for name in ("Train", "TRAINING", "train"):
-        (root / "train").rename(root / name)
-        (root / "test").rename(root / "Testing")
+    for train, test in ("Train", "Test"), ("Training", "Testing"), ("TRAIN", "test"):
+        for folder, name in zip(sorted(root.iterdir(), key=lambda path: path.name.lower()), (test, train)):
+            folder.rename(root / name)
         loaded = load(data(root))
-        assert [len(split) for split in (loaded.train, loaded.test)] == [9, 4], name
-        assert loaded.labels.names == ("cat", "dog", "elk")
-        (root / name).rename(root / "train")
-        (root / "Testing").rename(root / "test")
-    (root / "train").rename(root / "elsewhere")
-    assert f"'{root}' has test/ and no train/; expected a folder with train/CLASS" in refusal(
-        load, data(root)
-    )
+        assert loaded.labels.names == ("cat", "dog", "elk"), (train, test)
+        assert [len(loaded.train), len(loaded.test)] == [9, 4]
+    save(root / "Testing" / "cat" / "0.png")
+    sentence = refusal(load, data(root))
+    assert f"expected one folder of test data, got '{root}/Testing' and '{root}/test'; remove" in sentence
+    (root / "TRAIN").rename(root.parent / "elsewhere")
+    (root / "Testing").rename(root.parent / "nowhere")
+    assert refusal(load, data(root)).startswith(f"'{root}/test' has no train/ beside it; expected")
+
+
+def test_class_may_have_the_name_of_a_split(tmp_path):
+    for name in ("Test", "control"):
+        for i in range(4):
+            save(tmp_path / "all" / name / f"{i}.png")
+    assert load(data(tmp_path / "all", test=0.25)).labels.names == ("Test", "control")
 
 
 def test_images_of_any_size_are_scaled_and_cut_to_squares(tmp_path, refusal):
@@ -103,7 +111,10 @@ def test_images_of_any_size_are_scaled_and_cut_to_squares(tmp_path, refusal):
     assert load(data(tmp_path / "mixed", image_size=12, test=0.5)).example_shape == (12, 12, 3)
     sentence = refusal(load, data(tmp_path / "mixed", test=0.5))
     assert "pixels, where 20 x 30 are needed" in sentence
-    assert sentence.endswith("Set data.image_size to scale all to one size. So it is with 2 other images.")
+    root = tmp_path / "mixed"
+    assert sentence.endswith(
+        f"Set data.image_size to scale all to one size. Nor can be used: {root}/b/1.png, {root}/b/3.png."
+    )
 
 
 def test_images_are_decoded_once_and_again_when_a_file_changes(photographs, monkeypatch):
@@ -141,6 +152,31 @@ def test_cache_that_was_cut_short_is_made_anew(photographs, monkeypatch):
         assert load(data(root)).fingerprint == whole, spoil
 
 
+def test_cache_that_may_only_be_read_is_read_if_it_is_whole(photographs, monkeypatch, refusal):
+    root, _ = photographs
+    before = load(data(root)).fingerprint
+
+    def locked(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(folders, "FileLock", locked)
+    assert load(data(root)).fingerprint == before
+    save(root / "train" / "dog" / "2.png")
+    assert "cannot be used: Permission denied. Give another" in refusal(load, data(root))
+
+
+def test_full_disk_is_named_and_leaves_no_half_of_a_cache(photographs, monkeypatch):
+    root, _ = photographs
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folders, "_allocate", full)
+    with pytest.raises(OSError, match=re.escape(str(root.parent / "cache"))):
+        load(data(root))
+    assert [path.suffix for path in (root.parent / "cache").iterdir()] == [".lock"]
+
+
 def test_cache_is_beside_the_run_or_where_it_was_asked_for(photographs, tmp_path):
     root, _ = photographs
     run_dir = tmp_path / "study" / "run"
@@ -175,11 +211,14 @@ def test_folders_that_hold_something_else_are_refused(photographs, tmp_path, ref
     save(root / "train" / "loose.png")
     assert f"'{root}/train/loose.png' is in no folder of a class; expected" in refusal(load, data(root))
     (root / "train" / "loose.png").unlink()
-    for name in ("1.png", "2.png"):
-        (root / "train" / "elk" / name).write_bytes(b"broken")
+    for name in ("cat/0.png", "elk/1.png"):  # the first image says how large all have to be
+        (root / "train" / name).write_bytes(b"broken")
     sentence = refusal(load, data(root))
-    assert sentence.startswith(f"{root}/train/elk/1.png cannot be read: cannot identify image file")
-    assert sentence.endswith("So it is with 1 other images.")
+    assert sentence.startswith(f"{root}/train/cat/0.png cannot be read: cannot identify image file")
+    assert sentence.endswith(f"Nor can be used: {root}/train/elk/1.png.")
+    for file in (root / "train").glob("*/*.png"):
+        file.write_bytes(b"broken")
+    assert " cannot be read: cannot identify image file" in refusal(load, data(root))
     assert not list(Path(data(root).cache).glob("*/index.json"))
     (tmp_path / "locked").write_bytes(b"")
     sentence = refusal(load, data(root, cache=str(tmp_path / "locked")))

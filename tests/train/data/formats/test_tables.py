@@ -34,6 +34,7 @@ def test_columns_have_their_names_and_texts_are_classes_in_their_order(tmp_path)
         (ROWS.rstrip("\n"), "utf-8"),
         (ROWS.replace("\n7", "\n\n7"), "utf-8"),
         (ROWS.replace("cat", " cat "), "utf-8"),
+        (ROWS.replace("2\n", "2, \n"), "utf-8"),
     ]:
         loaded = load(data(write(tmp_path / "table.csv", text, encoding), test=0.25))
         assert loaded.columns == ("height", "width") and loaded.labels.names == ("cat", "dog", "elk")
@@ -58,6 +59,9 @@ def test_folder_has_a_table_for_each_split_whose_columns_may_stand_in_another_or
     assert_array_equal(loaded.test.inputs, np.float32([[1, 2]]))
     assert_array_equal(loaded.validation.inputs, np.float32([[3, 4], [5, 6]]))
     assert loaded.validation.labels.tolist() == [0, 2] and loaded.test.labels.tolist() == [1]
+    assert loaded.notes == ()
+    (folder / "validation.csv").rename(folder / "val.csv")
+    assert load(data(folder)).notes[0].startswith(f"Left out of '{folder}': 'val.csv'; expected a .csv file")
 
 
 def test_numbers_are_targets_of_squared_error_and_names_of_classes_otherwise(tmp_path, refusal):
@@ -86,7 +90,8 @@ REFUSED = [
     ("a,kind\n1,x\n1e999,y\n", "row 2 has '1e999' in column 'a'"),
     ("a,kind\n1,x\n1_0,y\n", "row 2 has '1_0' in column 'a'"),
     ("a,b,kind\n1,2,x\n1,y\n", "in column 'b'"),
-    ("a,kind\nfirst,1,x\nsecond,2,y\n", "its first line has 2 names, and row 1 has 3 values"),
+    ("a,kind\nfirst,1,x\nsecond,2,y\n", "row 1 has 'x' after the last of its 2 columns"),
+    ("a,b,kind\n1,2,x\n1,5,2,y\n", "row 2 has 'y' after the last of its 3 columns; put quotes around cells"),
     ("a,kind\n1,x\n2,\n", "row 2 has no label in column 'kind'"),
     ("a,kinds\n1,x\n", "data.label = 'kind' is no column of it; perhaps you meant 'kinds'"),
     ("a,b\n1,x\n", "data.label = 'kind' is no column of it, which has a, b"),
@@ -129,12 +134,13 @@ def test_other_tables_are_evaluated_by_the_names_of_the_first(tmp_path, refusal)
     trained = load(data(write(tmp_path / "first.csv"), test=0.25))
     others = data(write(tmp_path / "others.csv", "kind,width,height\nelk,2,1\ncat,4,3\n"))
     options = {"loss": "cross_entropy", "labels": trained.labels, "columns": trained.columns}
-    split, _ = load_test(others, **options, trained_on=trained.fingerprint)
+    name, split, _ = load_test(others, **options, trained_on=trained.fingerprint)
     assert_array_equal(split.inputs, np.float32([[1, 2], [3, 4]]))
-    assert split.labels.tolist() == [2, 0] and len(split) == 2
-    held_out, _ = load_test(
+    assert (name, split.labels.tolist(), len(split)) == ("all", [2, 0], 2)
+    name, held_out, _ = load_test(
         data(tmp_path / "first.csv", test=0.25), **options, trained_on=trained.fingerprint
     )
+    assert name == "test"
     assert_array_equal(held_out.rows, trained.test.rows)
     write(tmp_path / "others.csv", "kind,width,height\nfox,2,1\n")
     assert "that the network was trained on, 'cat', 'dog', 'elk', got 'fox'." in refusal(

@@ -107,6 +107,9 @@ def test_data_from_elsewhere_are_evaluated_as_if_the_run_had_had_them(digits, tm
     np.savez(tmp_path / "some.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     result = serving.evaluate(digits.path, str(tmp_path / "some.npz"))
     assert result == {"split": "test", "step": 1, **expected, "examples": 50}
+    np.savez(tmp_path / "whole.npz", x_train=x, y_train=y)
+    result = serving.evaluate(digits.path, str(tmp_path / "whole.npz"))
+    assert result == {"split": "all", "step": 1, **expected, "examples": 50}
     x = np.round(x * 255).astype(np.uint8)  # which moves an input by up to 1/510
     np.savez(tmp_path / "bytes.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     result = serving.evaluate(digits.path, str(tmp_path / "bytes.npz"))
