@@ -20,7 +20,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from train.config import CONFIGS, Config, check_text, closest_config, load
-from train.errors import RunFailed, UserError, explained
+from train.errors import RunFailed, Stopped, UserError, explained
 from train.streams import outlast_readers, use_utf8
 
 if TYPE_CHECKING:
@@ -275,6 +275,8 @@ def main(arguments: list[str]) -> int:
         return _exit(2, f"error: {error}")
     except RunFailed as error:
         return _exit(1, f"failed: {error}", error)
+    except Stopped as stopped:
+        return _exit(128 + stopped.number, "stopped before the first step")
     except KeyboardInterrupt:
         return 130
     except Exception as error:

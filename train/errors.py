@@ -18,6 +18,15 @@ class RunFailed(Exception):
     """The job itself failed: its loss is not finite, the disk is full. The program exits with 1."""
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal came while there was nothing to save. The program exits with 128 + its number."""
+
+    def __init__(self, number: int):
+        """Take the signal's number."""
+        super().__init__(number)
+        self.number = number
+
+
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
     """Turn errors of disk and memory into a RunFailed that says what helps."""

@@ -48,7 +48,9 @@ def fit(config: Config, stop: StopRequests) -> Summary:
         if earlier and earlier.finished and directory.has_same_length(config):
             _check_same_data(config)
             return earlier
-    with processes.raise_on_all("read the data"):
+    # Decoding images may take an hour. Several processes stop together, which they agree on later.
+    alone = jax.process_count() == 1
+    with processes.raise_on_all("read the data"), stop.at_once() if alone else contextlib.nullcontext():
         dataset = load_data(config)
     # Before the processes run programs, in which those of other data would wait for each other.
     processes.check_equal({"the data's fingerprint": dataset.fingerprint})

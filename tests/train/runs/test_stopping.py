@@ -3,6 +3,7 @@ import signal
 
 import pytest
 
+from train.errors import Stopped
 from train.runs import stopping
 from train.runs.stopping import StopRequests
 
@@ -29,6 +30,24 @@ def test_second_signal_has_its_usual_effect_at_once(monkeypatch):
         monkeypatch.setattr(stopping.os, "kill", kill)
         signal.raise_signal(signal.SIGTERM)
     assert killed == [(os.getpid(), signal.SIGTERM, signal.SIG_DFL)]
+
+
+def test_signal_ends_at_once_what_has_nothing_to_save(capfd):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with StopRequests() as stop:
+            with pytest.raises(Stopped) as raised, stop.at_once():
+                signal.raise_signal(number)
+            assert (raised.value.number, stop.received) == (number, number)
+            with pytest.raises(Stopped), stop.at_once():  # as one that came before
+                raise AssertionError("is not begun")
+        with StopRequests() as stop, stop.at_once():
+            pass
+        with StopRequests() as stop:
+            with stop.at_once():
+                pass
+            signal.raise_signal(number)
+            assert stop.received == number
+    assert capfd.readouterr().err.count("saves first") == 2
 
 
 def test_signal_that_a_library_has_taken_is_noted_again_after_install_handlers():

@@ -1,37 +1,27 @@
-"""Folders of images, one folder a class: decoded once, into arrays that are mapped into memory."""
+"""Folders of images, one folder a class."""
 
-import functools
-import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import xxhash
 from filelock import FileLock
-from numpy.lib.format import open_memmap
-from rich.console import Console
-from rich.progress import track
 
 from train.config import Data
 from train.data.formats import images
-from train.data.formats.reading import PARTS, Found, reading
+from train.data.formats.decoding import Files, decode, decoded
+from train.data.formats.reading import Found
 from train.errors import DISK_FULL, UserError
 
 ACCEPTS = (
     "a folder with train/CLASS/*.png (and test/CLASS/, validation/CLASS/), or with CLASS/*.png alone, of "
     "PNG, JPEG, WebP, GIF, BMP or TIFF"
 )
-CHANNELS = 3
-NAMED = 10  # files at most in a sentence
 NAMES = {  # of the folders of splits, in any case
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val"),
     "test": ("test", "testing"),
 }
-Files = dict[str, list[Path]]  # of each class
 
 
 def read(path: Path, config: Data) -> Found | None:
@@ -48,29 +38,26 @@ def read(path: Path, config: Data) -> Found | None:
     cache = Path(config.cache or ".") / _cache_name(path, config.image_size)
     stamp = _stamp(path, parts)
     try:
-        arrays = _decoded(cache, stamp)
+        arrays = decoded(cache, stamp)
         if arrays is None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(cache.with_suffix(".lock")):
-                if _decoded(cache, stamp) is None:  # unless another process has decoded them meanwhile
-                    _decode(cache, stamp, parts, names, config)
-                arrays = _decoded(cache, stamp)
+                if decoded(cache, stamp) is None:  # unless another process has decoded them meanwhile
+                    decode(cache, stamp, parts, names, image_size=config.image_size)
+                arrays = decoded(cache, stamp)
             assert arrays is not None, "what was just written can be read"
     except OSError as error:
         if error.errno in DISK_FULL:  # which of several disks, the system may not have said
             raise OSError(error.errno, error.strerror, str(cache.parent)) from error
-        arrays = _decoded(cache, stamp)  # that somebody else has made may be read though not locked
+        arrays = decoded(cache, stamp)  # that somebody else has made may be read though not locked
         if arrays is None:
             raise UserError(
                 f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
                 "--data.cache."
             ) from error
-    notes = (
-        [f"{left_out:,} files in '{path}' are no images by their names, and are left out."]
-        if left_out
-        else []
-    )
-    return Found(arrays, tuple(sorted(cache.glob("*.npy"))), names=names, notes=tuple(notes))
+    said = f"Files in '{path}' that are no images by their names are left out: {left_out:,}."
+    files = tuple(sorted(cache.glob("*.npy")))
+    return Found(arrays, files, names=names, notes=(said,) if left_out else ())
 
 
 def _parts(path: Path) -> tuple[dict[str, Files], int]:
@@ -138,90 +125,3 @@ def _stamp(path: Path, parts: dict[str, Files]) -> str:
             name = str(file.relative_to(path))
             stamp.update(repr((part, name, found.st_size, found.st_mtime_ns, found.st_ctime_ns)).encode())
     return stamp.hexdigest()
-
-
-def _decoded(cache: Path, stamp: str) -> dict[str, np.ndarray] | None:
-    """Return what was decoded earlier, as memory maps; None if it is of other files, or not whole."""
-    try:
-        if json.loads((cache / "index.json").read_text()) != {"stamp": stamp}:
-            return None
-        return {file.stem: open_memmap(file, mode="r") for file in sorted(cache.glob("*.npy"))}
-    except (OSError, ValueError):
-        return None
-
-
-def _decode(cache: Path, stamp: str, parts: dict[str, Files], names: tuple[str, ...], config: Data) -> None:
-    """Decode all images, several at a time; the folder is complete once it has its name."""
-    making, replaced = cache.with_suffix(".part"), cache.with_suffix(".old")
-    shutil.rmtree(making, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-    making.mkdir()
-    try:
-        read = functools.partial(images.read, channels=CHANNELS, image_size=config.image_size)
-        shape = _shape(
-            (file for part in PARTS if part in parts for files in parts[part].values() for file in files),
-            functools.partial(read, size=None),
-        )
-        jobs = []
-        for part, classes in parts.items():
-            files = [(file, names.index(name)) for name, found in classes.items() for file in found]
-            array = _allocate(making / f"x_{part}.npy", (len(files), *shape))
-            np.save(making / f"y_{part}.npy", np.array([label for _, label in files], np.int32))
-            jobs += [(array, row, file) for row, (file, _) in enumerate(files)]
-
-        def decode(job) -> tuple[Path, str] | None:
-            array, row, file = job
-            try:
-                array[row] = read(file, size=shape[:2])
-            except UserError as error:
-                return file, str(error)
-            return None
-
-        with reading(cache, ACCEPTS), ThreadPoolExecutor(os.cpu_count()) as pool:
-            doing, console = f"decoding {len(jobs):,} images, once, into {cache.parent}", Console(stderr=True)
-            seen = track(
-                pool.map(decode, jobs),
-                doing,
-                len(jobs),
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            )
-            faults = [*filter(None, seen)]
-        if faults:
-            (_, first), *others = faults
-            unequal = "pixels, where" in first and " Set data.image_size to scale all to one size." or ""
-            raise UserError(first + unequal + _also([str(file) for file, _ in others]))
-        (making / "index.json").write_text(json.dumps({"stamp": stamp}))
-        if cache.exists():  # at once, for those who are about to read it
-            cache.rename(replaced)
-        making.rename(cache)
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _shape(files: Iterator[Path], read: Callable[[Path], np.ndarray]) -> tuple[int, ...]:
-    """Return the shape of the first image that can be read, so that all others are named at once."""
-    first = None
-    for file in files:
-        try:
-            return read(file).shape
-        except UserError as error:
-            first = first or error
-    assert first is not None, "there is an image"
-    raise first
-
-
-def _also(files: list[str]) -> str:
-    """Name further images with a fault, not necessarily the same."""
-    some = ", ".join(files[:NAMED]) + f" and {len(files) - NAMED:,} more" * (len(files) > NAMED)
-    return f" Nor can be used: {some}." if files else ""
-
-
-def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    array = open_memmap(file, "w+", np.uint8, shape)
-    if hasattr(os, "posix_fallocate"):  # or a full disk would end the process while it writes
-        with file.open("r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-    return array

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import re
+import signal
 import tracemalloc
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from PIL import Image
 
 from train.config import Config, Data
 from train.data import load
-from train.data.formats import folders
+from train.data.formats import decoding, folders
+from train.errors import Stopped
 from train.runs.directory import data_cache
+from train.runs.stopping import StopRequests
 from train.training.job import prepare
 
 RANDOM = np.random.RandomState(0)
@@ -171,7 +174,7 @@ def test_full_disk_is_named_and_leaves_no_half_of_a_cache(photographs, monkeypat
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(folders, "_allocate", full)
+    monkeypatch.setattr(decoding, "_allocate", full)
     with pytest.raises(OSError, match=re.escape(str(root.parent / "cache"))):
         load(data(root))
     assert [path.suffix for path in (root.parent / "cache").iterdir()] == [".lock"]
@@ -196,7 +199,7 @@ def test_what_is_no_image_is_left_out_and_said(photographs):
     (root / "train" / ".hidden").mkdir()
     loaded = load(data(root))
     assert len(loaded.train) == 9 and loaded.labels.names == ("cat", "dog", "elk")
-    assert loaded.notes == (f"2 files in '{root}' are no images by their names, and are left out.",)
+    assert loaded.notes == (f"Files in '{root}' that are no images by their names are left out: 2.",)
 
 
 def test_folders_that_hold_something_else_are_refused(photographs, tmp_path, refusal):
@@ -226,16 +229,22 @@ def test_folders_that_hold_something_else_are_refused(photographs, tmp_path, ref
     assert sentence.endswith("Give another --data.cache.")
 
 
-def test_full_disk_is_not_taken_for_a_cache_that_cannot_be_used(photographs, monkeypatch):
+def test_request_to_stop_ends_the_decoding_and_leaves_nothing_of_it(photographs, monkeypatch):
     root, _ = photographs
+    read, decoded = decoding.images.read, []
 
-    def allocate(file, shape):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def read_with_a_signal(path, **options):
+        decoded.append(path)
+        if len(decoded) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return read(path, **options)
 
-    monkeypatch.setattr(folders, "_allocate", allocate)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(decoding.images, "read", read_with_a_signal)
+    monkeypatch.setattr(decoding.os, "cpu_count", lambda: 1)
+    with StopRequests() as stop, pytest.raises(Stopped), stop.at_once():
         load(data(root))
-    assert not list(Path(data(root).cache).glob("*.part"))
+    assert [path.suffix for path in (root.parent / "cache").iterdir()] == [".lock"]
+    assert load(data(root)).labels.counts == (3, 2, 4)
 
 
 @pytest.mark.slow
