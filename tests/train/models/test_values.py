@@ -12,7 +12,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 import jbn
 from tests.helpers import reference
 from train.config import Model
-from train.data import Labels
 from train.models import Variables, build
 from train.models.convolutional import ResNet
 from train.models.network import LinenNetwork
@@ -232,7 +231,7 @@ def test_resnet_for_large_images_is_what_the_paper_writes_down_where_shortcuts_p
         bottleneck=True,
         large=True,
         widths=(3, 5),
-        labels=Labels(counts=(1, 1, 1)),
+        classes=3,
         norm=Norm(Model(), jbn.pooled()),
         activation=jax.nn.relu,
         kernel_std=0.0,
