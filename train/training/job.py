@@ -91,6 +91,6 @@ def prepare(config: Config, dataset: Dataset | None = None) -> Job:
         notes=(
             *dataset.notes,
             *notes,
-            *(f"warning: {text}" for text in mistakes.likely(config, dataset, step_config)),
+            *(f"warning: {text}" for text in mistakes.likely(config, dataset, steps=step_config.total_steps)),
         ),
     )

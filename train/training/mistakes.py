@@ -7,22 +7,20 @@ import numpy as np
 from train.config import Config
 from train.data import Dataset
 from train.models import NORMS
-from train.training.state import StepConfig
 
 CHANNELS = (1, 2, 3, 4)  # as images have them
 LARGE = 10  # times the inputs that a network is made for
 EXAMPLES = 1024  # of the training data, that are looked at
 
 
-def likely(config: Config, dataset: Dataset, step_config: StepConfig) -> Iterator[str]:
-    """Yield a sentence for each thing that is allowed but rarely meant."""
+def likely(config: Config, dataset: Dataset, *, steps: int) -> Iterator[str]:
+    """Yield a sentence for each thing in a job of so many steps that is allowed but rarely meant."""
     yield from _of_inputs(config, dataset)
     yield from _of_labels(config, dataset)
     yield from of_statistics(config)
-    total = step_config.total_steps
-    if config.optimizer.warmup_steps >= total:
+    if config.optimizer.warmup_steps >= steps:
         yield (
-            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} of {total} steps in all: the learning "
+            f"optimizer.warmup_steps = {config.optimizer.warmup_steps} of {steps} steps in all: the learning "
             "rate never reaches its peak."
         )
     over_batch = NORMS[config.model.norm].over_batch and config.model.frozen == "none"

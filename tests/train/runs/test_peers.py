@@ -10,6 +10,8 @@ import pytest
 
 from train.runs.peers import Watch
 
+pytestmark = pytest.mark.slow  # silence takes time
+
 
 class Service:
     """What Watch needs of JAX's coordination service."""

@@ -49,6 +49,7 @@ def variants():
     yield make(frozen="body", norm="ghost", dtype="bfloat16", optimizer={"accumulate": 4, "name": "lars"})
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_bit_for_bit_and_all_else_moves():
     for config, state in variants():
         case = str(config.model)

@@ -5,10 +5,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from numpy.testing import assert_allclose, assert_array_equal
+from numpy.testing import assert_array_equal
 
-from tests.helpers.jobs import final_state, fit
-from tests.helpers.torch_weights import weights
+from tests.helpers.jobs import fit
 from train.data.formats.arrays import digits
 from train.errors import UserError
 from train.training import prepare
@@ -90,31 +89,6 @@ def test_head_for_other_classes_starts_anew_and_is_said_once(make_config, finish
     with pytest.raises(UserError, match="which does not exist"):
         fit(dataclasses.replace(config, run_dir=f"{config.run_dir}2"))
     assert not Path(f"{config.run_dir}2").exists()
-
-
-@pytest.mark.slow
-def test_resnet_trains_on_from_pytorchs_weights_and_resumes_without_their_file(make_config, tmp_path):
-    widths = (4, 6, 8, 10)
-    state = weights("resnet18", widths=widths, channels=1, classes=5)
-    path = tmp_path / "resnet18.npz"
-    np.savez(path, **state)
-    config = make_config(
-        init_from=str(path),
-        model={"name": "resnet18", "widths": widths},
-        optimizer={"learning_rate": 1e-6, "momentum": 0.0},
-        steps=2,
-        batch_size=16,
-    )
-    assert fit(config, stop_after=1).status == "stopped"
-    path.unlink()
-    assert fit(config).status == "finished"
-    variables = final_state(config).variables
-    kernel = np.asarray(variables.params["stage0_block0"]["Convolution_0"]["Conv_0"]["kernel"])
-    expected = state["layer1.0.conv1.weight"].transpose(2, 3, 1, 0)
-    assert_allclose(kernel, expected, atol=1e-3)
-    assert (kernel != expected).any()
-    # The moments from PyTorch counted as complete; new ones have 1 - 0.9**2 after two steps.
-    assert_array_equal(variables.batch_stats["stem"]["BatchNorm_0"]["count"], np.ones(4))
 
 
 def test_augmentation_that_the_data_cannot_bear_is_refused(make_config):

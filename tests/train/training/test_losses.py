@@ -203,6 +203,7 @@ def test_job_of_numbers_learns_them_in_any_unit_and_its_best_step_is_that_of_the
     )
 
 
+@pytest.mark.slow
 def test_job_of_weighted_classes_reports_each_and_its_best_step_is_that_of_the_balanced_accuracy(trained):
     labels = (INPUTS[:, 0] > 1.2).astype(np.int32) + 2 * (INPUTS[:, 1] > 1.5)
     counts = tuple(np.bincount(labels[:200], minlength=5).tolist())

@@ -50,7 +50,8 @@ def save(tmp_path):
     return save
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_outputs_equal_pytorchs_padding_and_strides_included(save, name):
     x, expected = images(*PYTORCH["input"]), np.array(PYTORCH[name])
     network, initial = untrained(Model(name=name))

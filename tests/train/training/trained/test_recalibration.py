@@ -123,6 +123,7 @@ def unfinished(copied):
     return config
 
 
+@pytest.mark.slow
 def test_job_that_was_killed_before_recalibration_does_it_when_started_again(
     unfinished, finished, monkeypatch, capsys
 ):
@@ -178,6 +179,7 @@ def test_longer_job_is_recalibrated_anew_and_until_then_has_what_belongs_to_its_
     assert not [entry for entry in path.iterdir() if entry.name.startswith(".recalibrated")]
 
 
+@pytest.mark.slow
 def test_run_that_is_there_is_recalibrated_by_the_command_also_again(copied, monkeypatch, capsys, tmp_path):
     config, summary = copied
     path = Path(config.run_dir)
