@@ -96,9 +96,9 @@ class Checkpoints:
         if step == self.latest_step:
             return
         saves = {name: ocp.args.StandardSave(item) for name, item in items.items()}
-        digests = {name: _digest(item) for name, item in items.items()}
+        digests = {name: digest(item) for name, item in items.items()}
         if metrics is not None:
-            digests["metrics"] = _digest(json.loads(json.dumps(metrics)))  # where all NaN are one
+            digests["metrics"] = digest(json.loads(json.dumps(metrics)))  # where all NaN are one
         record = {"digests": digests, "best_step": self._best_after(step, metrics)}
         try:
             saved = self._manager.save(
@@ -122,7 +122,7 @@ class Checkpoints:
                 raise RunFailed(f"'{folder}' could not be read: {reason}") from error
             raise _broken(folder, error) from error
         for name, item in items.items():
-            if digests is not None and digests.get(name) != _digest(item):
+            if digests is not None and digests.get(name) != digest(item):
                 raise _damaged(folder, name)
         return items
 
@@ -184,13 +184,13 @@ def _check_metrics(folder: Path) -> None:
         try:
             metrics = json.loads(read_text(path))
             _quality(metrics)
-            digest = _digest(metrics)
+            found = digest(metrics)
             digests = _record(checkpoint)["digests"]
         except FileNotFoundError:
             continue  # the job that trains there is just deleting it, or was killed while it did
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise _broken(checkpoint, error) from error
-        if digests is not None and digests.get("metrics") != digest:
+        if digests is not None and digests.get("metrics") != found:
             raise _damaged(checkpoint, "metrics")
 
 
@@ -203,16 +203,16 @@ def _record(folder: Path) -> dict[str, Any]:
         raise ValueError("it holds no object") from None
 
 
-def _digest(item: Any) -> str:
+def digest(item: Any) -> str:
     """Hash names, dtypes, shapes and bytes of the leaves of an item."""
-    digest = xxh3_128()
+    found = xxh3_128()
     for path, leaf in jax.tree_util.tree_leaves_with_path(item):
         # All of it is on every device.
         array = np.asarray(leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def _broken(folder: Path, error: Exception) -> UserError:

@@ -15,7 +15,7 @@ from train.config import Config
 from train.errors import RunFailed, UserError, explained
 from train.models import NORMS
 from train.runs import curves, directory, processes
-from train.runs.checkpoints import Checkpoints
+from train.runs.checkpoints import Checkpoints, digest
 from train.runs.files import write_json
 from train.runs.log import Log, Results
 from train.runs.stopping import StopRequests
@@ -57,6 +57,8 @@ def fit(config: Config, stop: StopRequests) -> Summary:
     with processes.raise_on_all("prepare the job"):
         job = prepare(config, dataset)
         _check_not_shorter(job, earlier)
+    if config.init_from is not None:
+        processes.check_equal({"the weights of init_from": digest(job.initial.variables)})
     with contextlib.ExitStack() as stack:
         with processes.raise_on_all("use the run directory"):
             if primary:

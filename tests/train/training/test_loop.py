@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.jobs import final_state, fit, results
 from train.errors import RunFailed, UserError
-from train.runs import directory
+from train.runs import checkpoints, directory
 from train.runs.summary import Summary
 from train.training import job, loop, prepare, steps
 from train.training.trained import evaluation
@@ -86,6 +86,19 @@ def test_processes_with_other_data_are_refused_before_anything_is_written(finish
         fit(make_config())
     assert [set(values.values()) for values in compared] == [{prepare(make_config()).data.fingerprint}]
     assert not Path(make_config().run_dir).exists()
+
+
+def test_processes_that_start_from_other_weights_are_refused_too(finished, make_config, monkeypatch):
+    compared, (source, *_) = [], finished
+    monkeypatch.setattr(loop.processes, "check_equal", compared.append)
+    for seed in (0, 1):  # the weights are those of the file, whatever the seed
+        config = make_config(init_from=source.run_dir, seed=seed)
+        expected = checkpoints.digest(prepare(config).initial.variables)
+        assert fit(config, stop_after=1).step is not None
+        assert compared.pop() == {"the weights of init_from": expected}
+        shutil.rmtree(config.run_dir)
+    fit(make_config(), stop_after=1)
+    assert "the weights of init_from" not in compared.pop()
 
 
 def test_train_lines_are_means_since_the_line_before(finished, make_config):
