@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from train.config import Config
+from train.config import Config, Data
 from train.data import Dataset
 from train.models import NORMS
 
@@ -50,6 +50,11 @@ def _of_inputs(config: Config, dataset: Dataset) -> Iterator[str]:
         yield (
             f"data.image_size = {config.data.image_size} changes nothing with data.name = "
             f"{config.data.name!r}: only the images of a folder are scaled."
+        )
+    if config.data.label != Data.label and config.data.name != "csv":
+        yield (
+            f"data.label = {config.data.label!r} changes nothing with data.name = {config.data.name!r}: only "
+            "tables have columns."
         )
     usual = config.data.normalize or config.data.feature_scales or config.model.norm_inputs
     largest, of_bytes = float(np.abs(dataset.preprocessing(some)).max()), some.dtype == np.uint8

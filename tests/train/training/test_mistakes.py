@@ -51,6 +51,7 @@ def test_nothing_is_said_of_usual_jobs(notes):
 
 
 SAID = [
+    ({"data": Data("given", label="y")}, "data.label = 'y' changes nothing with data.name = 'given'"),
     ({"x": X.transpose(0, 3, 1, 2)}, "images of shape [1, 6, 6] look as if their channels came first"),
     (
         {"x": np.zeros((40, 3, 32, 32), np.uint8) + 50 * Y[:, None, None, None].astype(np.uint8)},

@@ -135,7 +135,7 @@ def _read(run: TrainedRun, path: Path) -> np.ndarray:
         with reading(path, expected), regular(path).open("rb") as file, NpzFile(file) as archive:
             names = ["x_test"] if "x_test" in archive.files else archive.files
             if len(names) != 1:
-                raise ValueError(f"it has {names}")
+                raise ValueError(f"it has {names}, and none of them is called x_test")
             return member(archive, names[0])
     if columns:
         return tables.features(path, columns)

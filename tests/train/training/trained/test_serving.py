@@ -288,7 +288,8 @@ OTHER_ARRAYS = [
     (np.full((8, 8), None), "cannot be read: "),
     (
         {"a": np.zeros((8, 8)), "b": np.zeros((8, 8))},
-        "cannot be read: it has ['a', 'b']; expected an .npz archive of one array or with x_test.",
+        "cannot be read: it has ['a', 'b'], and none of them is called x_test; expected an .npz archive of "
+        "one array or with x_test.",
     ),
     (b"PK\x03\x04 and no more", "cannot be read: "),
 ]
