@@ -45,7 +45,8 @@ def decode(
     Raises:
       UserError: some images cannot be used.
     """
-    making, replaced = cache.with_suffix(".part"), cache.with_suffix(".old")
+    # Not with_suffix, for what follows a dot in the folder's name, as in photographs.v1, is no suffix.
+    making, replaced = (cache.with_name(cache.name + end) for end in (".part", ".old"))
     shutil.rmtree(making, ignore_errors=True)
     shutil.rmtree(replaced, ignore_errors=True)
     making.mkdir()

@@ -41,7 +41,7 @@ def read(path: Path, config: Data) -> Found | None:
         arrays = decoded(cache, stamp)
         if arrays is None:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache.with_suffix(".lock")):
+            with FileLock(cache.with_name(cache.name + ".lock")):
                 if decoded(cache, stamp) is None:  # unless another process has decoded them meanwhile
                     decode(cache, stamp, parts, names, image_size=config.image_size)
                 arrays = decoded(cache, stamp)

@@ -20,7 +20,6 @@ class Found(NamedTuple):
     files: tuple[Path, ...] = ()  # where they come from
     names: tuple[str, ...] = ()  # of classes, where labels are their positions
     columns: tuple[str, ...] = ()  # names of the features of a table
-    fingerprint: str | None = None  # of all of it, where it is known
     notes: tuple[str, ...] = ()  # what the user should know of it
 
 

@@ -191,6 +191,16 @@ def test_cache_is_beside_the_run_or_where_it_was_asked_for(photographs, tmp_path
     assert list((tmp_path / "asked").glob("photographs-*/x_train.npy"))
 
 
+def test_what_is_made_in_the_cache_spares_whatever_else_is_there(tmp_path):
+    for name in ("photographs.v1", "photographs.old", "photographs.part"):
+        for i in range(2):
+            save(tmp_path / name / "cat" / f"{i}.png")
+    load(data(tmp_path / "photographs.v1", cache=str(tmp_path), test=0.5))
+    load(data(tmp_path / "photographs.old", cache=str(tmp_path), test=0.5))
+    kept = sorted(path.name.partition("-")[0] for path in tmp_path.iterdir())
+    assert kept == sorted(3 * ["photographs.v1"] + 3 * ["photographs.old"] + ["photographs.part"])
+
+
 def test_what_is_no_image_is_left_out_and_said(photographs):
     root, _ = photographs
     for name in ("notes.txt", "Thumbs.db", ".DS_Store", "._0.png"):
