@@ -155,6 +155,18 @@ def check_same_data(path: Path, fingerprint: str, remedy: str = "give another --
         )
 
 
+def as_described(path: Path, dataset: Dataset) -> Dataset:
+    """Return the data of a job with the labels that its run directory describes, if they fit.
+
+    They are the same, but where an earlier version began the run, which did not count the examples of each
+    class: what a checkpoint holds depends on whether classes are uneven.
+    """
+    if not (path / "data.json").exists():
+        return dataset
+    labels = read_data(path).labels
+    return dataset._replace(labels=labels) if labels.outputs == dataset.labels.outputs else dataset
+
+
 @contextlib.contextmanager
 def usable(path: Path, key: str = "run_dir") -> Iterator[None]:
     """Raise a UserError for a directory that cannot be used; a full disk stays an OSError."""

@@ -55,7 +55,7 @@ def fit(config: Config, stop: StopRequests) -> Summary:
     # Before the processes run programs, in which those of other data would wait for each other.
     processes.check_equal({"the data's fingerprint": dataset.fingerprint})
     with processes.raise_on_all("prepare the job"):
-        job = prepare(config, dataset)
+        job = prepare(config, directory.as_described(run_dir, dataset))
         _check_not_shorter(job, earlier)
     if config.init_from is not None:
         processes.check_equal({"the weights of init_from": digest(job.initial.variables)})

@@ -1,6 +1,7 @@
 """A job that is stopped, killed, extended, or started again."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from numpy.testing import assert_array_equal
 
 from tests.helpers.jobs import final_state, fit, results
 from train.errors import UserError
-from train.training import loop, steps
+from train.training import loop, losses, steps
 from train.training.trained import serving
 
 
@@ -119,6 +120,23 @@ def test_finished_job_whose_data_were_replaced_is_not_finished(tmp_path, make_co
     assert fit(config) == summary  # they are gone, and nothing else is in their place
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(other)))
     assert fit(moved) == summary
+
+
+def test_run_that_an_earlier_version_began_goes_on_though_its_classes_are_uneven(
+    tmp_path, make_config, monkeypatch
+):
+    x, y = np.random.RandomState(0).normal(size=(60, 5)).astype(np.float32), np.arange(60) % 4 // 3
+    np.savez(tmp_path / "npz.npz", x_train=x, y_train=y, x_test=x[:9], y_test=y[:9])
+    data = {"name": "npz", "path": str(tmp_path)}
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "UNEVEN", len(y))  # nothing was reported by class
+        fit(make_config(data=data, steps=2, batch_size=8))
+    path = Path(make_config().run_dir) / "data.json"
+    described = json.loads(path.read_text()) | {"classes": 2, "fingerprint": "0" * 16}
+    del described["labels"]
+    path.write_text(json.dumps(described))
+    for more in (4, 6):
+        assert fit(make_config(data=data, steps=more, batch_size=8)).step == more
 
 
 @pytest.mark.slow
