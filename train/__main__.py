@@ -64,11 +64,11 @@ def evaluate(run_dir: Positional[Path], *, path: Annotated[str | None, arg(name=
 
 
 def predict(run_dir: Positional[Path], images: Positional[tuple[Path, ...]]) -> int:
-    """Print the classes and probabilities of images, one JSON line each.
+    """Print the classes and probabilities of images or rows, or their numbers, one JSON line each.
 
     Args:
       run_dir: the run directory.
-      images: images, .npy arrays or .npz archives of them: bytes from 0 to 255, or numbers as in training.
+      images: images, .csv tables, .npy arrays or .npz archives: bytes from 0 to 255, or numbers as in training.
     """
     from train.training.trained import serving
 

@@ -67,7 +67,11 @@ def prepare(config: Config, dataset: Dataset | None = None) -> Job:
     # A job that resumes needs no other weights, which may be gone by then.
     if config.init_from is not None and not checkpoints.exist(Path(config.run_dir)):
         variables, notes = start_from(
-            Path(config.init_from), config.model, initial.variables, head=step_config.network.head
+            Path(config.init_from),
+            config.model,
+            initial.variables,
+            head=step_config.network.head,
+            labels=dataset.labels,
         )
         variables = processes.replicate(step_config.mesh, jax.device_get(variables))
         # A copy, because a step uses up the buffers of both.

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,22 @@ def test_head_for_other_classes_starts_anew_and_is_said_once(make_config, finish
     with pytest.raises(UserError, match="which does not exist"):
         fit(dataclasses.replace(config, run_dir=f"{config.run_dir}2"))
     assert not Path(f"{config.run_dir}2").exists()
+
+
+def test_head_of_as_many_classes_with_other_names_is_kept_and_said(make_config, finished, tmp_path):
+    source, names = Path(finished[0].run_dir), [*"01234567", "nine", "eight"]
+    there = prepare(make_config(init_from=str(source)))
+    assert there.notes == ()
+    named = tmp_path / "named"
+    shutil.copytree(source, named)
+    described = json.loads((named / "data.json").read_text())
+    described["labels"]["names"] = names
+    (named / "data.json").write_text(json.dumps(described))
+    job = prepare(make_config(init_from=str(named)))
+    assert job.notes == (
+        "warning: the head is of other classes: nine there is 8 here; eight there is 9 here",
+    )
+    jax.tree.map(assert_array_equal, job.initial.variables, there.initial.variables)
 
 
 def test_augmentation_that_the_data_cannot_bear_is_refused(make_config):

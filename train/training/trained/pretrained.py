@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from jbn import _torch
 from train import models
 from train.config import Model
+from train.data import Labels
 from train.data.formats.arrays import member
 from train.data.formats.reading import reading
 from train.errors import UserError
@@ -26,22 +27,25 @@ MAX_BYTES = 2**32  # of a file, unpacked: 40 times a ResNet-50's, and less than 
 
 
 def start_from(
-    path: Path, model: Model, initial: Variables, *, head: str
+    path: Path, model: Model, initial: Variables, *, head: str, labels: Labels | None = None
 ) -> tuple[Variables, tuple[str, ...]]:
     """Return the variables that a job starts from, and what the user has to know of them, in sentences.
 
-    A last layer for another number of classes stays as it is in `initial`; `head` is its key.
+    A last layer for another number of classes stays as it is in `initial`; `head` is its key. One for as many
+    classes is taken, and it is said if these are not the job's `labels`, in their order.
 
     Raises:
       UserError: there are none, or they are those of another network.
     """
-    found = _of_run(path) if path.is_dir() else _of_file(path, model, initial, head)
+    found, known = _of_run(path) if path.is_dir() else (_of_file(path, model, initial, head), None)
     notes = ()
     here, there = initial.params[head], found.params.get(head)
     classes = there["kernel"].shape[-1] if there else 0
     if classes != here["kernel"].shape[-1]:
         found = found._replace(params=found.params | {head: here})
         notes = (f"the head starts anew: {classes or 'no'} classes there, {here['kernel'].shape[-1]} here",)
+    elif known and labels and (others := _other_classes(known, labels)):
+        notes = (f"warning: the head is of other classes: {_first(others)}",)
     ours, theirs = _shapes(initial), _shapes(found)
     differing = [
         f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
@@ -56,6 +60,11 @@ def start_from(
     return found, notes
 
 
+def _other_classes(there: Labels, here: Labels) -> list[str]:
+    pairs = [(there.name(i), here.name(i)) for i in range(len(here.counts))]
+    return [f"{theirs} there is {ours} here" for theirs, ours in pairs if theirs != ours]
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path[1:], simple=True, separator="/"): leaf.shape for path, leaf in leaves}
@@ -66,10 +75,11 @@ def _first(faults: list[str]) -> str:
     return "; ".join(faults[:20] + [f"and {len(faults) - 20} more"] * (len(faults) > 20))
 
 
-def _of_run(path: Path) -> Variables:
+def _of_run(path: Path) -> tuple[Variables, Labels]:
     if not (path / "config.json").exists():
         raise UserError(f"init_from: expected {EXPECTED}, got '{path}', which has no config.json.")
-    return jax.device_get(load_best(path).trained.variables)
+    best = load_best(path)
+    return jax.device_get(best.trained.variables), best.data.labels
 
 
 def _of_file(path: Path, model: Model, initial: Variables, head: str) -> Variables:
