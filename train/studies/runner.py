@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 
 from train.config import Config
-from train.errors import RunFailed, UserError, explained
+from train.errors import RunFailed, Stopped, UserError, explained
 from train.runs import directory, processes
 from train.runs.stopping import StopRequests
 from train.runs.summary import Summary, read_summary
@@ -82,6 +82,8 @@ def _train(config: Config, stop: StopRequests) -> Outcome:
         return Outcome("refused", None, str(error).replace("--run_dir", "--out"), 2)
     except RunFailed as error:
         return Outcome("failed", read_summary(Path(config.run_dir)), str(error), 1)
+    except Stopped as stopped:  # before its first step, as while images are decoded
+        return Outcome("stopped", None, None, 128 + stopped.number)
     if summary.finished:
         return Outcome("finished", summary, None, 0)
     return Outcome("stopped", summary, None, 128 + (stop.received or 0))

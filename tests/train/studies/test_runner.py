@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from tests.helpers.jobs import StopAfter
-from train.errors import RunFailed, UserError
+from train.errors import RunFailed, Stopped, UserError
 from train.runs import processes
 from train.runs.files import write_json
 from train.runs.stopping import StopRequests
@@ -29,7 +29,9 @@ def train(monkeypatch, tmp_path, make_config):
 
         def fit(config, stop):
             end = next(remaining)
-            if isinstance(end, Exception):
+            if isinstance(end, Stopped):
+                stop.received = end.number
+            if isinstance(end, BaseException):
                 raise end
             stop.received = signal.SIGTERM if end == "stopped" else stop.received
             return Summary(end, step=7)
@@ -82,6 +84,7 @@ def test_stop_ends_all_with_its_signal_unless_nothing_is_left(train):
     for ends, received, code, begun in (
         (["stopped", "finished", "finished"], None, 143, 1),
         ([REFUSED, FAILED, "stopped", "finished"], None, 143, 3),
+        (["finished", Stopped(signal.SIGINT), "finished"], None, 130, 2),  # while it read its data
         (["finished", "finished"], signal.SIGINT, 130, 1),  # came too late for the first
         ([FAILED, "finished"], signal.SIGINT, 130, 1),
         (["finished"], signal.SIGINT, 0, 1),
