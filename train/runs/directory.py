@@ -87,7 +87,8 @@ def earlier_summary(config: Config) -> Summary | None:
 
 def data_cache(run_dir: Path) -> Path:
     """Return the folder beside a run for what is made of its data once, and serves other runs too."""
-    return run_dir.parent / "data-cache"
+    # Of "." the parent would be "." too, and then the cache something in the run that is no run's.
+    return (run_dir if run_dir.name else run_dir.absolute()).parent / "data-cache"
 
 
 def has_same_length(config: Config) -> bool:

@@ -187,6 +187,7 @@ def test_cache_is_beside_the_run_or_where_it_was_asked_for(photographs, tmp_path
     prepare(config)
     assert [path.name for path in run_dir.parent.iterdir()] == ["data-cache"]
     assert list(data_cache(run_dir).glob("photographs-*/x_train.npy"))
+    assert data_cache(Path()).parent == Path.cwd().parent
     prepare(dataclasses.replace(config, data=data(root, cache=str(tmp_path / "asked"))))
     assert list((tmp_path / "asked").glob("photographs-*/x_train.npy"))
 
