@@ -68,7 +68,8 @@ def predict(run_dir: Positional[Path], images: Positional[tuple[Path, ...]]) -> 
 
     Args:
       run_dir: the run directory.
-      images: images, .csv tables, .npy arrays or .npz archives: bytes from 0 to 255, or numbers as in training.
+      images: images, .csv tables, .npy arrays or .npz archives: bytes from 0 to 255, or numbers as in
+        training.
     """
     from train.training.trained import serving
 
