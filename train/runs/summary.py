@@ -59,7 +59,7 @@ def _said(test: dict[str, Any]) -> str:
     """Return the metrics of the test split that say how good a network is, in words."""
     said = [f"{said} {test[key]:.4f}" for key, said in SAID.items() if test.get(key) is not None]
     of_classes = test.get("class_accuracy", {})
-    if 0 < len(of_classes) <= NAMED:
+    if said and 0 < len(of_classes) <= NAMED:
         known = (f"{name} {'-' if a is None else f'{a:.4f}'}" for name, a in of_classes.items())
         said[-1] += f" ({', '.join(known)})"
     if (error := test.get("mean_absolute_error")) is not None:

@@ -56,6 +56,7 @@ def test_summary_says_what_fits_what_was_measured(tmp_path):
     # As earlier versions wrote it.
     assert Summary("finished", 9, 3, test_accuracy=0.5).reached.startswith("test accuracy 0.5000 at step 3")
     assert Summary("stopped", 0).reached == "no evaluation yet"
+    assert Summary("stopped", 1, test={"class_accuracy": {"a": 0.5}}).reached == "no evaluation yet"
 
 
 def test_broken_summary_counts_as_none(tmp_path):

@@ -17,7 +17,6 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 EXPECTED = "an image in PNG, JPEG, WebP, GIF, BMP or TIFF"
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name for as many bytes a pixel
 MAX_PIXELS = 100_000_000  # what is larger takes seconds to decode, from a file of any size
-ORIENTATION = 0x0112  # the EXIF tag; from 5 on it swaps height and width
 
 
 def read(path: Path, *, channels: int, size: tuple[int, ...] | None, image_size: int) -> np.ndarray:

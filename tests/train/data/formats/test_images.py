@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
-from PIL import Image
+from PIL import ExifTags, Image
 
 from train.data.formats import images
 from train.data.formats.reading import reading
@@ -25,7 +25,7 @@ def read(path, *, channels=3, size=None, image_size=0):
 def save(path, pixels=PIXELS, *, orientation=None, **options):
     exif = Image.Exif()
     if orientation:
-        exif[images.ORIENTATION] = orientation
+        exif[ExifTags.Base.Orientation] = orientation
     Image.fromarray(pixels).save(path, exif=exif, **options)
     return path
 
