@@ -43,14 +43,15 @@ def fit(config: Config, stop: StopRequests) -> Summary:
     """
     run_dir, primary = Path(config.run_dir), processes.is_primary()
     processes.check_same_job(config)
+    # Decoding images may take an hour. Several processes stop together, which they agree on later.
+    stoppable = stop.at_once if jax.process_count() == 1 else contextlib.nullcontext
     with processes.raise_on_all("use the run directory"):
         earlier = directory.earlier_summary(config)
         if earlier and earlier.finished and directory.has_same_length(config):
-            _check_same_data(config)
+            with stoppable():
+                _check_same_data(config)
             return earlier
-    # Decoding images may take an hour. Several processes stop together, which they agree on later.
-    alone = jax.process_count() == 1
-    with processes.raise_on_all("read the data"), stop.at_once() if alone else contextlib.nullcontext():
+    with processes.raise_on_all("read the data"), stoppable():
         dataset = load_data(config)
     # Before the processes run programs, in which those of other data would wait for each other.
     processes.check_equal({"the data's fingerprint": dataset.fingerprint})

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -11,7 +12,8 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from tests.helpers.jobs import final_state, fit, results
-from train.errors import UserError
+from train.errors import Stopped, UserError
+from train.runs.stopping import StopRequests
 from train.training import loop, losses, steps
 from train.training.trained import serving
 
@@ -120,6 +122,13 @@ def test_finished_job_whose_data_were_replaced_is_not_finished(tmp_path, make_co
     assert fit(config) == summary  # they are gone, and nothing else is in their place
     moved = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(other)))
     assert fit(moved) == summary
+
+
+def test_request_to_stop_ends_the_look_at_the_data_of_a_finished_job(finished, monkeypatch):
+    decoding = lambda *_, **__: signal.raise_signal(signal.SIGTERM)
+    monkeypatch.setattr(loop.data, "fingerprint", decoding)
+    with StopRequests() as stop, pytest.raises(Stopped):
+        loop.fit(finished[0], stop)
 
 
 def test_run_that_an_earlier_version_began_goes_on_though_its_classes_are_uneven(
