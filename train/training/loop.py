@@ -68,14 +68,16 @@ def fit(config: Config, stop: StopRequests) -> Summary:
             _check_not_shorter(job, earlier)
         checkpoints = stack.enter_context(Checkpoints(run_dir))
         step = checkpoints.latest_step
-        with processes.raise_on_all("begin the run"):
+        with processes.raise_on_all("go on with the run"):
             if step is None:
                 _check_checkpoints_present(run_dir, earlier)
+            directory.check_same_data(run_dir, job.data.fingerprint)
+        state = job.initial
+        if step is not None:  # before the run's files say that it is longer, which a refusal would leave
+            state = from_items(checkpoints.restore(step, to_items(state)), like=state)
+        with processes.raise_on_all("begin the run"):
             if primary:
                 directory.begin(config, job.data)
-        state = job.initial
-        if step is not None:
-            state = from_items(checkpoints.restore(step, to_items(state)), like=state)
         log = stack.enter_context(
             Log(run_dir, first_step=step or 0, total_steps=job.step_config.total_steps, writes=primary)
         )

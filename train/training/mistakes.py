@@ -94,6 +94,7 @@ def _of_labels(config: Config, dataset: Dataset) -> Iterator[str]:
 
 
 def of_statistics(config: Config) -> Iterator[str]:
+    """Yield a sentence for each choice that leaves running statistics wrong, or has none to change."""
     frozen, norm = config.model.frozen, config.model.norm
     has_statistics = NORMS[norm].over_batch
     if frozen == "body" and config.init_from is None:

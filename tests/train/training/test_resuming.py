@@ -164,6 +164,19 @@ def test_more_steps_extend_a_finished_job_also_after_a_kill_and_fewer_are_refuse
         fit(make_config(steps=20))
 
 
+def test_longer_job_whose_checkpoint_is_refused_leaves_the_run_as_it_was(copied, make_config):
+    run_dir = Path(copied[0].run_dir)
+    damaged = run_dir / "checkpoints" / "30" / "optimizer" / "manifest.ocdbt"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(b"damaged")
+    before = {name: (run_dir / name).read_bytes() for name in ("config.json", "data.json", "summary.json")}
+    with pytest.raises(UserError, match="checkpoints/30' is not a complete checkpoint"):
+        fit(make_config(steps=40))
+    assert {name: (run_dir / name).read_bytes() for name in before} == before
+    damaged.write_bytes(whole)
+    assert fit(make_config()) == copied[1]
+
+
 def test_job_whose_end_was_not_noted_is_finished_by_its_checkpoint(copied):
     config, summary = copied
     (Path(config.run_dir) / "summary.json").unlink()
