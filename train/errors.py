@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -25,6 +25,12 @@ class Stopped(KeyboardInterrupt):
         """Take the signal's number."""
         super().__init__(number)
         self.number = number
+
+
+def shortened(items: Sequence[str], *, most: int = 10, separator: str = ", ") -> str:
+    """Join items for a sentence: of many the first ones, and how many more there are."""
+    more = [f"and {len(items) - most:,} more"] * (len(items) > most)
+    return separator.join([*items[:most], *more])
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from train.data.dataset import Split as Split
 from train.data.dataset import eval_batches as eval_batches
 from train.data.dataset import order as order
 from train.data.dataset import steps_per_epoch as steps_per_epoch
+from train.data.description import Description as Description
 from train.data.loading import fingerprint as fingerprint
 from train.data.loading import load as load
 from train.data.loading import load_test as load_test

@@ -8,9 +8,9 @@ import numpy as np
 import xxhash
 
 from train.data.dataset import Examples
+from train.data.preprocessing import chunks
 
 LARGE = 2**26  # bytes of files from which on a fingerprint is kept
-CHUNK = 2**26  # bytes
 
 
 def of(examples: dict[str, Examples], names: Sequence[str], columns: Sequence[str]) -> str:
@@ -19,9 +19,8 @@ def of(examples: dict[str, Examples], names: Sequence[str], columns: Sequence[st
     for part, (inputs, labels) in sorted(examples.items()):
         digest.update(f"{part}{inputs.dtype.name}{inputs.shape}{labels.dtype.name}".encode())
         digest.update(np.ascontiguousarray(labels).data)
-        rows = max(1, CHUNK // inputs[:1].nbytes)
-        for start in range(0, len(inputs), rows):
-            digest.update(np.ascontiguousarray(inputs[start : start + rows]).data)
+        for rows in chunks(inputs, len(inputs)):
+            digest.update(np.ascontiguousarray(inputs[rows]).data)
     return digest.hexdigest()
 
 

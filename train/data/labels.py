@@ -1,13 +1,12 @@
 """Labels as data have them, numbers or texts -> positions of classes, or targets."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from train.config import LossName
 from train.data.dataset import Labels
-from train.errors import UserError
+from train.errors import UserError, shortened
 
 Parts = dict[str, np.ndarray]  # the labels of each split
 LOST = 0.01  # of a standard deviation of numbers, the most that rounding to float32 may change one
@@ -47,8 +46,8 @@ def converted(
     order = tuple(found) if known is None else tuple(map(known.name, range(known.outputs)))
     if unknown := [name for name in found if name not in order]:
         raise UserError(
-            f"{what}: expected labels as in the data that the network was trained on, {_listed(order)}, got "
-            f"{_listed(unknown)}."
+            f"{what}: expected labels as in the data that the network was trained on, "
+            f"{shortened([*map(repr, order)])}, got {shortened([*map(repr, unknown)])}."
         )
     position = {name: index for index, name in enumerate(order)}
     positions = {}
@@ -111,10 +110,6 @@ def _positions(what: str, part: str, labels: np.ndarray, known: Labels | None) -
             f"on, got up to {labels.max()}."
         )
     return labels.astype(np.int32)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:10])) + f", and {len(names) - 10} more" * (len(names) > 10)
 
 
 def _number(name: Any) -> float | None:

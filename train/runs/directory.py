@@ -16,21 +16,19 @@ profile/          a trace of some steps, if asked for
 import contextlib
 import dataclasses
 import fcntl
-import math
 import os
 import platform
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 
 from train import config as configs
 from train.config import NOT_COMPARED, Config
-from train.data import Dataset, Labels, Preprocessing
+from train.data import Dataset, Description
 from train.errors import DISK_FULL, UserError
 from train.runs.files import as_json, read_json, write_json, write_next_to
 from train.runs.summary import Summary, read_summary
@@ -38,25 +36,6 @@ from train.runs.summary import Summary, read_summary
 LENGTH = ("steps", "epochs")
 _RESTORE_CONFIG = "Restore it from a backup, or give another run directory."
 _RESTORE_DATA = "Delete it: the job writes it anew when it is started again."
-
-
-class Description(NamedTuple):
-    """What a network has to know of the data that it was trained on."""
-
-    shape: tuple[int, ...]  # of one example
-    dtype: str
-    labels: Labels
-    columns: tuple[str, ...]  # names of the features of a table
-    preprocessing: Preprocessing
-    fingerprint: str
-
-    @property
-    def inputs(self) -> str:
-        """What the network takes, in words."""
-        names = f": {', '.join(self.columns)}" if self.columns else ""
-        of = "images" if len(self.shape) == 3 else "rows"
-        scale = ", from 0 to 255" if self.dtype == "uint8" else ", in units of the training data"
-        return f"{of} of dtype {self.dtype} and shape (n, {', '.join(map(str, self.shape))}){scale}{names}"
 
 
 def earlier_summary(config: Config) -> Summary | None:
@@ -120,26 +99,14 @@ def created_and_locked(path: Path) -> Iterator[None]:
 
 
 def begin(config: Config, dataset: Dataset) -> None:
-    """Record what runs in the run directory, on which data, and where.
-
-    Raises:
-      UserError: the run that is there was trained on other data.
-    """
-    path, description = Path(config.run_dir), describe(dataset)
-    check_same_data(path, description.fingerprint)
-    preprocessing = {name: value.tolist() for name, value in description.preprocessing._asdict().items()}
-    described = {
-        "inputs": description.inputs,
-        **description._asdict(),
-        "labels": description.labels._asdict(),
-        "preprocessing": preprocessing,
-    }
+    """Record what runs in the run directory, on which data, and where."""
+    path = Path(config.run_dir)
     with usable(path):
         written = write_next_to(path / "config.json", as_json(dataclasses.asdict(config)))
         # Before the new length is there, or a run that grows and is killed would look finished.
         (path / "summary.json").unlink(missing_ok=True)
         os.replace(written, path / "config.json")
-        write_json(path / "data.json", described)
+        write_json(path / "data.json", Description.of(dataset).to_json())
         write_json(path / "environment.json", _environment())
 
 
@@ -180,18 +147,6 @@ def usable(path: Path, key: str = "run_dir") -> Iterator[None]:
         raise UserError(f"{key} = '{path}' cannot be used: {reason}. Give another --{key}.") from error
 
 
-def describe(dataset: Dataset) -> Description:
-    """Describe data, for those who use the network later."""
-    return Description(
-        dataset.example_shape,
-        str(dataset.train.inputs.dtype),
-        dataset.labels,
-        dataset.columns,
-        dataset.preprocessing,
-        dataset.fingerprint,
-    )
-
-
 def read_config(path: Path) -> Config:
     """Read the job of a run directory."""
     values = _read(path, "config.json", _RESTORE_CONFIG)
@@ -211,45 +166,9 @@ def read_data(path: Path) -> Description:
     """Read the description of a run's data."""
     values = _read(path, "data.json", _RESTORE_DATA)
     try:
-        preprocessing = {
-            name: np.asarray(value, np.float32) for name, value in values["preprocessing"].items()
-        }
-        described = Description(
-            shape=tuple(map(int, values["shape"])),
-            dtype=str(values["dtype"]),
-            labels=_labels(values),
-            columns=tuple(map(str, values.get("columns", ()))),
-            preprocessing=Preprocessing(**preprocessing),
-            fingerprint=values["fingerprint"],
-        )
-        if not isinstance(described.fingerprint, str):
-            raise ValueError("its fingerprint is no text")
-        mean, std = (np.broadcast_to(value, described.shape) for value in described.preprocessing)
-        if not (np.isfinite([mean, std]).all() and (std > 0).all()):
-            raise ValueError("no data have its preprocessing")
-        if described.dtype not in ("uint8", "float32") or 0 in (described.shape or [0]):
-            raise ValueError("no data have its shape or its dtype")
-        return described
+        return Description.from_json(values)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"'{path / 'data.json'}' does not describe data: {error}. {_RESTORE_DATA}") from None
-
-
-def _labels(values: dict[str, Any]) -> Labels:
-    if "labels" not in values:  # as earlier versions wrote it
-        if not 0 < (classes := int(values["classes"])) < 2**24:
-            raise ValueError(f"no data have {classes} classes")
-        return Labels(counts=(1,) * classes)
-    given = values["labels"]
-    labels = Labels(
-        counts=tuple(map(int, given["counts"])),
-        names=tuple(map(str, given["names"])),
-        mean=float(given["mean"]),
-        std=float(given["std"]),
-    )
-    known = len(labels.names) in (0, len(labels.counts)) and all(0 <= n < 2**63 for n in labels.counts)
-    if not (known and math.isfinite(labels.mean) and 0 <= labels.std < math.inf):
-        raise ValueError("no data have its labels")
-    return labels
 
 
 def _read(path: Path, name: str, remedy: str) -> Any:

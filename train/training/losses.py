@@ -11,13 +11,12 @@ import optax
 
 from train.config import LossName, Model
 from train.data import Labels
-from train.errors import UserError
+from train.errors import UserError, shortened
 
 Sums = dict[str, Any]  # the sum of every score over some examples, () or (classes,), and how many these are
 Metrics = dict[str, Any]  # numbers; None where there is none; of "class_accuracy" a dict of them
 
 UNEVEN = 2  # times as many examples of one class as of another: then accuracy alone hides the rare ones
-NAMED = 20  # classes at most in a sentence
 
 
 class Loss(Protocol):
@@ -205,7 +204,7 @@ def _weights(given: str | tuple[float, ...], labels: Labels, names: tuple[str, .
         return ()
     if isinstance(given, str):  # "balanced"
         given = tuple(1 / count if count else 0.0 for count in counts)
-    classes = ", ".join(names[:NAMED]) + ", ..." * (len(names) > NAMED)
+    classes = shortened(names, most=20)
     if len(given) != len(counts):
         raise UserError(
             f"model.class_weights: expected {len(counts)}, for the classes {classes}, or 'balanced', got "

@@ -6,6 +6,7 @@ import numpy as np
 
 from train.config import Config, Data
 from train.data import Dataset
+from train.errors import shortened
 from train.models import NORMS
 
 CHANNELS = (1, 2, 3, 4)  # as images have them
@@ -81,8 +82,7 @@ def _of_labels(config: Config, dataset: Dataset) -> Iterator[str]:
             "nothing; subtract 1 from the labels."
         )
     elif absent:
-        some = ", ".join(absent[:10]) + f" and {len(absent) - 10} more" * (len(absent) > 10)
-        yield f"no training example is of class {some}."
+        yield f"no training example is of class {shortened(absent)}."
     if not labels.counts and labels.std == 0:
         yield f"all training labels are {labels.mean:g}: there is nothing to learn."
     split = dataset.validation

@@ -6,12 +6,12 @@ import numpy as np
 
 from tests.helpers.arrays import keras_arrays, save_npys
 from train.config import Data
-from train.data import Labels, fingerprints, load, load_test
+from train.data import Labels, fingerprints, load, load_test, preprocessing
 from train.data.dataset import Examples
 
 
 def test_every_value_counts_wherever_it_is(monkeypatch):
-    monkeypatch.setattr(fingerprints, "CHUNK", 12 * 300)  # bytes of 300 rows
+    monkeypatch.setattr(preprocessing, "CHUNK", 12 * 300)  # bytes of 300 rows
     inputs, labels = np.zeros((2000, 3), np.float32), np.zeros(2000, np.int32)
     seen = {fingerprints.of({"train": Examples(inputs, labels)}, (), ())}
     for row in range(0, 2000, 7):

@@ -209,10 +209,10 @@ def test_data_json_that_does_not_describe_data_is_named(make_config):
 
 def test_other_data_than_those_of_the_run_are_refused(make_config):
     begin(make_config())
-    other = digits()._replace(fingerprint="0" * 32)
+    path = Path(make_config().run_dir)
+    directory.check_same_data(path, digits().fingerprint)
     with pytest.raises(UserError, match="was trained on other data .fingerprint .*, now 0{32}."):
-        begin(make_config(), other)
-    path = Path(make_config().run_dir) / "data.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"fingerprint": "1" * 16}))
-    begin(make_config(), other)  # what earlier versions wrote, of a part of the data, tells nothing
-    assert directory.read_data(path.parent).fingerprint == "0" * 32
+        directory.check_same_data(path, "0" * 32)
+    written = json.loads((path / "data.json").read_text())
+    (path / "data.json").write_text(json.dumps(written | {"fingerprint": "1" * 16}))
+    directory.check_same_data(path, "0" * 32)  # an earlier version's, of a part of the data, tells nothing

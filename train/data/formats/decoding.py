@@ -15,10 +15,9 @@ from rich.progress import track
 
 from train.data.formats import images
 from train.data.formats.reading import PARTS, reading
-from train.errors import UserError
+from train.errors import UserError, shortened
 
 CHANNELS = 3
-NAMED = 10  # files at most in a sentence
 Files = dict[str, list[Path]]  # of each class
 Fault = tuple[Path, str] | None  # of an image: the file, and why it cannot be used
 
@@ -81,7 +80,8 @@ def decode(
         if faults:
             (_, first), *others = faults
             unequal = "pixels, where" in first and " Set data.image_size to scale all to one size." or ""
-            raise UserError(first + unequal + _also([str(file) for file, _ in others]))
+            also = f" Nor can be used: {shortened([str(file) for file, _ in others])}." if others else ""
+            raise UserError(first + unequal + also)
         (making / "index.json").write_text(json.dumps({"stamp": stamp}))
         if cache.exists():  # at once, for those who are about to read it
             cache.rename(replaced)
@@ -110,12 +110,6 @@ def _shape(files: Iterator[Path], read: Callable[[Path], np.ndarray]) -> tuple[i
             first = first or error
     assert first is not None, "there is an image"
     raise first
-
-
-def _also(files: list[str]) -> str:
-    """Name further images with a fault, not necessarily the same."""
-    some = ", ".join(files[:NAMED]) + f" and {len(files) - NAMED:,} more" * (len(files) > NAMED)
-    return f" Nor can be used: {some}." if files else ""
 
 
 def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from train.errors import DISK_FULL, UserError
+from train.errors import DISK_FULL, UserError, shortened
 
 PARTS = ("train", "validation", "test")
 
@@ -57,5 +57,4 @@ def regular(path: Path) -> Path:
 
 def left_out(path: Path, names: Sequence[str], expected: str) -> str:
     """Say that some of what is at a path is not read: a split that is misspelt would be missed by nobody."""
-    some = ", ".join(map(repr, names[:10])) + f" and {len(names) - 10} more" * (len(names) > 10)
-    return f"Left out of '{path}': {some}; expected {expected}."
+    return f"Left out of '{path}': {shortened([*map(repr, names)])}; expected {expected}."

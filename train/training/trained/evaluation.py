@@ -10,12 +10,11 @@ from jax.sharding import Mesh
 
 from train import models
 from train.config import Config, Data
-from train.data import Preprocessing, Split, eval_batches
+from train.data import Description, Preprocessing, Split, eval_batches
 from train.errors import UserError
 from train.models import Network, Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints, open_recalibrated
-from train.runs.directory import Description
 from train.training import losses
 from train.training.losses import Loss, Metrics
 from train.training.steps import eval_step

@@ -16,7 +16,7 @@ from train.config import Model
 from train.data import Labels
 from train.data.formats.arrays import member
 from train.data.formats.reading import reading
-from train.errors import UserError
+from train.errors import UserError, shortened
 from train.models import Variables, torchvision
 from train.training.trained.evaluation import load_best
 
@@ -45,7 +45,7 @@ def start_from(
         found = found._replace(params=found.params | {head: here})
         notes = (f"the head starts anew: {classes or 'no'} classes there, {here['kernel'].shape[-1]} here",)
     elif known and labels and (others := _other_classes(known, labels)):
-        notes = (f"warning: the head is of other classes: {_first(others)}",)
+        notes = (f"warning: the head is of other classes: {_few(others)}",)
     ours, theirs = _shapes(initial), _shapes(found)
     differing = [
         f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
@@ -55,7 +55,7 @@ def start_from(
     if differing:
         raise UserError(
             f"init_from: expected a run with the same model and input shape, got '{path}', which holds the "
-            f"parameters of another network: {_first(differing)}."
+            f"parameters of another network: {_few(differing)}."
         )
     return found, notes
 
@@ -70,9 +70,9 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path[1:], simple=True, separator="/"): leaf.shape for path, leaf in leaves}
 
 
-def _first(faults: list[str]) -> str:
+def _few(faults: list[str]) -> str:
     """Join faults, but not the hundreds of another architecture."""
-    return "; ".join(faults[:20] + [f"and {len(faults) - 20} more"] * (len(faults) > 20))
+    return shortened(faults, most=20, separator="; ")
 
 
 def _of_run(path: Path) -> tuple[Variables, Labels]:
@@ -116,7 +116,7 @@ def _of_file(path: Path, model: Model, initial: Variables, head: str) -> Variabl
     try:
         return _torch.load(initial._replace(params=params), state, names)
     except ValueError as error:
-        faults = _first(str(error).split("; "))
+        faults = _few(str(error).split("; "))
         raise UserError(f"init_from: '{path}' does not fit model.name = '{model.name}': {faults}.") from None
 
 
