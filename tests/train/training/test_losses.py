@@ -58,7 +58,10 @@ def test_class_weights_that_do_not_fit_are_refused_with_the_names_of_the_classes
         "model.class_weights: expected 4, for the classes cat, dog, newt, owl, or 'balanced', got [1.0, 2.0]."
     )
     many = of(1.0, labels=Labels(counts=(1,) * 1000))
-    assert "expected 1000, for the classes 0, 1, 2, " in many and ", 19, and 980 more, or 'balanced', got" in many
+    assert (
+        "expected 1000, for the classes 0, 1, 2, " in many
+        and ", 19, and 980 more, or 'balanced', got" in many
+    )
     assert "expected one > 0 for a class that has training examples, got [0" in of(0.0, 0.0, 1.0, 0.0)
 
 
