@@ -77,7 +77,7 @@ def named(values: dict[str, Any], *, without: str = "") -> str:
     """Name a job by its values, whatever its seed: "norm = batch, learning rate = 0.1"."""
     kept = {key: value for key, value in values.items() if key not in ("seed", without)}
     # Only of a number: names of files are different with and without.
-    said = lambda value: text(value).removesuffix(".0") if isinstance(value, float) else text(value)
+    said = lambda value: text(value).removesuffix(".0") if isinstance(value, float) else text(value) or "none"
     return ", ".join(f"{short(key)} = {said(value)}" for key, value in kept.items())
 
 

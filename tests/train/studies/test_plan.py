@@ -46,6 +46,8 @@ def test_names_and_folders_are_as_different_as_what_they_stand_for(tmp_path):
     jobs = planned("--data.path v1,v1.0,v/1", paths=(DIGITS, spaced))
     assert [job.name for job in jobs[:3]] == [f"digits_mlp, path = {p}" for p in ("v1", "v1.0", "v/1")]
     assert folders(jobs)[2:4] == ["digits_mlp,data.path=v_1", "a b,data.path=v1"]
+    weighted = planned("--model.class-weights ,balanced")
+    assert [job.name for job in weighted] == ["class weights = none", "class weights = balanced"]
 
 
 def test_configs_are_named_after_their_files_and_flags_go_to_all_of_them():

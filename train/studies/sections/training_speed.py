@@ -126,7 +126,7 @@ def curves(groups: Sequence[Group], *, baseline: Group | None = None) -> tuple[C
     alt = f"Test {groups[0].headline} over steps"
     left_out = f" What is below {LOWEST:g} is left out." if _lowest(groups) < LOWEST else ""
     shown = (charts.chart(draw, alt=alt, caption=f"{alt}.{over}{left_out}"),)
-    if (lowest := _near_the_best(groups)) > 0:
+    if (lowest := _near_the_best(groups)) > max(0, _lowest(groups)):
         caption = f"The same, above {lowest:.2f}."
         shown += (charts.chart(partial(draw, lowest=lowest), alt=f"{alt}, near the best", caption=caption),)
     return shown

@@ -83,6 +83,7 @@ def test_charts_have_medians_and_ranges_the_level_of_the_baseline_and_the_upper_
     assert drawn["Test accuracy over steps, near the best"].get_ylim()[0] == 0.71
     for curves, count in (
         ([PLAIN, IDLE], 2),
+        ([{10: 0.8, 20: 0.75}], 1),  # above 0.5 there is all of it
         ([PLAIN, {10: 0.5}], 1),
         ([{10: 1.0}], 1),
         ([IDLE], 1),
