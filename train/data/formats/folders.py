@@ -38,7 +38,7 @@ def read(path: Path, config: Data) -> Found | None:
     cache = Path(config.cache or ".") / _cache_name(path, config.image_size)
     stamp = _stamp(path, parts)
     try:
-        arrays = decoded(cache, stamp)
+        arrays = decoded(cache, stamp)  # which needs no lock, and may be on a disk that is only read
         if arrays is None:
             cache.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(cache.with_name(cache.name + ".lock")):
@@ -49,12 +49,10 @@ def read(path: Path, config: Data) -> Found | None:
     except OSError as error:
         if error.errno in DISK_FULL:  # which of several disks, the system may not have said
             raise OSError(error.errno, error.strerror, str(cache.parent)) from error
-        arrays = decoded(cache, stamp)  # that somebody else has made may be read though not locked
-        if arrays is None:
-            raise UserError(
-                f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
-                "--data.cache."
-            ) from error
+        raise UserError(
+            f"data.cache = '{cache.parent}' cannot be used: {error.strerror or error}. Give another "
+            "--data.cache."
+        ) from error
     said = f"Files in '{path}' that are no images by their names are left out: {left_out:,}."
     files = tuple(sorted(cache.glob("*.npy")))
     return Found(arrays, files, names=names, notes=(said,) if left_out else ())
