@@ -53,7 +53,7 @@ def test_wheel_holds_the_typed_library_alone(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         files = {name: archive.read(name).decode() for name in archive.namelist()}
     assert {name.partition("/")[0] for name in files if ".dist-info/" not in name} == {"jbn"}
-    assert {"jbn/py.typed", "jbn/__init__.py", "jbn/linen.py", "jbn/nnx.py"} <= set(files)
+    assert {"jbn/py.typed", "jbn/__init__.py", "jbn/linen/__init__.py", "jbn/nnx/__init__.py"} <= set(files)
     (metadata,) = (text.splitlines() for name, text in files.items() if name.endswith("METADATA"))
     assert f"Version: {jbn.__version__}" in metadata
     required = [

@@ -1,4 +1,4 @@
-"""Batch normalization as a Flax Linen module. It needs Flax: `pip install "jbn[flax]"`."""
+"""The layer."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY
@@ -39,8 +39,6 @@ from jbn._normalization import Params
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
 from jbn._statistics import cast, moments
-
-__all__ = ["BatchNorm"]
 
 IMMUTABLE = (
     'BatchNorm updates its running statistics in training: pass mutable=["batch_stats"] to apply, which then '

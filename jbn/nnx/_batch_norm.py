@@ -1,4 +1,4 @@
-"""Batch normalization as a Flax NNX module. It needs Flax: `pip install "jbn[flax]"`."""
+"""The layer."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -40,8 +40,6 @@ from jbn._flax import (
 from jbn._normalization import Params
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
-
-__all__ = ["BatchNorm"]
 
 NOT_AN_ARGUMENT = (
     "BatchNorm updates its running statistics in training, and JAX returns updates only to arguments of the "

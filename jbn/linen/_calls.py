@@ -1,0 +1,34 @@
+"""See and change the calls of a Linen model's layers, whoever wrote it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flax.linen as nn
+from flax.linen.module import InterceptorContext
+from jax.experimental.xla_metadata import set_xla_metadata
+
+from jbn.linen._batch_norm import BatchNorm
+
+Interceptor = Callable[[Callable[..., Any], tuple, dict[str, Any], InterceptorContext], Any]
+
+
+@contextmanager
+def intercept(interceptor: Interceptor, key: str) -> Iterator[None]:
+    """Intercept the method calls of all Linen modules in this context, as `nn.intercept_methods`.
+
+    Functions that were compiled outside are traced anew inside, and what is compiled inside is not used
+    outside, because JAX keeps compiled functions by the metadata of XLA that are set.
+
+    Args:
+      interceptor: called with the next function, its args and kwargs, and the context.
+      key: what the interceptor does: calls in contexts of equal keys share compiled functions.
+    """
+    with set_xla_metadata(jbn=key), nn.intercept_methods(interceptor):
+        yield
+
+
+def calls_batch_norm(context: InterceptorContext) -> bool:
+    """Return whether what is called is the method of Flax's BatchNorm or ours, also from a subclass."""
+    method = getattr(context.orig_method, "func", None)
+    return any(method is getattr(layer.__call__, "__wrapped__", None) for layer in (nn.BatchNorm, BatchNorm))
