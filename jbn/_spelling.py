@@ -1,8 +1,9 @@
 """Other libraries' names for the arguments of a batch norm, so that errors can say what to pass here."""
 
+import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 # Names in PyTorch, Keras, Haiku and Equinox, and what to pass here: the first that the callee accepts.
@@ -59,3 +60,14 @@ def explain_names(f: Callable[..., Any]) -> Callable[..., Any]:
         return f(*args, **kwargs)
 
     return checked
+
+
+def check_option_names(options: Mapping[str, Any], accepted: Collection[str]) -> None:
+    """Raise a TypeError for options that a layer does not have."""
+    for name in options.keys() - set(accepted):
+        if near := difflib.get_close_matches(name, accepted, n=1):
+            expected = near[0]
+        else:
+            names = [here.partition("=")[0] for here in NAMES.get(name, [])]
+            expected = next((here for here in names if here in accepted), ", ".join(sorted(accepted)))
+        raise TypeError(f"got an option {name!r}, which a BatchNorm does not have; expected {expected}.")

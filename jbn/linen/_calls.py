@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +12,8 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jbn.linen._batch_norm import BatchNorm
 
 Interceptor = Callable[[Callable[..., Any], tuple, dict[str, Any], InterceptorContext], Any]
+
+_keys: ContextVar[tuple[str, ...]] = ContextVar("_keys", default=())
 
 
 @contextmanager
@@ -24,11 +27,26 @@ def intercept(interceptor: Interceptor, key: str) -> Iterator[None]:
       interceptor: called with the next function, its args and kwargs, and the context.
       key: what the interceptor does: calls in contexts of equal keys share compiled functions.
     """
-    with set_xla_metadata(jbn=key), nn.intercept_methods(interceptor):
-        yield
+    token = _keys.set((*_keys.get(), key))
+    try:
+        with set_xla_metadata(jbn=" in ".join(_keys.get())), nn.intercept_methods(interceptor):
+            yield
+    finally:
+        _keys.reset(token)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Return whether a module is Flax's BatchNorm or ours, or of a subclass."""
+    return isinstance(module, (nn.BatchNorm, BatchNorm))
 
 
 def calls_batch_norm(context: InterceptorContext) -> bool:
-    """Return whether what is called is the method of Flax's BatchNorm or ours, also from a subclass."""
+    """Return whether what is called is the method of Flax's BatchNorm or ours, also by `super()`."""
     method = getattr(context.orig_method, "func", None)
     return any(method is getattr(layer.__call__, "__wrapped__", None) for layer in (nn.BatchNorm, BatchNorm))
+
+
+def path_of(module: nn.Module) -> str:
+    """Return the path of a module's variables, which in lifted transforms that of the module may not be."""
+    assert module.scope is not None
+    return "/".join(module.scope.path)

@@ -1,0 +1,79 @@
+"""Batch norms of Flax that become ours, in the model that they are in."""
+
+import inspect
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from jbn._flax import check_options
+from jbn._spelling import check_option_names
+from jbn.nnx._batch_norm import BatchNorm
+from jbn.nnx._measuring import batch_norms
+
+Model = TypeVar("Model")
+
+PARAMETERS = {
+    name: parameter
+    for name, parameter in inspect.signature(BatchNorm.__init__).parameters.items()
+    if name != "self"
+}
+# What is in the variables of a layer that is already made.
+_MADE = {"num_features", "use_bias", "use_scale", "param_dtype", "rngs"}
+OPTIONS = {name for name in PARAMETERS if name not in _MADE and not name.endswith(("_init", "_metadata"))}
+
+
+def convert(model: Model, **options: Any) -> Model:
+    """Make every batch norm of a model ours, in place, with its variables and these options.
+
+    Each `flax.nnx.BatchNorm` becomes a `jbn.nnx.BatchNorm`: the same object, at every place that it is used
+    in, with the same Variables, so that checkpoints and the state of an optimizer still fit. Layers that are
+    ours already get the options. `convert(model, frozen=True)` freezes all norms of a model while its other
+    layers train, until `model.set_attributes(jbn.nnx.BatchNorm, frozen=False)`.
+
+    Args:
+      model: a module, or any graph of them.
+      options: those of `jbn.nnx.BatchNorm` that do not change its parameters, such as `frozen=True`,
+        `virtual_batch_size=32`, `update=jbn.ema(0.9, debias=True)`. A rule that counts adds a `count`, which
+        starts from `initial_count`.
+
+    Returns:
+      The model that was given.
+
+    Raises:
+      TypeError: `jbn.nnx.BatchNorm` has no such option, or a layer is of a subclass of Flax's, whose own code
+        would not run.
+
+    >>> import jbn.nnx
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    >>> model = jbn.nnx.convert(model, virtual_batch_size=32)
+    >>> print(type(model.layers[1]).__module__.split(".")[0])
+    jbn
+    """
+    check_option_names(options, OPTIONS)
+    layers = batch_norms(model)
+    for path, layer in layers.items():
+        if type(layer) not in (nnx.BatchNorm, BatchNorm):
+            raise TypeError(
+                f"'{path}' is a {type(layer).__name__}; expected flax.nnx.BatchNorm or "
+                "jbn.nnx.BatchNorm itself, since the code of a subclass would not run any more: give it the "
+                "options where it is made."
+            )
+    for layer in layers.values():
+        _convert(layer, options)
+    return model
+
+
+def _convert(layer: Any, options: dict[str, Any]) -> None:
+    if type(layer) is nnx.BatchNorm:
+        object.__setattr__(layer, "__class__", BatchNorm)
+        defaults = {name: PARAMETERS[name].default for name in OPTIONS}
+        options = {name: value for name, value in defaults.items() if not hasattr(layer, name)} | options
+        layer.count = nnx.data(None)
+    for name, value in options.items():
+        setattr(layer, name, value)
+    check_options(layer)
+    if layer.update is not None and layer.count is None:
+        count = jnp.full(layer.mean.shape, layer.initial_count, jnp.real(layer.mean[...]).dtype)
+        layer.count = nnx.BatchStat(count)
