@@ -1,4 +1,4 @@
-"""Measure the inputs of a model's layers over batches, for `recalibrate` and `diagnose` of both of Flax's APIs."""
+"""Measure the inputs of a model's layers over batches, for the tools of both of Flax's APIs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field

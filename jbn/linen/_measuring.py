@@ -9,7 +9,7 @@ from flax.core import Scope, meta, tracers, unfreeze
 from flax.core.scope import union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._pooling import Measured, Options, add, add_measured, input_moments, no_samples, options_of
+from jbn._pooling import Measured, add, add_measured, input_moments, no_samples, options_of
 from jbn.linen._calls import calls_batch_norm, intercept, path_of
 
 Apply = Callable[[Any, Any], Any]
@@ -75,8 +75,8 @@ class _Measurement:
             measured = add_measured(measured, Measured(inputs, named))
         if measured is None or not measured.inputs:
             raise ValueError(
-                "apply called no flax.linen.BatchNorm or jbn.linen.BatchNorm with the variables it was given; "
-                "expected lambda variables, batch: model.apply(variables, batch, train=False), or likewise."
+                "apply called no flax.linen.BatchNorm or jbn.linen.BatchNorm with the variables that "
+                "it was given; expected lambda variables, x: model.apply(variables, x, train=False), or likewise."
             )
         return outputs, measured
 

@@ -66,7 +66,8 @@ def convert(model: Model, **options: Any) -> Model:
 
 
 def _convert(layer: Any, options: dict[str, Any]) -> None:
-    if type(layer) is nnx.BatchNorm:
+    is_flax = type(layer) is nnx.BatchNorm
+    if is_flax:
         object.__setattr__(layer, "__class__", BatchNorm)
         defaults = {name: PARAMETERS[name].default for name in OPTIONS}
         options = {name: value for name, value in defaults.items() if not hasattr(layer, name)} | options
