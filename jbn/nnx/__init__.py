@@ -1,5 +1,6 @@
 """Batch normalization as a Flax NNX module. It needs Flax: `pip install "jbn[flax]"`."""
 
 from jbn.nnx._batch_norm import BatchNorm
+from jbn.nnx._torch import load_torch
 
-__all__ = ["BatchNorm"]
+__all__ = ["BatchNorm", "load_torch"]

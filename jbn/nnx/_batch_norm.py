@@ -30,12 +30,14 @@ from jbn._flax import (
     as_inexact,
     check_mode,
     check_options,
+    counts,
     initial_statistic,
     is_training,
     promoted_dtype,
     required_statistics,
     resolve_affine_param,
     running_moments,
+    updates,
 )
 from jbn._normalization import Params
 from jbn._running import UpdateRule
@@ -185,7 +187,7 @@ class BatchNorm(nnx.Module):
         self.bias = param(bias_init, bias_metadata) if use_bias else nnx.data(None)
         self.mean = statistic("mean", mean_init)
         self.var = statistic("var", var_init)
-        self.count = nnx.data(None) if update is None else statistic("count")
+        self.count = statistic("count") if counts(update) else nnx.data(None)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -255,10 +257,10 @@ class BatchNorm(nnx.Module):
             raise ValueError(
                 f"update={self.update} was set later; expected it in the constructor, which makes its count."
             )
-        running = running_moments({name: stat[...] for name, stat in stats.items()})
+        running = running_moments({name: stat[...] for name, stat in stats.items()}, shape)
         dtype = promoted_dtype(self, *self._promoted(x, running.mean, running.var, *params))
         y, running = apply_layer(self, as_inexact(x), params, running, train=train, mask=mask, dtype=dtype)
-        if train is not False:
+        if updates(self, train):
             self._check_that_members_agree(running.mean)
             with add_note_to(TraceContextError, NOT_AN_ARGUMENT):
                 for name, stat in stats.items():
