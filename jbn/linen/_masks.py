@@ -48,7 +48,7 @@ def batch_norm_mask(params: Any) -> Any:
         for depth, name in enumerate(path):
             children.setdefault(path[:depth], set()).add(name)
     for module, names in children.items():
-        if names >= _RUNNING and names <= _RUNNING | _AFFINE | {"count"}:
+        if names >= _RUNNING and (names & _AFFINE or module[:1] == ("batch_stats",)):
             raise ValueError(
                 f"params has the running statistics of '{'/'.join(module)}'; expected parameters alone: pass "
                 'variables["params"], or nnx.state(model, nnx.Param).'
