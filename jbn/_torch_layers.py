@@ -103,7 +103,8 @@ def fill(
     if prefix and any(f"{prefix}.{key}" in state for key in missing):
         faults.insert(0, f"every key begins with '{prefix}.': expected names that do, or keys that do not")
     faults += [
-        f"{key}: expected no such key, got one of shape {np.shape(state[key])}" for key in sorted(unused)
+        f"{key}: expected no such key, got one of shape {tuple(np.shape(state[key]))}"
+        for key in sorted(unused)
     ]
     for what, unknown in (("names", [*names]), ("transposed", [*transposed])):
         faults += [

@@ -1,7 +1,7 @@
 """Batch normalization as a Flax Linen module. It needs Flax: `pip install "jbn[flax]"`."""
 
+from jbn._masks import batch_norm_mask
 from jbn.linen._batch_norm import BatchNorm
-from jbn.linen._masks import batch_norm_mask
 from jbn.linen._torch import load_torch
 
 __all__ = ["BatchNorm", "batch_norm_mask", "load_torch"]

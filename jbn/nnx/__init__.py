@@ -1,6 +1,6 @@
 """Batch normalization as a Flax NNX module. It needs Flax: `pip install "jbn[flax]"`."""
 
-from jbn.linen._masks import batch_norm_mask
+from jbn._masks import batch_norm_mask
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._torch import load_torch
 

@@ -111,7 +111,8 @@ class BatchNorm(nnx.Module):
         function `(running, batch) -> running`. The layer then has one more `nnx.BatchStat`, the `count` by
         which such rules average. A state of Flax has none, and with a count of 0 the first batch would
         replace its statistics. So pass `initial_count=1` with a debiased rule, which marks them as complete,
-        and with other rules the number of batches, or of samples, that they are an average of.
+        and with other rules the number of batches, or of samples, that they are an average of. `jbn.keep()`
+        has no count and updates nothing, so that the model need not be an argument of the transform.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics are updated by the whole
         batch. Under plain `jit`, N over the number of devices makes statistics local to a device.

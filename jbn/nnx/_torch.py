@@ -10,6 +10,8 @@ from flax import nnx
 from jbn._paths import named_leaves
 from jbn._torch_layers import Names, Variable, fill
 
+_TRANSIENT = nnx.Any(nnx.RngState, nnx.Cache, nnx.Intermediate)
+
 
 def load_torch(
     model: nnx.Module, state: Mapping[str, Any], names: Names, *, transposed: Collection[str] | str = ()
@@ -17,9 +19,9 @@ def load_torch(
     """Fill the parameters and statistics of an NNX model with weights from PyTorch, in place.
 
     The docstring of `jbn.linen.load_torch` has the tables of layers, and of what no file tells. As there,
-    each key is used exactly once and every `nnx.Param` and `nnx.BatchStat` is filled; nothing is changed if
-    anything does not fit. `nnx.ConvTranspose` is known by its class, and so is an `nnx.Conv` with
-    `input_dilation`, which is how Flax writes a grouped transposed convolution.
+    each key is used exactly once and every variable is filled, but for random keys, caches and intermediates;
+    nothing is changed if anything does not fit. `nnx.ConvTranspose` is known by its class, and so is an
+    `nnx.Conv` with `input_dilation`, which is how Flax writes a grouped transposed convolution.
 
     Args:
       model: the network, or one of shapes alone, by `nnx.eval_shape(lambda: Model(rngs=nnx.Rngs(0)))`.
@@ -46,7 +48,7 @@ def load_torch(
     >>> print(model(jnp.ones((1, 2))).round(3))
     [[5.]]
     """
-    leaves, structure = named_leaves(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    leaves, structure = named_leaves(nnx.state(model, nnx.Not(_TRANSIENT)))
     found = [Variable("/".join(path[:-1]), path[-1], leaf) for path, leaf in leaves]
     given = (transposed,) if isinstance(transposed, str) else transposed
     known = {"/".join(map(str, path)) for path, module in nnx.iter_modules(model) if _is_transposed(module)}

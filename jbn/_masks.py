@@ -1,4 +1,4 @@
-"""Which of a model's parameters are those of its norms."""
+"""Which of a model's parameters are those of its norms. Nothing here imports Flax."""
 
 from typing import Any
 
