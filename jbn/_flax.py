@@ -96,12 +96,12 @@ def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Arra
 
 def counts(update: UpdateRule | None) -> bool:
     """Return whether a layer with this rule has a count."""
-    return update is not None and not isinstance(update, keep)
+    return update is not None and type(update) is not keep
 
 
 def updates(layer: Layer, train: bool | jax.Array) -> bool:
     """Return whether a call may change the running statistics."""
-    return train is not False and not isinstance(layer.update, keep)
+    return train is not False and type(layer.update) is not keep
 
 
 def required_statistics(layer: Layer, train: bool | jax.Array) -> tuple[str, ...]:

@@ -184,7 +184,7 @@ def apply_update_rule(
     feature keeps its running moments if it had no samples, or if the batch's or the new moments are not
     finite. `size` is the batch's count if it is known while tracing and the same for all features.
     """
-    if isinstance(update, keep):
+    if type(update) is keep:
         return running
     batch = jax.lax.stop_gradient(batch)
     if type(update) in (ema, cumulative, pooled) and not isinstance(getattr(update, "decay", 0), jax.Array):

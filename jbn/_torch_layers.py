@@ -142,7 +142,7 @@ def _convert(
     if not _fits(value.shape, name, shape, transposed):
         hint = ""
         if not transposed and _fits(value.shape, name, shape, True):
-            hint = f"; is it a transposed one? Then pass transposed=('{module}',)"
+            hint = f", the shape of a transposed one: pass transposed=('{module}',)"
         expected = _expected(name, shape, transposed)
         return value, f"expected {expected} for {variable.path} {like.shape}, got {value.shape}{hint}"
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -182,4 +182,4 @@ def _is_reparametrized(key: str, weight: str) -> bool:
 def _place(value: np.ndarray, like: Any) -> jax.Array:
     """Return a JAX array, on the devices of what it replaces if those were chosen."""
     sharding = getattr(like, "sharding", None) if getattr(like, "committed", True) else None
-    return jax.device_put(jnp.asarray(value), sharding)
+    return jax.device_put(value, sharding)

@@ -164,8 +164,8 @@ def test_faults_say_what_to_do_about_other_names_and_kernels():
         "transpose_kernel=True, got neither, and as many features before as after",
         "c.weight: expected (3, 3) for mixed/kernel (3, 3), got c.weight_g, c.weight_v: remove its "
         "parametrization in PyTorch",
-        "a.weight: expected (3, 2, 4) for up/kernel (4, 2, 3), got (2, 3, 4); is it a transposed one? Then "
-        "pass transposed=('up',)",
+        "a.weight: expected (3, 2, 4) for up/kernel (4, 2, 3), got (2, 3, 4), the shape of a "
+        "transposed one: pass transposed=('up',)",
         "d.weight: expected no such key, got one of shape (3,)",
     )
     with pytest.raises(ValueError, match=f"^{re.escape('; '.join(faults))}$"):
