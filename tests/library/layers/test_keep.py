@@ -1,5 +1,7 @@
 """`jbn.keep` is a layer without running statistics: it updates nothing, keeps no count, and costs nothing."""
 
+from functools import partial
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -74,16 +76,24 @@ def test_a_momentum_of_1_keeps_the_statistics_as_in_flax():
 
 
 def test_compiled_training_does_nothing_for_running_statistics():
-    def operations(update, keep_updated):
-        layer = jbn.linen.BatchNorm(use_running_average=False, update=update)
-
-        def loss(params, stats, x):
-            variables = {"params": params, "batch_stats": stats}
-            y, updated = layer.apply(variables, x, mutable=["batch_stats"])
-            return (y**3).sum(), updated if keep_updated else {}
-
+    def operations(loss):
         step = jax.jit(jax.grad(loss, has_aux=True)).lower(PARAMS, STATS, X)
         return step.compile(OPTIMIZED).as_text().count(" = ")
 
-    # As few as in a program that drops what another rule returns, which the compiler then leaves out.
-    assert operations(jbn.keep(), False) == operations(None, False) < operations(None, True) - 20
+    def pure(update, params, stats, x):
+        y, new = jbn.batch_norm(x, jbn.Params(**params), jbn.Moments(**stats), train=True, update=update)
+        return (y**3).sum(), new[:2]
+
+    def linen(update, params, stats, x):
+        layer = jbn.linen.BatchNorm(use_running_average=False, update=update)
+        y, updated = layer.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])
+        return (y**3).sum(), updated["batch_stats"]
+
+    def dropping(function, ema, params, stats, x):
+        return function(ema, params, stats, x)[0], stats
+
+    for function, ema in ((pure, jbn.ema()), (linen, None)):
+        # As few as in a program that drops what another rule returns.
+        dropped = operations(partial(dropping, function, ema))
+        assert operations(partial(function, jbn.keep())) == dropped
+        assert dropped < operations(partial(function, ema)) - 20

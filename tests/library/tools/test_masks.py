@@ -96,6 +96,8 @@ def test_roots_and_empty_trees():
     assert mask({"scale": scale, "bias": scale}) == {"scale": True, "bias": True}
     assert mask({"kernel": scale, "bias": scale}) == {"kernel": False, "bias": False}
     assert mask([scale, {"bias": None}]) == [False, {"bias": None}]
+    beside = {"scale": {"scale": scale, "bias": scale}, "bias": scale}
+    assert mask(beside) == {"scale": {"scale": True, "bias": True}, "bias": False}
     assert (mask({}), mask({"a": {}}), mask(scale)) == ({}, {"a": {}}, False)
     assert mask({"posterior": {"mean": scale, "var": scale}}) == {"posterior": {"mean": False, "var": False}}
 
