@@ -54,9 +54,9 @@ def fill(
       ValueError: what does not fit, all in one message.
     """
     check_state(state)
-    unused = {key for key in state if key.rpartition(".")[2] != _IGNORED}
     modules = {variable.module for variable in variables}
     norms = {variable.module for variable in variables if variable.name == "var"}
+    unused = {key for key in state if key.rpartition(".")[2] != _IGNORED}
     taken, missing, faults, filled = {}, [], [*faults], []
     for variable in variables:
         module, name, like = variable
@@ -66,52 +66,39 @@ def fill(
         if name == "count" and module in norms:
             filled.append(_place(np.ones(like.shape, like.dtype), like))
             continue
-        theirs = names[module]
-        theirs, stacked = ([theirs], False) if isinstance(theirs, str) else ([*theirs], True)
-        if stacked and like.shape[:1] != (len(theirs),):
-            faults.append(
-                f"{variable.path} {like.shape}: expected as many names as its first axis is long, "
-                f"got {len(theirs)}"
-            )
-        shape, rows = like.shape[stacked:], []
-        for layer in theirs:
+        layers, rows = names[module], []
+        layers, stacked = ([layers], False) if isinstance(layers, str) else ([*layers], True)
+        if stacked and like.shape[:1] != (len(layers),):
+            what = f"{variable.path} {like.shape}"
+            faults.append(f"{what}: expected as many names as its first axis is long, got {len(layers)}")
+        for layer in layers:
             key = ".".join(filter(None, (layer.rstrip("."), _LEAVES.get(name, name))))
             unused.discard(key)
             if key in taken:
                 faults.append(f"{key}: expected one use, got {taken[key]} and {variable.path}")
-            elif key not in state:
-                missing.append(key)
-                others = sorted(other for other in unused if _is_reparametrized(other, key))
-                unused.difference_update(others)
-                faults.append(
-                    f"{key}: expected {_expected(name, shape, module in transposed)} for {variable.path} "
-                    f"{like.shape}, got "
-                    + (
-                        f"{', '.join(others)}: remove its parametrization in PyTorch"
-                        if others
-                        else "no such key"
-                    )
-                )
-            else:
-                value, fault = _convert(state[key], variable, shape, module in transposed)
+            elif key in state:
+                value, fault = _convert(state[key], variable, like.shape[stacked:], module in transposed)
                 faults += [f"{key}: {fault}"] * bool(fault)
                 rows.append(value)
+            else:
+                missing.append(key)
+                expected = _expected(name, like.shape[stacked:], module in transposed)
+                parts = sorted(part for part in unused if _is_part(part, key))
+                unused.difference_update(parts)
+                got = f"{', '.join(parts)}: remove its parametrization in PyTorch" if parts else "no such key"
+                faults.append(f"{key}: expected {expected} for {variable.path} {like.shape}, got {got}")
             taken[key] = variable.path
-        if rows and not faults:
+        if not faults:
             filled.append(_place(np.stack(rows) if stacked else rows[0], like))
     prefix = os.path.commonprefix(list(state)).rpartition(".")[0]
-    if prefix and any(f"{prefix}.{key}" in state for key in missing):
+    if any(f"{prefix}.{key}" in state for key in missing):
         faults.insert(0, f"every key begins with '{prefix}.': expected names that do, or keys that do not")
-    faults += [
-        f"{key}: expected no such key, got one of shape {tuple(np.shape(state[key]))}"
-        for key in sorted(unused)
-    ]
-    for what, unknown in (("names", [*names]), ("transposed", [*transposed])):
-        faults += [
-            f"{module}: expected a module with variables{' in transposed' * (what == 'transposed')}, got none"
-            for module in unknown
-            if module not in modules
-        ]
+    shapes = {key: tuple(np.shape(state[key])) for key in sorted(unused)}
+    faults += [f"{key}: expected no such key, got one of shape {shape}" for key, shape in shapes.items()]
+    unknown = [module for module in names if module not in modules]
+    faults += [f"{module}: expected a module with variables, got none" for module in unknown]
+    unknown = [module for module in transposed if module not in modules]
+    faults += [f"transposed: expected modules with variables, got '{module}'" for module in unknown]
     if faults:
         raise ValueError("; ".join(faults))
     return filled
@@ -170,8 +157,8 @@ def _transposed_kernel(weight: np.ndarray, shape: tuple[int, ...]) -> np.ndarray
     return np.flip(kernel, tuple(range(len(size))))
 
 
-def _is_reparametrized(key: str, weight: str) -> bool:
-    """Return whether weight norm or spectral norm keep this in place of a weight."""
+def _is_part(key: str, weight: str) -> bool:
+    """Return whether weight norm or spectral norm keep this array in place of a weight."""
     module, _, name = weight.rpartition(".")
     parts = [f"{name}_{part}" for part in ("g", "v", "orig", "u")]
     return key.startswith(f"{module}.parametrizations.{name}.".lstrip(".")) or key in [

@@ -33,6 +33,8 @@ def test_pure_function_returns_the_running_moments_it_was_given():
     for options in ({}, {"virtual_batch_size": 4}, {"mask": np.arange(16)[:, None] < 9}):
         y, new = jbn.batch_norm(X, jbn.Params(**PARAMS), running, train=True, update=jbn.keep(), **options)
         jax.tree.map(assert_array_equal, new, running)
+    _, same = jbn.batch_norm(X + 1j, None, running, train=True, update=jbn.keep())  # which others refuse
+    assert_array_equal(same.mean, running.mean)
     assert jbn.keep() == jbn.keep() and hash(jbn.keep()) == hash(jbn.keep()) and jbn.keep() != jbn.pooled()
     y, _ = jax.jit(jbn.batch_norm, static_argnames="update")(
         X, jbn.Params(**PARAMS), running, train=jnp.array(False), update=jbn.keep()
