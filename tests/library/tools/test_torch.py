@@ -173,8 +173,8 @@ def test_faults_say_what_to_do_about_other_names_and_kernels():
     state = {"a.weight": state["a.weight"], "b.weight": state["b.weight"], "c.bias": state["c.bias"]}
     state |= {"c.parametrizations.weight.original0": draw(3, 1)}
     faults = (
-        "c.weight: expected (3, 3) for mixed/kernel (3, 3), got c.parametrizations.weight.original0: remove its "
-        "parametrization in PyTorch",
+        "c.weight: expected (3, 3) for mixed/kernel (3, 3), got c.parametrizations.weight.original0: remove "
+        "its parametrization in PyTorch",
         "transposed: expected modules with variables, got 'up2'",
     )
     with pytest.raises(ValueError, match=f"^{re.escape('; '.join(faults))}$"):
