@@ -5,8 +5,10 @@ Flax users import `jbn.linen` or `jbn.nnx`.
 
 from jbn._functional import batch_norm, init, normalize
 from jbn._normalization import Params
-from jbn._running import cumulative, ema, pooled
+from jbn._running import cumulative, ema, keep, pooled
 from jbn._statistics import Moments, merge, moments
+from jbn._torch import from_torch, to_torch
+from jbn._trees import merge_trees
 from jbn._warnings import OneValueWarning
 
 __version__ = "0.1.0"
@@ -18,9 +20,13 @@ __all__ = [
     "batch_norm",
     "cumulative",
     "ema",
+    "from_torch",
     "init",
+    "keep",
     "merge",
+    "merge_trees",
     "moments",
     "normalize",
     "pooled",
+    "to_torch",
 ]

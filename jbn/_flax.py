@@ -19,7 +19,7 @@ from jbn._collectives import AxisName
 from jbn._dtypes import promote
 from jbn._functional import batch_norm, init
 from jbn._normalization import Params
-from jbn._running import UpdateRule, ema
+from jbn._running import UpdateRule, ema, keep
 from jbn._statistics import Moments
 
 
@@ -94,14 +94,24 @@ def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Arra
     return not use_running_average
 
 
+def counts(update: UpdateRule | None) -> bool:
+    """Return whether a layer with this rule has a count."""
+    return update is not None and type(update) is not keep
+
+
+def updates(layer: Layer, train: bool | jax.Array) -> bool:
+    """Return whether a call may change the running statistics."""
+    return train is not False and type(layer.update) is not keep
+
+
 def required_statistics(layer: Layer, train: bool | jax.Array) -> tuple[str, ...]:
     """Return the names of the running statistics that a call needs: only a rule reads the count."""
-    return ("mean", "var") if layer.update is None or train is False else Moments._fields
+    return Moments._fields if counts(layer.update) and train is not False else ("mean", "var")
 
 
-def running_moments(stats: Mapping[str, jax.Array]) -> Moments:
-    """Make moments of a layer's running statistics, with count 0 if it is not kept."""
-    return Moments(**{"count": np.float32(0), **stats})
+def running_moments(stats: Mapping[str, jax.Array], shape: tuple[int, ...]) -> Moments:
+    """Make moments of a layer's running statistics, with count 0 if it is not kept; without any, new ones."""
+    return Moments(**{"count": np.float32(0), **stats}) if stats else init(shape)[1]
 
 
 def initial_statistic(

@@ -157,9 +157,9 @@ def batch_norm(
         serves both.
       axis: the feature axis or axes; statistics reduce over every other axis.
       epsilon: added to the variance; a normal number of the dtype of the arithmetic (1.2e-38 in float32).
-      update: the update rule of the running moments: `jbn.ema`, `jbn.cumulative`, `jbn.pooled` or any
-        function `(running, batch) -> running`. Whatever the rule, a feature keeps its running moments if it
-        had no samples, or if the batch's or the new moments are not finite.
+      update: the update rule of the running moments: `jbn.ema`, `jbn.cumulative`, `jbn.pooled`, `jbn.keep`
+        or any function `(running, batch) -> running`. Whatever the rule, a feature keeps its running moments
+        if it had no samples, or if the batch's or the new moments are not finite.
       mask: which positions count in the statistics: Booleans, or real weights >= 0 of any size, as
         `jbn.moments` takes them; it carries no gradient. Every position is normalized, from its own `x`.
         Where the weight is 0 and `x` is not finite, `x` acts as the mean and gets no gradient. If all weights

@@ -1,9 +1,9 @@
 """Update rules: how the moments of one more batch update the running moments.
 
-A rule is any function `(running, batch) -> running`. The three here are frozen dataclasses, so that two rules
+A rule is any function `(running, batch) -> running`. Those here are frozen dataclasses, so that two rules
 with the same options are equal and hash alike, and `jit` compiles once for both.
 
-Each is a weighted average of two, `running + w * (batch - running)`. Where w is small, float32 loses most of
+Most are weighted averages of two, `running + w * (batch - running)`. Where w is small, float32 loses most of
 a step: rounded to nearest, an average stops short of its limit by a relative error of up to 3e-8 / w, which
 is 4e-6 for w = 0.01 and 4e-3 for w = 1e-5. So below w = 1/1024 steps are rounded stochastically
 (`jbn/_rounding.py`), and the relative error stays below about 4e-8 / sqrt(w). The random bits are a hash of
@@ -154,6 +154,27 @@ class pooled:
         return new._replace(count=jnp.minimum(new.count, jnp.finfo(new.count.dtype).max))
 
 
+@dataclass(frozen=True)
+class keep:
+    """No update: the running moments stay what they are.
+
+    For a layer without running statistics, PyTorch's `track_running_stats=False`, whose evaluation uses the
+    batch's moments as well: `train=True` in evaluation too; in a module `use_running_average=False`. A module
+    then updates nothing: Linen needs no `mutable=["batch_stats"]` in `apply`, nor the collection, and NNX no
+    model that is an argument of the transform. There is no `count`.
+
+    >>> import jax.numpy as jnp, jbn
+    >>> params, running = jbn.init(1)
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> y, running = jbn.batch_norm(x, params, running, train=True, update=jbn.keep())
+    >>> print(y.ravel().round(4), running.mean, running.var, running.count)
+    [-1.  1.] [0.] [1.] [0.]
+    """
+
+    def __call__(self, running: Moments, batch: Moments) -> Moments:
+        return running
+
+
 def apply_update_rule(
     update: UpdateRule, running: Moments, batch: Moments, size: int | None = None
 ) -> Moments:
@@ -163,6 +184,8 @@ def apply_update_rule(
     feature keeps its running moments if it had no samples, or if the batch's or the new moments are not
     finite. `size` is the batch's count if it is known while tracing and the same for all features.
     """
+    if type(update) is keep:
+        return running
     batch = jax.lax.stop_gradient(batch)
     if type(update) in (ema, cumulative, pooled) and not isinstance(getattr(update, "decay", 0), jax.Array):
         # One number, which the compiler knows not to be 0.

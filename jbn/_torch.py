@@ -1,105 +1,171 @@
-"""PyTorch's weights as variables of Flax: other names, and axes in another order.
-
-Pure functions of mappings of arrays. Nothing here imports PyTorch or Flax.
-"""
+"""One batch norm's weights and running statistics, from PyTorch and to it. Nothing here imports PyTorch."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Flax's name of a leaf -> PyTorch's; others are the same in both.
-_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-_IGNORED = "num_batches_tracked"  # PyTorch reads it only to average all batches with momentum=None
+from jbn._dtypes import arithmetic_dtype
+from jbn._normalization import Params
+from jbn._statistics import Moments
 
 
-def load(variables: Any, state: Mapping[str, Any], names: Mapping[str, str]) -> Any:
-    """Fill the variables of a network in Flax with weights from PyTorch.
+def from_torch(state: Mapping[str, Any], prefix: str = "") -> tuple[Params, Moments]:
+    """Take one batch norm's parameters and running moments out of weights from PyTorch.
 
-    | layer | PyTorch | Flax |
-    |---|---|---|
-    | convolution, 1-d to 3-d | weight (out, in / groups, *size) | kernel (*size, in / groups, out) |
-    | linear | weight (out, in) | kernel (in, out) |
-    | norm | weight, bias, running_mean, running_var | scale, bias, mean, var |
+        scale, bias, mean, var = weight, bias, running_mean, running_var
 
-    Running moments are taken over as they are: PyTorch's variance is the unbiased one, n/(n-1) * var, and its
-    evaluation divides by the root of that, as Flax's does here. A `count` of jbn's layers becomes 1, which
-    marks them as complete for `jbn.ema(decay, debias=True)`. `num_batches_tracked` is ignored.
+    The running variance is taken over as it is. PyTorch averages the unbiased one, n/(n-1) * var, and its
+    evaluation divides by the root of that, as `jbn.batch_norm(..., train=False)` then does; training goes on
+    alike with `update=jbn.ema(0.9, unbiased=True)`. epsilon and momentum are in no file: the docstring of
+    `jbn.linen.load_torch` has a table of what they usually are.
 
-    Outputs equal PyTorch's if the networks do. No file tells of epsilon (1e-5 in both), of padding (where
-    strides are 2 and sizes even, Flax's "SAME" pads other sides than PyTorch; give numbers), and of the order
-    in which a linear layer gets the features of flattened images (channels come first in PyTorch).
+    The count is 1, which marks the moments as complete for `jbn.ema(decay, debias=True)`. For
+    `jbn.cumulative()` set the number of batches that they are an average of: `running._replace(count=n)`,
+    where n is `state[prefix + ".num_batches_tracked"]`; for `jbn.pooled()` the number of samples.
 
     Args:
-      variables: what Flax's `init` returns, {"params": ..., "batch_stats": ...}; of the leaves only shape and
-        dtype matter.
-      state: PyTorch's names and arrays, as a `state_dict` on the CPU or a safetensors file has them.
-      names: the path of every Flax module that has variables, such as "stem/Conv_0", and the name of the same
-        layer in PyTorch, such as "conv1".
+      state: PyTorch's names and arrays, as a `state_dict` or a safetensors file has them: arrays of NumPy or
+        JAX, or tensors. Other keys than the layer's are ignored.
+      prefix: the layer's name, such as "layer1.0.bn1", with or without a dot at its end; "" if `state` is the
+        layer's own.
 
     Returns:
-      The variables with PyTorch's values, in their structure and dtypes.
+      `Params` in the dtype they have, whose leaves are None for a layer with `affine=False`, and `Moments` in
+      float32 at least.
 
     Raises:
-      ValueError: a key is not used, or twice; a variable gets no values, or of another shape, or such as are
-        not finite. The message has all faults, with keys and shapes on both sides.
+      TypeError: `state` is not a mapping of arrays.
+      ValueError: the running moments are missing, as with `track_running_stats=False`, or an array is of
+        another shape or not finite.
+
+    >>> import numpy as np, jbn
+    >>> state = {"bn1.weight": np.ones(2), "bn1.bias": np.zeros(2)}
+    >>> state |= {"bn1.running_mean": np.array([1.0, 2.0]), "bn1.running_var": np.array([4.0, 9.0])}
+    >>> params, running = jbn.from_torch(state, "bn1")
+    >>> print(running.mean, running.var, running.count)
+    [1. 2.] [4. 9.] [1. 1.]
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(variables)
-    unused = {key for key in state if key.rpartition(".")[2] != _IGNORED}
-    modules, taken, faults, loaded = set(), {}, [], []
-    for keys, leaf in leaves:
-        _, _, path = jax.tree_util.keystr(keys, simple=True, separator="/").partition("/")
-        module, _, name = path.rpartition("/")
-        modules.add(module)
-        if module not in names:
-            faults.append(f"{path} {leaf.shape}: expected PyTorch's name of '{module}', got none")
-            continue
-        if name == "count":
-            loaded.append(jnp.ones(leaf.shape, leaf.dtype))
-            continue
-        key = ".".join(filter(None, (names[module], _LEAVES.get(name, name))))
-        unused.discard(key)
-        axes = _axes(name, len(leaf.shape))
-        expected = tuple(leaf.shape[axes.index(i)] for i in range(len(axes)))
-        what = f"{key}: expected {expected} for {path} {leaf.shape}"
-        value = _as_array(state[key]) if key in state else None
-        if key in taken:
-            faults.append(f"{key}: expected one use, got {taken[key]} and {path}")
-        elif value is None:
-            faults.append(f"{what}, got no such key")
-        elif value.shape != expected:
-            faults.append(f"{what}, got {value.shape}")
-        elif not jnp.issubdtype(value.dtype, jnp.floating):
-            faults.append(f"{key}: expected floating-point numbers, got {value.dtype}")
-        else:
-            with np.errstate(over="ignore"):  # refused in the next line
-                value = value.transpose(axes).astype(leaf.dtype)
-            if not np.isfinite(value).all() or (name == "var" and (value < 0).any()):
-                faults.append(
-                    f"{key}: expected finite {leaf.dtype}{' >= 0' * (name == 'var')}, got other values"
-                )
-            loaded.append(jnp.asarray(value))
-        taken[key] = path
-    faults += [
-        f"{key}: expected no such key, got one of shape {np.shape(state[key])}" for key in sorted(unused)
-    ]
-    faults += [
-        f"{module}: expected a module with variables, got none" for module in names if module not in modules
-    ]
-    if faults:
-        raise ValueError("; ".join(faults))
-    return jax.tree_util.tree_unflatten(structure, loaded)
+    check_state(state)
+    at = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    given = {name: state[at + name] for name in ("weight", "bias") if at + name in state}
+    for name in ("running_mean", "running_var"):
+        if at + name not in state:
+            raise ValueError(_missing(state, at, name, given))
+        given[name] = state[at + name]
+    arrays = {name: as_array(value) for name, value in given.items()}
+    features = arrays["running_mean"].shape
+    for name, array in arrays.items():
+        if array.shape != features:
+            raise ValueError(
+                f"{at}{name}: expected {features}, the shape of {at}running_mean, got {array.shape}."
+            )
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{at}{name}: expected floating-point numbers, got {array.dtype}.")
+        if not np.isfinite(array).all() or (name == "running_var" and (array < 0).any()):
+            raise ValueError(
+                f"{at}{name}: expected finite numbers{' >= 0' * (name == 'running_var')}, got others."
+            )
+    mean, var = (
+        jnp.asarray(arrays[name], arithmetic_dtype(arrays[name])) for name in ("running_mean", "running_var")
+    )
+    params = Params(*(jnp.asarray(arrays[name]) if name in arrays else None for name in ("weight", "bias")))
+    return params, Moments(mean, var, jnp.ones_like(var))
 
 
-def _axes(name: str, ndim: int) -> tuple[int, ...]:
-    """Return which axis of PyTorch's array each axis of Flax's is."""
-    return (*range(2, ndim), 1, 0) if name == "kernel" else tuple(range(ndim))
+def _missing(state: Mapping[str, Any], at: str, name: str, given: Mapping[str, Any]) -> str:
+    what = f"'{at}{name}': expected an array, got no such key"
+    if given:
+        return (
+            f"{what}. A layer with track_running_stats=False has no running moments: make them by "
+            "jbn.init(features), and always call jbn.batch_norm with train=True and update=jbn.keep()."
+        )
+    there = sorted(
+        key.removesuffix("running_var").rstrip(".") for key in state if key.endswith("running_var")
+    )
+    more = ", ..." * (len(there) > 8)
+    return f"{what}. Batch norms are at {', '.join(map(repr, there[:8])) + more or 'no prefix'}."
 
 
-def _as_array(value: Any) -> np.ndarray:
+def to_torch(params: Params | None, running: Moments, prefix: str = "") -> dict[str, np.ndarray]:
+    """Name one batch norm's parameters and running moments as PyTorch does.
+
+        weight, bias, running_mean, running_var = scale, bias, mean, var
+
+    `load_state_dict(strict=True)` takes them for a `BatchNorm1d`, `2d` or `3d`:
+
+        {key: torch.from_numpy(value) for key, value in jbn.to_torch(params, running).items()}
+
+    PyTorch keeps the unbiased variance, as `update=jbn.ema(decay, unbiased=True)` does; its momentum is
+    1 - decay, and epsilon goes into its constructor. `num_batches_tracked`, which it reads with
+    `momentum=None` only, is the largest count, rounded up: the number of batches by `jbn.ema` and
+    `jbn.cumulative`. `jbn.pooled` counts samples; set the number of batches by `running._replace(count=n)`.
+
+    Args:
+      params: the parameters. With None for both, the names are those of a layer with `affine=False`; with
+        None for one, it becomes ones or zeros, because PyTorch's layer has both or neither.
+      running: the running moments.
+      prefix: the layer's name, with or without a dot at its end; "" for its own `state_dict`.
+
+    Returns:
+      Arrays of NumPy, in the dtypes of `params` and `running`; bfloat16 becomes float32. No memory is shared.
+
+    Raises:
+      ValueError: there is not one feature axis.
+
+    >>> import jbn
+    >>> for key, value in jbn.to_torch(*jbn.init(2), "bn1").items():
+    ...     print(key, value)
+    bn1.weight [1. 1.]
+    bn1.bias [0. 0.]
+    bn1.running_mean [0. 0.]
+    bn1.running_var [1. 1.]
+    bn1.num_batches_tracked 0
+    """
+    at = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    features = np.shape(running.mean)
+    if len(features) != 1:
+        raise ValueError(
+            f"running.mean has shape {features}; expected (features,), as PyTorch's layers have."
+        )
+    scale, bias = params or (None, None)
+    arrays = {"running_mean": running.mean, "running_var": running.var}
+    if scale is not None or bias is not None:
+        scale = jnp.ones_like(running.var) if scale is None else scale
+        arrays = {"weight": scale, "bias": jnp.zeros_like(scale) if bias is None else bias} | arrays
+    named = {at + name: _for_torch(value, features) for name, value in arrays.items()}
+    batches = np.ceil(np.max(np.asarray(running.count), initial=0))
+    return named | {f"{at}num_batches_tracked": np.array(batches, np.int64)}
+
+
+def _for_torch(value: Any, features: tuple[int, ...]) -> np.ndarray:
+    array = np.array(value)  # a copy that may be written to, or torch.from_numpy warns
+    array = array.astype(np.float32) if array.dtype == jnp.bfloat16 else array
+    return np.broadcast_to(array, features).copy()
+
+
+def check_state(state: Any) -> None:
+    """Raise a TypeError unless it is a mapping, and that of the arrays and not one around it."""
+    if not isinstance(state, Mapping):
+        how = ": pass its state_dict()" if hasattr(state, "state_dict") else ""
+        how = f": pass safetensors.numpy.load_file({str(state)!r})" if hasattr(state, "strip") else how
+        raise TypeError(
+            f"state is a {type(state).__name__}; expected a mapping of PyTorch's names to arrays{how}."
+        )
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            raise TypeError(
+                f"state[{key!r}] is a mapping; expected an array: pass state[{key!r}] in its place."
+            )
+
+
+def as_array(value: Any) -> np.ndarray:
+    """Return an array of NumPy, also of a tensor that has a gradient, is on a GPU, or is of bfloat16."""
+    for method in ("detach", "cpu"):
+        value = getattr(value, method, lambda value=value: value)()
     try:
         return np.asarray(value)
     except TypeError:  # a tensor of bfloat16, which PyTorch cannot give to NumPy
+        value = getattr(value, "contiguous", lambda: value)()
         return np.asarray(jnp.from_dlpack(value))

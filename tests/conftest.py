@@ -34,6 +34,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 collect_ignore = [
     "data/torch_batch_norm.py",
+    "data/torch_layers.py",
     "data/torch_resnet.py",
 ]  # need PyTorch; the tests read their files
 

@@ -1,7 +1,12 @@
-"""Batch normalization as a Flax Linen module. It needs Flax: `pip install "jbn[flax]"`."""
+"""Batch normalization for Flax Linen: the layer, and tools for any Linen model that has batch norms.
 
+It needs Flax: `pip install "jbn[flax]"`.
+"""
+
+from jbn._masks import batch_norm_mask
 from jbn.linen._batch_norm import BatchNorm
 from jbn.linen._override import override
 from jbn.linen._recalibration import recalibrate
+from jbn.linen._torch import load_torch
 
-__all__ = ["BatchNorm", "override", "recalibrate"]
+__all__ = ["BatchNorm", "batch_norm_mask", "load_torch", "override", "recalibrate"]

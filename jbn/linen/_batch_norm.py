@@ -33,6 +33,7 @@ from jbn._flax import (
     required_statistics,
     resolve_affine_param,
     running_moments,
+    updates,
 )
 from jbn._functional import normalize
 from jbn._normalization import Params
@@ -97,7 +98,8 @@ class BatchNorm(nn.Module):
         more variable in "batch_stats", the `count` by which such rules average. A checkpoint of Flax has
         none, and with a count of 0 the first batch would replace its statistics. So pass `initial_count=1`
         with a debiased rule, which marks them as complete, and with other rules the number of batches, or of
-        samples, that they are an average of.
+        samples, that they are an average of. `jbn.keep()` has no count and updates nothing, so that
+        "batch_stats" need not be mutable.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics are updated by the whole
         batch. Under plain `jit`, N over the number of devices makes statistics local to a device.
@@ -205,19 +207,23 @@ class BatchNorm(nn.Module):
             scale=resolve_affine_param(self, x, "scale", learnt_scale, scale),
             bias=resolve_affine_param(self, x, "bias", learnt_bias, bias),
         )
-        stats = {name: statistic(name) for name in required_statistics(self, initializing or train)}
+        needed = required_statistics(self, initializing or train)
+        known = initializing or self.has_variable("batch_stats", "mean")
+        if train is True and not (updates(self, train) or known):
+            needed = ()  # `jbn.keep` in training
+        stats = {name: statistic(name) for name in needed}
         dtype = promoted_dtype(self, x, *jax.tree.leaves(params))
         x = as_inexact(x)
         if initializing and train is not False:
             # `init` updates nothing, has no axis bound, and does not warn of small batches.
             batch = moments(x, axis=self.axis, mask=mask)
             return normalize(x, batch, params, axis=self.axis, epsilon=self.epsilon, dtype=dtype)
-        running = running_moments({name: stat.value for name, stat in stats.items()})
+        running = running_moments({name: stat.value for name, stat in stats.items()}, shape)
         axes = feature_axes(x.ndim, self.axis)
         check_shape(x, axes, '"batch_stats"', running.mean, "pass those of this layer", may_broadcast=False)
         running = cast(running, arithmetic_dtype(x, running.mean))
         y, running = apply_layer(self, x, params, running, train=train, mask=mask, dtype=dtype)
-        if train is not False:
+        if updates(self, train):
             with add_note_to(ModifyScopeVariableError, IMMUTABLE):
                 for name, stat in stats.items():
                     stat.value = getattr(running, name)

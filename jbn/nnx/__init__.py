@@ -1,7 +1,12 @@
-"""Batch normalization as a Flax NNX module. It needs Flax: `pip install "jbn[flax]"`."""
+"""Batch normalization for Flax NNX: the layer, and tools for any NNX model that has batch norms.
 
+It needs Flax: `pip install "jbn[flax]"`.
+"""
+
+from jbn._masks import batch_norm_mask
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._convert import convert
 from jbn.nnx._recalibration import recalibrate
+from jbn.nnx._torch import load_torch
 
-__all__ = ["BatchNorm", "convert", "recalibrate"]
+__all__ = ["BatchNorm", "batch_norm_mask", "convert", "load_torch", "recalibrate"]

@@ -30,12 +30,14 @@ from jbn._flax import (
     as_inexact,
     check_mode,
     check_options,
+    counts,
     initial_statistic,
     is_training,
     promoted_dtype,
     required_statistics,
     resolve_affine_param,
     running_moments,
+    updates,
 )
 from jbn._normalization import Params
 from jbn._running import UpdateRule
@@ -109,7 +111,8 @@ class BatchNorm(nnx.Module):
         function `(running, batch) -> running`. The layer then has one more `nnx.BatchStat`, the `count` by
         which such rules average. A state of Flax has none, and with a count of 0 the first batch would
         replace its statistics. So pass `initial_count=1` with a debiased rule, which marks them as complete,
-        and with other rules the number of batches, or of samples, that they are an average of.
+        and with other rules the number of batches, or of samples, that they are an average of. `jbn.keep()`
+        has no count and updates nothing, so that the model need not be an argument of the transform.
       virtual_batch_size: in training, normalize ceil(N / virtual_batch_size) consecutive parts of the N
         examples each with its own moments (ghost batches); the running statistics are updated by the whole
         batch. Under plain `jit`, N over the number of devices makes statistics local to a device.
@@ -185,7 +188,7 @@ class BatchNorm(nnx.Module):
         self.bias = param(bias_init, bias_metadata) if use_bias else nnx.data(None)
         self.mean = statistic("mean", mean_init)
         self.var = statistic("var", var_init)
-        self.count = nnx.data(None) if update is None else statistic("count")
+        self.count = statistic("count") if counts(update) else nnx.data(None)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -255,10 +258,10 @@ class BatchNorm(nnx.Module):
             raise ValueError(
                 f"update={self.update} was set later; expected it in the constructor, which makes its count."
             )
-        running = running_moments({name: stat[...] for name, stat in stats.items()})
+        running = running_moments({name: stat[...] for name, stat in stats.items()}, shape)
         dtype = promoted_dtype(self, *self._promoted(x, running.mean, running.var, *params))
         y, running = apply_layer(self, as_inexact(x), params, running, train=train, mask=mask, dtype=dtype)
-        if train is not False:
+        if updates(self, train):
             self._check_that_members_agree(running.mean)
             with add_note_to(TraceContextError, NOT_AN_ARGUMENT):
                 for name, stat in stats.items():

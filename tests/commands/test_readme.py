@@ -1,4 +1,4 @@
-"""Every code block of the README runs, as a stranger would run it."""
+"""Every code block of the README and of the pages in docs/ runs, as a stranger would run it."""
 
 import json
 import os
@@ -40,6 +40,14 @@ def test_python_blocks_run_one_after_the_other():
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": page}
+    for block in blocks("python", (ROOT / "docs" / page).read_text()):
+        exec(compile(block, page, "exec"), namespace)
 
 
 def test_first_lines_are_the_two_of_a_fresh_machine():

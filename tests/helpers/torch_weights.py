@@ -1,13 +1,32 @@
-"""torchvision's ResNets as what their files hold: names, shapes, and random weights. NumPy alone."""
+"""Networks of PyTorch as what their files hold: names, shapes, and random weights. NumPy alone."""
 
 import zlib
 
 import numpy as np
 
-# Blocks in each stage, kernel sizes in a block, and how many times its width a block puts out.
+# torchvision's ResNets: blocks in each stage, kernel sizes in a block, and how many times its width is out.
 ARCHITECTURES = {
     "resnet18": ((2, 2, 2, 2), (3, 3), 1),
     "resnet50": ((3, 4, 6, 3), (1, 3, 1), 4),
+}
+
+
+# The networks in tests/data/torch_layers.py: the input's shape, channels last, and that of each array.
+_NORM = ("weight", "bias", "running_mean", "running_var")
+LAYERS = {
+    "one": (
+        (2, 10, 4),
+        {"0.weight": (8, 4, 4), "0.bias": (8,)}
+        | {f"1.{leaf}": (8,) for leaf in _NORM}
+        | {"1.num_batches_tracked": (), "3.weight": (8, 2, 3), "4.weight": (8,), "4.bias": (8,)}
+        | {"5.weight": (8, 8, 4), "5.bias": (8,), "6.running_mean": (8,), "6.running_var": (8,)}
+        | {"6.num_batches_tracked": (), "8.weight": (8, 3, 3), "8.bias": (6,)}
+        | {"10.weight": (120,), "10.bias": (120,), "11.weight": (3, 120), "11.bias": (3,)},
+    ),
+    "two": (
+        (1, 3, 4, 4),
+        {"0.weight": (4, 4, 3, 2), "0.bias": (4,), "1.weight": (4, 1, 3, 3), "1.bias": (4,)},
+    ),
 }
 
 
@@ -39,6 +58,11 @@ def shapes(name, *, widths=(64, 128, 256, 512), channels=3, classes=10):
 def weights(name, **options):
     """Draw each array by itself, from a seed that is its name: sizes are those of a trained network."""
     return {key: _draw(key, shape) for key, shape in shapes(name, **options).items()}
+
+
+def layers(name):
+    """Draw each array of one of `LAYERS`."""
+    return {key: _draw(key, shape) for key, shape in LAYERS[name][1].items()}
 
 
 def _draw(key, shape):

@@ -122,7 +122,7 @@ def test_a_feature_without_enough_samples_stays_as_it_was():
 
 
 def test_equal_rules_are_equal_hash_alike_and_compile_once():
-    for rule in RULES + UNBIASED:
+    for rule in RULES + UNBIASED + [jbn.keep()]:
         fields = {name: getattr(rule, name) for name in rule.__dataclass_fields__ if name != "_"}
         again = type(rule)(**fields)
         assert again == rule and hash(again) == hash(rule) and again is not rule

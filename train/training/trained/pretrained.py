@@ -10,7 +10,7 @@ import numpy as np
 from numpy.lib.npyio import NpzFile
 from safetensors.numpy import load_file
 
-from jbn import _torch
+import jbn.linen
 from train import models
 from train.config import Model
 from train.data import Labels
@@ -114,7 +114,7 @@ def _of_file(path: Path, model: Model, initial: Variables, head: str) -> Variabl
     else:
         del names[head]
     try:
-        return _torch.load(initial._replace(params=params), state, names)
+        return jbn.linen.load_torch(initial._replace(params=params), state, names)
     except ValueError as error:
         faults = _few(str(error).split("; "))
         raise UserError(f"init_from: '{path}' does not fit model.name = '{model.name}': {faults}.") from None

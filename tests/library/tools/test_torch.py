@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
 import jbn.linen
-from jbn._torch import load
+from jbn.linen import load_torch as load
 
 RNG = np.random.RandomState(0)
 
@@ -146,3 +146,65 @@ def test_all_faults_are_in_one_message_with_keys_and_shapes_of_both_sides():
         load(VARIABLES, STATE, {"linear": "0"})
     with pytest.raises(ValueError, match="0.bias: expected one use, got linear/bias and norm/bias"):
         load(VARIABLES, STATE, {"linear": "0", "norm": "0"})
+
+
+def test_faults_say_what_to_do_about_other_names_and_kernels():
+    like = {
+        "params": {
+            "up": {"kernel": np.zeros((4, 2, 3))},
+            "ConvTranspose_0": {"kernel": np.zeros((4, 3, 3))},
+            "mixed": {"kernel": np.zeros((3, 3)), "bias": np.zeros(3)},
+        }
+    }
+    state = {"a.weight": draw(2, 3, 4), "b.weight": draw(3, 3, 4), "c.bias": draw(3)}
+    state |= {"c.weight_g": draw(3, 1), "c.weight_v": draw(3, 3), "d.weight": draw(3)}
+    names = {"up": "a", "ConvTranspose_0": "b.", "mixed": "c"}
+    faults = (
+        "ConvTranspose_0: expected transposed=('ConvTranspose_0',), or transposed=() if it has "
+        "transpose_kernel=True, got neither, and as many features before as after",
+        "c.weight: expected (3, 3) for mixed/kernel (3, 3), got c.weight_g, c.weight_v: remove its "
+        "parametrization in PyTorch",
+        "a.weight: expected (3, 2, 4) for up/kernel (4, 2, 3), got (2, 3, 4), the shape of a "
+        "transposed one: pass transposed=('up',)",
+        "d.weight: expected no such key, got one of shape (3,)",
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape('; '.join(faults))}$"):
+        load(like, state, names)
+    state = {"a.weight": state["a.weight"], "b.weight": state["b.weight"], "c.bias": state["c.bias"]}
+    state |= {"c.parametrizations.weight.original0": draw(3, 1)}
+    faults = (
+        "c.weight: expected (3, 3) for mixed/kernel (3, 3), got c.parametrizations.weight.original0: remove "
+        "its parametrization in PyTorch",
+        "transposed: expected modules with variables, got 'up2'",
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape('; '.join(faults))}$"):
+        load(like, state, names, transposed=("up", "up2", "ConvTranspose_0"))
+    prefixed = {f"module.{key}": value for key, value in STATE.items()}
+    with pytest.raises(
+        ValueError, match=r"^every key begins with 'module\.': expected names that do, or keys"
+    ):
+        load(VARIABLES, prefixed, NAMES)
+    with pytest.raises(
+        ValueError, match="^variables: expected what init returns, .* got a tree of linear, norm"
+    ):
+        load(VARIABLES["params"], STATE, NAMES)
+
+
+def test_boxes_and_layers_that_are_stacked_by_scan_are_filled():
+    layer = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.zeros, (None, "model")))
+    boxed = jax.eval_shape(layer.init, jax.random.key(0), np.zeros((1, 2), np.float32))
+    loaded = load(boxed, {"weight": STATE["0.weight"], "bias": STATE["0.bias"]}, {"": ""})["params"]
+    assert isinstance(loaded["kernel"], nn.Partitioned) and loaded["kernel"].names == (None, "model")
+    assert_array_equal(loaded["kernel"].value, STATE["0.weight"].T)
+
+    stacked = {"params": {"blocks": {"kernel": np.zeros((2, 2, 3)), "bias": np.zeros((2, 3))}}}
+    state = {
+        f"{i}.{leaf}": draw(*shape) for i in (0, 1) for leaf, shape in (("weight", (3, 2)), ("bias", (3,)))
+    }
+    loaded = load(stacked, state, {"blocks": ["0", "1"]})["params"]["blocks"]
+    assert_array_equal(loaded["kernel"], np.stack([state["0.weight"].T, state["1.weight"].T]))
+    assert_array_equal(loaded["bias"], np.stack([state["0.bias"], state["1.bias"]]))
+    with pytest.raises(
+        ValueError, match=r"blocks/kernel \(2, 2, 3\): expected as many names as its first axis"
+    ):
+        load(stacked, state, {"blocks": ["0", "1", "1"]})
