@@ -28,7 +28,12 @@ def intercept(interceptor: Interceptor, key: str) -> Iterator[None]:
         yield
 
 
+def calls(context: InterceptorContext, *layers: type[nn.Module]) -> bool:
+    """Return whether what is called is the `__call__` of one of these classes, also from a subclass."""
+    method = getattr(context.orig_method, "func", None)
+    return any(method is getattr(layer.__call__, "__wrapped__", None) for layer in layers)
+
+
 def calls_batch_norm(context: InterceptorContext) -> bool:
     """Return whether what is called is the method of Flax's BatchNorm or ours, also from a subclass."""
-    method = getattr(context.orig_method, "func", None)
-    return any(method is getattr(layer.__call__, "__wrapped__", None) for layer in (nn.BatchNorm, BatchNorm))
+    return calls(context, nn.BatchNorm, BatchNorm)
