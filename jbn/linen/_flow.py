@@ -74,9 +74,8 @@ def _outputs(jaxpr: Any, inputs: Sequence[Value], marks: Mapping[str, Mark]) -> 
         else:
             reader = f"{name} in {eqn.source_info.name_stack}"
             passed = [None] * len(given)
-            if name == "scan":  # constants, what is carried, and what is scanned over
-                first, last = (eqn.params[key] for key in ("num_consts", "num_carry"))
-                carried = range(first, first + last)
+            if name == "scan":
+                carried = _carried(eqn, inside[0])
                 passed = [
                     v if isinstance(v, Leaf) and i not in carried else None for i, v in enumerate(given)
                 ]
@@ -86,6 +85,15 @@ def _outputs(jaxpr: Any, inputs: Sequence[Value], marks: Mapping[str, Mark]) -> 
             if name == "reshape" and isinstance(given[0], Leaf):
                 known[eqn.outvars[0]] = View(given[0])
     return of(jaxpr.outvars)
+
+
+def _carried(scan: Any, body: Any) -> range:
+    """Return which operands of a scan it carries: those between constants and what it scans over."""
+    ranks = lambda variables: [len(v.aval.shape) for v in variables]
+    scanned = sum(outside > inside for outside, inside in zip(ranks(scan.invars), ranks(body.invars)))
+    carried = sum(outside == inside for outside, inside in zip(ranks(scan.outvars), ranks(body.outvars)))
+    constants = len(scan.invars) - carried - scanned
+    return range(constants, constants + carried)
 
 
 def _read(values: Sequence[Value], reader: str) -> None:
