@@ -64,7 +64,7 @@ class TrainedRun(NamedTuple):
         if not NORMS[norm].over_batch:
             foldable = [repr(name) for name in NORMS if NORMS[name].over_batch]
             raise UserError(
-                f"--fold: expected a run with model.norm = {' or '.join(foldable)}, affine maps once they are "
+                f"--fold: expected a run with model.norm = {' or '.join(foldable)}, affine maps once "
                 f"trained, got {norm!r}; export it without."
             )
         network, variables = self.trained.network.fold(self.trained.variables, inputs)
