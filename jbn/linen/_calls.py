@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from jbn.linen._batch_norm import BatchNorm
 
+_keys: ContextVar[tuple[str, ...]] = ContextVar("keys", default=())  # of the contexts that are entered
 Interceptor = Callable[[Callable[..., Any], tuple, dict[str, Any], InterceptorContext], Any]
 
 
@@ -24,8 +26,12 @@ def intercept(interceptor: Interceptor, key: str) -> Iterator[None]:
       interceptor: called with the next function, its args and kwargs, and the context.
       key: what the interceptor does: calls in contexts of equal keys share compiled functions.
     """
-    with set_xla_metadata(jbn=key), nn.intercept_methods(interceptor):
-        yield
+    entered = _keys.set((*_keys.get(), key))
+    try:
+        with set_xla_metadata(jbn=", ".join(_keys.get())), nn.intercept_methods(interceptor):
+            yield
+    finally:
+        _keys.reset(entered)
 
 
 def calls(context: InterceptorContext, *layers: type[nn.Module]) -> bool:

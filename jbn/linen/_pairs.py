@@ -141,6 +141,8 @@ def _refuse_layer(module: Any) -> str | None:
 
 
 def _refuse_norm(module: Any, x: Any, use_running_average: Any = None, **given: Any) -> str | None:
+    if type(module).param is not nn.Module.param:
+        return f"{type(module).__name__} changes its parameters"
     if use_running_average is None:
         use_running_average = module.use_running_average
     if not (use_running_average is True or getattr(module, "frozen", False)):

@@ -157,6 +157,11 @@ class Scaled(nn.Dense):
         return 2 * super().param(name, *arguments, **options)
 
 
+class FromOne(nn.BatchNorm):
+    def param(self, name, *arguments, **options):
+        return 1 + super().param(name, *arguments, **options)
+
+
 def residual(x):
     y = nn.Dense(4)(x)
     return norm()(y) + y
@@ -217,6 +222,7 @@ NOT_FOUND = {
     ],
     "not stacked over the same axes": [lambda x: stacked(x, None, 0), lambda x: stacked(x, 0, None)],
     "Scaled before it is not a plain Dense": [lambda x: norm()(Scaled(4)(x))],
+    "FromOne changes its parameters": [lambda x: norm(FromOne)(nn.Dense(4)(x))],
     "ConvLocal before it": [lambda x: norm()(nn.ConvLocal(4, (2,))(x))],
     "has a dot_general of its own": [
         lambda x: norm()(nn.Dense(4, dot_general=lambda *a, **k: jnp.cbrt(jax.lax.dot_general(*a, **k)))(x))
