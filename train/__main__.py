@@ -86,7 +86,7 @@ def export(run_dir: Positional[Path], file: Positional[Path | None] = None, *, f
     Args:
       run_dir: the run directory.
       file: where to write it; RUN_DIR/model.stablehlo if not given.
-      fold: without its batch norms, which become part of the layers before them: the same outputs, faster.
+      fold: without its batch norms, which become part of the layers before them: the same outputs.
     """
     from train.training.trained import serving
 
