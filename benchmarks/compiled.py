@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 import jbn.linen
+from benchmarks import inference
 from benchmarks.devices import all_reduces
 from benchmarks.interleave import Worker
 from benchmarks.machine import describe, sentence
@@ -52,12 +53,14 @@ TITLES = {
     "lowered": "Operations of StableHLO that a layer with its gradient adds, lowered for each platform",
     "seconds": "CPU seconds to trace, lower and compile the gradient of convolution, norm and ReLU for CPUs",
     "models": "A training step of ResNet-50 in bfloat16",
+    "inference": "Inference of ResNet-50 in bfloat16",
 }
 MOMENTS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names("batch_norm_moments"),
     lambda primitive, *_, **__: primitive.name == "conv_general_dilated",
 )
 NOTHING = jax.checkpoint_policies.nothing_saveable
+LONG = "models", "inference"  # to compile
 MODELS = {
     "flax.linen, no remat": dict(norm=nn.BatchNorm),
     "jbn.linen, no remat": dict(norm=jbn.linen.BatchNorm),
@@ -86,7 +89,7 @@ def prepare(case: dict[str, Any]) -> dict[str, Candidate]:
 def main(out: Path, quick: bool, only: str = "") -> None:
     """Compiles what has `only` in its label, prints tables, and writes compiled.json or adds to it.
 
-    A label is like "layers tpu 64x28x28x128 bfloat16 flax.linen". Models take long: they want `only`.
+    A label is like "layers tpu 64x28x28x128 bfloat16 flax.linen". Networks take long: they want `only`.
     """
     for platform, machine in MACHINES.items():
         if not is_installed(platform):
@@ -98,7 +101,7 @@ def main(out: Path, quick: bool, only: str = "") -> None:
         print(f"{', '.join(missing)}: left out, for they are not installed.", flush=True)
     tables = {}
     for case in _cases(quick):
-        if only in _label(case) and (case["table"] != "models" or "models" in only):
+        if only in _label(case) and (case["table"] not in LONG or case["table"] in only):
             tables.setdefault((case["table"], case["platform"]), []).append(case)
     if not tables:
         raise ValueError(f"expected some of a label as in 'layers cuda' or 'models tpu', got {only!r}.")
@@ -128,6 +131,7 @@ def _cases(quick):
         *product(["lowered"], ["cpu"], names, sizes[-1:]),
         ("seconds", "cpu", "", small),
         *product(["models"], compilers, MODELS, [resnet]),
+        *product(["inference"], compilers, inference.NORMS, [resnet]),
     ]
     return [dict(zip(("table", "platform", "name", "options"), values)) for values in each]
 
@@ -247,6 +251,13 @@ def _compile(name, shape, number):
     return time.process_time() - start
 
 
+def _inferred(platform, name, size, batch, **options):
+    images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.bfloat16)
+    apply, variables = inference.network(name, images, **options, dtype=jnp.bfloat16)
+    args = place((variables, images), devices_of(platform, 1))
+    return _of_network(jax.jit(apply).lower(*args).compile())
+
+
 def _trained(platform, name, size, batch, **options):
     devices, model = devices_of(platform, 1), ResNet(**options, **MODELS[name], dtype=jnp.bfloat16)
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.bfloat16)
@@ -255,7 +266,10 @@ def _trained(platform, name, size, batch, **options):
     params, batch_stats = variables["params"], variables["batch_stats"]
     state = params, batch_stats, jax.eval_shape(OPTIMIZER.init, params)
     args = place((state, images, labels), devices)
-    program = jax.jit(partial(train_step, model), donate_argnums=0).lower(*args).compile()
+    return _of_network(jax.jit(partial(train_step, model), donate_argnums=0).lower(*args).compile())
+
+
+def _of_network(program):
     found = count(program.as_text())
     cost = program.cost_analysis() or {}  # of a GPU that is not there it is None
     return {
@@ -265,4 +279,4 @@ def _trained(platform, name, size, batch, **options):
     } | ({"TFLOP": cost["flops"] / 1e12} if "flops" in cost else {})
 
 
-FACTS = {"layers": _adds, "devices": _sent, "lowered": _lowered, "models": _trained}
+FACTS = {"layers": _adds, "devices": _sent, "lowered": _lowered, "models": _trained, "inference": _inferred}

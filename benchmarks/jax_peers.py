@@ -167,7 +167,7 @@ def _keras(case):
 
 def _folded(case):
     """What is left of the layer in inference when mean, var, scale and bias have become two vectors."""
-    vectors = jnp.ones(case.shape[-1]), jnp.zeros(case.shape[-1])
+    scale_and_shift = jbn.as_affine(*jbn.init(case.shape[-1]), epsilon=EPSILON)
     return Layer(
-        vectors, (), lambda params, state, x, mask: ((x * params[0] + params[1]).astype(x.dtype), ())
+        scale_and_shift, (), lambda params, state, x, mask: ((x * params[0] + params[1]).astype(x.dtype), ())
     )

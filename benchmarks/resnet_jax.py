@@ -43,6 +43,7 @@ class Convolution(nn.Module):
     strides: int
     norm: Callable[..., nn.Module] | None
     dtype: DTypeLike
+    train: bool
 
     @nn.compact
     def __call__(self, x):
@@ -50,7 +51,7 @@ class Convolution(nn.Module):
         x = nn.Conv(self.filters, window, strides, self.size // 2, use_bias=False, dtype=self.dtype)(x)
         if self.norm is None:
             return x
-        return self.norm(use_running_average=False, momentum=0.9, epsilon=1e-5, dtype=self.dtype)(x)
+        return self.norm(use_running_average=not self.train, momentum=0.9, epsilon=1e-5, dtype=self.dtype)(x)
 
 
 class Stem(nn.Module):
@@ -96,11 +97,12 @@ class ResNet(nn.Module):
     norm: Callable[..., nn.Module] | None
     policy: Callable[..., bool] | None = None
     dtype: DTypeLike = jnp.float32
+    train: bool = True
 
     @nn.compact
     def __call__(self, x):
         remat = (lambda module: module) if self.policy is None else partial(nn.remat, policy=self.policy)
-        convolution = partial(Convolution, norm=self.norm, dtype=self.dtype)
+        convolution = partial(Convolution, norm=self.norm, dtype=self.dtype, train=self.train)
         x = remat(Stem)(self.filters, 2 if self.bottleneck else 1, convolution, name="stem")(x)
         for stage, blocks in enumerate(self.stages):
             f = self.filters * 2**stage
@@ -147,7 +149,8 @@ def train_step(model, state, images, labels):
 def _candidate(make_model, images, labels):
     """Returns a candidate and its first losses, of which the second depends on the gradients."""
     model = make_model()
-    params, batch_stats = _initial(model, images)
+    variables = initial(model.init, jax.random.key(0), images)
+    params, batch_stats = variables["params"], variables.get("batch_stats", {})
     facts = {
         "residual bytes": _residual_bytes(model, params, batch_stats, images, labels),
         "residual bytes in bfloat16": _residual_bytes(
@@ -170,18 +173,16 @@ def _candidate(make_model, images, labels):
     return Candidate(lambda: run()[0], facts), [run()[1] for _ in range(2)]
 
 
-def _initial(model, images):
-    """Does without `jit(model.init)`, which takes longer to compile than the training step."""
+def initial(init, key, images):
+    """Does without `jit(init)(key, images)`, which takes longer to compile than the training step."""
     random = np.random.RandomState(0)
 
-    def initial(path, leaf):
+    def draw(path, leaf):
         if path[-1].key == "kernel":
             return jnp.asarray(random.normal(0, math.prod(leaf.shape[:-1]) ** -0.5, leaf.shape), leaf.dtype)
         return jnp.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
 
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
-    variables = jax.tree_util.tree_map_with_path(initial, shapes)
-    return variables["params"], variables.get("batch_stats", {})
+    return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, key, images))
 
 
 def _compiler_options(model):

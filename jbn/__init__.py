@@ -3,6 +3,7 @@
 Flax users import `jbn.linen` or `jbn.nnx`.
 """
 
+from jbn._folding import as_affine, fold
 from jbn._functional import batch_norm, init, normalize
 from jbn._normalization import Params
 from jbn._running import cumulative, ema, keep, pooled
@@ -17,9 +18,11 @@ __all__ = [
     "Moments",
     "OneValueWarning",
     "Params",
+    "as_affine",
     "batch_norm",
     "cumulative",
     "ema",
+    "fold",
     "from_torch",
     "init",
     "keep",

@@ -40,7 +40,7 @@ def normalize_by(
     """Normalize with given moments. A sample that has weight 0 and is not finite acts as the mean."""
     wide = arithmetic_dtype(x, *jax.tree.leaves((used, params)))
     used = zero_mean_where_var_is_inf(cast(used, wide))
-    return _normalize(used.mean, _inverse_sd(epsilon, used.var).astype(wide), axes, dtype, x, params, weights)
+    return _normalize(used.mean, inverse_sd(epsilon, used.var).astype(wide), axes, dtype, x, params, weights)
 
 
 def _normalize(mean, inv, axes, dtype, x, params, weights):
@@ -52,14 +52,14 @@ def _normalize(mean, inv, axes, dtype, x, params, weights):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _inverse_sd(epsilon: float, var: jax.Array) -> jax.Array:
+def inverse_sd(epsilon: float, var: jax.Array) -> jax.Array:
     return jax.lax.rsqrt(var + epsilon)
 
 
-@_inverse_sd.defjvp
+@inverse_sd.defjvp
 def _inverse_sd_jvp(epsilon, primals, tangents):
     """Multiply by the tangent first: the third power alone overflows if epsilon is below 1e-25."""
-    inv = _inverse_sd(epsilon, *primals)
+    inv = inverse_sd(epsilon, *primals)
     return inv, -0.5 * (inv * (inv * (inv * tangents[0])))
 
 
@@ -122,7 +122,7 @@ def _normalize_batch_jvp(options, primals, tangents):
     used = checkpoint_name(used, "batch_norm_moments")
     wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
     finite = zero_mean_where_var_is_inf(cast(used, wide))
-    inv = _inverse_sd(options.epsilon, finite.var).astype(wide)
+    inv = inverse_sd(options.epsilon, finite.var).astype(wide)
     y = _normalize(finite.mean, inv, options.axes, options.dtype, x, params, weights)
     # Recomputed in the backward pass, so that the residual is x in its own dtype and not x - mean in float32.
     tangent = jax.checkpoint(_tangent, prevent_cse=False, static_argnums=0)

@@ -80,16 +80,17 @@ def predict(run_dir: Positional[Path], images: Positional[tuple[Path, ...]]) -> 
     return 0
 
 
-def export(run_dir: Positional[Path], file: Positional[Path | None] = None) -> int:
+def export(run_dir: Positional[Path], file: Positional[Path | None] = None, *, fold: bool = False) -> int:
     """Write the best checkpoint of a run as a program that needs jax alone.
 
     Args:
       run_dir: the run directory.
       file: where to write it; RUN_DIR/model.stablehlo if not given.
+      fold: without its batch norms, which become part of the layers before them: the same outputs.
     """
     from train.training.trained import serving
 
-    print(serving.export(run_dir, file or run_dir / "model.stablehlo"))
+    print(serving.export(run_dir, file or run_dir / "model.stablehlo", fold=fold))
     return 0
 
 

@@ -5,8 +5,19 @@ It needs Flax: `pip install "jbn[flax]"`.
 
 from jbn._masks import batch_norm_mask
 from jbn.linen._batch_norm import BatchNorm
+from jbn.linen._folding import fold, without_norms
 from jbn.linen._override import override
+from jbn.linen._pairs import find_pairs
 from jbn.linen._recalibration import recalibrate
 from jbn.linen._torch import load_torch
 
-__all__ = ["BatchNorm", "batch_norm_mask", "load_torch", "override", "recalibrate"]
+__all__ = [
+    "BatchNorm",
+    "batch_norm_mask",
+    "find_pairs",
+    "fold",
+    "load_torch",
+    "override",
+    "recalibrate",
+    "without_norms",
+]

@@ -13,7 +13,7 @@ from jbn.linen._batch_norm import BatchNorm
 
 Interceptor = Callable[[Callable[..., Any], tuple, dict[str, Any], InterceptorContext], Any]
 
-_keys: ContextVar[tuple[str, ...]] = ContextVar("_keys", default=())
+_keys: ContextVar[tuple[str, ...]] = ContextVar("keys", default=())  # of the contexts that are entered
 
 
 @contextmanager
@@ -27,12 +27,12 @@ def intercept(interceptor: Interceptor, key: str) -> Iterator[None]:
       interceptor: called with the next function, its args and kwargs, and the context.
       key: what the interceptor does: calls in contexts of equal keys share compiled functions.
     """
-    token = _keys.set((*_keys.get(), key))
+    entered = _keys.set((*_keys.get(), key))
     try:
-        with set_xla_metadata(jbn=" in ".join(_keys.get())), nn.intercept_methods(interceptor):
+        with set_xla_metadata(jbn=", ".join(_keys.get())), nn.intercept_methods(interceptor):
             yield
     finally:
-        _keys.reset(token)
+        _keys.reset(entered)
 
 
 def is_batch_norm(module: nn.Module) -> bool:
@@ -40,10 +40,15 @@ def is_batch_norm(module: nn.Module) -> bool:
     return isinstance(module, (nn.BatchNorm, BatchNorm))
 
 
-def calls_batch_norm(context: InterceptorContext) -> bool:
-    """Return whether what is called is the method of Flax's BatchNorm or ours, also by `super()`."""
+def calls(context: InterceptorContext, *layers: type[nn.Module]) -> bool:
+    """Return whether what is called is the `__call__` of one of these classes, also from a subclass."""
     method = getattr(context.orig_method, "func", None)
-    return any(method is getattr(layer.__call__, "__wrapped__", None) for layer in (nn.BatchNorm, BatchNorm))
+    return any(method is getattr(layer.__call__, "__wrapped__", None) for layer in layers)
+
+
+def calls_batch_norm(context: InterceptorContext) -> bool:
+    """Return whether what is called is the method of Flax's BatchNorm or ours, also from a subclass."""
+    return calls(context, nn.BatchNorm, BatchNorm)
 
 
 def path_of(module: nn.Module) -> str:

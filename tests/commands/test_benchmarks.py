@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import __main__, devices, layers, models, resnet_jax
+from benchmarks import __main__, devices, inference, layers, models, resnet_jax
 from benchmarks.cases import Case
 from benchmarks.interleave import Measured, Worker, measure
 from benchmarks.report import layer_tables
@@ -36,7 +36,7 @@ class WorkerHere:
 @pytest.fixture
 def here(monkeypatch, standard_promotion):
     """Have workers measure in this process."""
-    for module in (layers, models, devices):
+    for module in (layers, models, inference, devices):
         monkeypatch.setattr(module, "Worker", WorkerHere)
         monkeypatch.setattr(module, "find_spec", lambda name: None, raising=False)  # PyTorch's is a process
 
@@ -90,6 +90,16 @@ def test_residual_networks_take_the_same_steps_with_each_layer(here, monkeypatch
     residuals = [facts[name]["residual bytes"] for name in ("jbn remat", "jbn", "flax")]
     assert residuals == sorted(set(residuals))
     assert all(worker.seconds(name) > 0 for name in kept)
+
+
+@pytest.mark.slow
+def test_a_network_is_timed_with_its_norms_and_without_them(command, here):
+    printed, record = command("inference")
+    assert [case["model"] for case in record["cases"]] == ["ResNet-50"] * 2
+    found = record["cases"][0]["candidates"]
+    whole, folded = (found[name]["facts"]["bytes accessed"] for name in ("flax.linen", "flax.linen, folded"))
+    assert folded < whole
+    assert "| flax.linen, folded " in printed
 
 
 def test_networks_are_shown_with_what_is_known_of_each(command, here, monkeypatch):

@@ -1,14 +1,17 @@
 """A network as pure functions, whichever of Flax's APIs it is written in."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
+import jbn
+import jbn.linen
 from train.models.norms import Layer
 
 
@@ -44,6 +47,13 @@ class Network(Protocol):
         """Return the input of each activation, in order: (n, ..., width) each."""
         ...
 
+    def fold(self, variables: Variables, inputs: jax.Array) -> tuple["Network", Variables]:
+        """Fold each batch norm into the layer before it: the network that is left, for inference alone.
+
+        A norm of the inputs stays. Of the inputs only the shape matters.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class LinenNetwork:
@@ -74,6 +84,13 @@ class LinenNetwork:
         recorder = _Recorder(self.activation)
         LinenNetwork(self.module.clone(activation=recorder)).apply(variables, inputs, train=train)
         return recorder.inputs
+
+    def fold(self, variables: Variables, inputs: jax.Array) -> tuple[Network, Variables]:
+        apply = partial(self.module.apply, train=False)
+        pairs = jbn.linen.find_pairs(apply, variables._asdict(), inputs)
+        folded = jax.jit(partial(jbn.linen.fold, pairs=pairs))(variables._asdict())
+        module = self.module.clone(norm=replace(self.module.norm, folded=True))
+        return LinenNetwork(module), Variables(folded["params"], folded.get("batch_stats", {}))
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,10 @@ class NNXNetwork:
         watched.apply(variables, inputs, train=train)
         return recorder.inputs
 
+    def fold(self, variables: Variables, inputs: jax.Array) -> tuple[Network, Variables]:
+        norm = replace(dict(self.options)["norm"], folded=True)
+        return NNXNetwork(self.module, (*self.options, ("norm", norm))), _fold(variables)
+
     def _make(self, seed: int | jax.Array) -> nnx.Module:
         return self.module(**dict(self.options), rngs=nnx.Rngs(seed))
 
@@ -121,6 +142,20 @@ class _Recorder:
     def __call__(self, x: jax.Array) -> jax.Array:
         self.inputs.append(x)
         return self.activation(x)
+
+
+def _fold(variables: Variables) -> Variables:
+    """Fold each "norm" into the "linear" layer beside it, as each NNX module here calls them."""
+    params, batch_stats = map(flatten_dict, variables)
+
+    def take_norm(flat: Any, path: tuple) -> dict[str, Any]:
+        return {key[-1]: flat.pop(key) for key in list(flat) if key[:-1] == (*path, "norm")}
+
+    for path in [key[:-2] for key in params if key[-2:] == ("norm", "scale")]:
+        kernel, bias = ((*path, "linear", name) for name in ("kernel", "bias"))
+        of_norm = jbn.Params(**take_norm(params, path)), jbn.Moments(**take_norm(batch_stats, path))
+        params[kernel], params[bias] = jbn.fold(params[kernel], params.get(bias), *of_norm)
+    return Variables(unflatten_dict(params), unflatten_dict(batch_stats))
 
 
 def _variables(module: nnx.Module) -> Variables:

@@ -1,7 +1,7 @@
 """Every normalization layer that a network may have, from one table, for Linen and for NNX."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -91,11 +91,12 @@ class Norm:
 
     config: Model
     rule: Rule  # for the running statistics of jbn's layers
+    folded: bool = False  # into the layers before them: there are none, but that of the inputs
 
     @property
     def kind(self) -> NormKind:
         """The line of the table."""
-        return NORMS[self.config.norm]
+        return NORMS["none" if self.folded else self.config.norm]
 
     def linen_layer(self, *, train: bool) -> Layer:
         """Make a layer, inside a compact Linen module."""
@@ -103,7 +104,7 @@ class Norm:
 
     def linen_input_layer(self, *, train: bool) -> Layer:
         """Make the layer that the inputs of the network go through."""
-        return self.linen_layer(train=train) if self.config.norm_inputs else _identity
+        return replace(self, folded=False).linen_layer(train=train) if self.config.norm_inputs else _identity
 
     def nnx_layer(self, features: int, *, rngs: nnx.Rngs) -> Layer:
         """Make a layer in training mode; its model's `eval()` changes that."""
@@ -111,7 +112,8 @@ class Norm:
 
     def nnx_input_layer(self, features: int, *, rngs: nnx.Rngs) -> Layer:
         """Make the layer that the inputs of the network go through."""
-        return self.nnx_layer(features, rngs=rngs) if self.config.norm_inputs else _identity
+        unfolded = replace(self, folded=False)
+        return unfolded.nnx_layer(features, rngs=rngs) if self.config.norm_inputs else _identity
 
     def _options(self, train: bool) -> dict[str, Any]:
         frozen = self.config.frozen != "none"

@@ -1,6 +1,5 @@
 """A residual network in the way in which Flax's ImageNet example builds one, with its layer and with ours."""
 
-from collections.abc import Callable
 from functools import cache, partial
 
 import flax.linen as nn
@@ -14,50 +13,13 @@ from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
 import jbn.linen
+from tests.helpers.resnet import ResNet
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("standard_promotion")]
 IMAGES = jnp.asarray(np.random.RandomState(0).normal(0.5, 1, (16, 8, 8, 3)), jnp.float32)
 
 LABELS = jnp.arange(16) % 4
 OPTIMIZER = optax.sgd(0.1, momentum=0.9, nesterov=True)
-
-
-class Bottleneck(nn.Module):
-    filters: int
-    strides: int
-    conv: Callable
-    norm: Callable
-
-    @nn.compact
-    def __call__(self, x):
-        y = nn.relu(self.norm()(self.conv(self.filters, (1, 1))(x)))
-        y = nn.relu(self.norm()(self.conv(self.filters, (3, 3), self.strides)(y)))
-        y = self.norm(scale_init=nn.initializers.zeros_init())(self.conv(4 * self.filters, (1, 1))(y))
-        if x.shape != y.shape:
-            x = self.conv(4 * self.filters, (1, 1), self.strides, name="conv_proj")(x)
-            x = self.norm(name="norm_proj")(x)
-        return nn.relu(x + y)
-
-
-class ResNet(nn.Module):
-    layer: Callable
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x, train):
-        conv = partial(nn.Conv, use_bias=False)
-        norm = partial(
-            self.layer,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            axis_name=self.axis_name,
-        )
-        x = nn.relu(norm(name="bn_init")(conv(8, (3, 3), name="conv_init")(x)))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
-        x = Bottleneck(8, 2, conv, norm)(x)
-        x = nn.Dense(4)(jnp.mean(x, (1, 2)))
-        return x
 
 
 def train_step(model, state, images, labels):

@@ -188,3 +188,25 @@ def test_networks_that_do_not_fit_are_refused_with_what_would(refusal):
         )
         make(name, widths=(16, 12), norm="group", norm_groups=4)
         make(name, widths=(16, 12), norm="layer", norm_groups=8)
+
+
+def test_networks_fold_into_those_without_norms_but_of_their_inputs():
+    for name, norm in (("mlp", "batch"), ("nnx_mlp", "batch"), ("nnx_mlp", "flax"), ("cnn", "ghost")):
+        folds(make(name, norm=norm, norm_inputs=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, norm", [("resnet20", "batch"), ("resnet50", "flax")])
+def test_residual_networks_fold_whole(name, norm):
+    folds(make(name, norm=norm, norm_inputs=True))
+
+
+def folds(network):
+    draw = lambda leaf: jnp.asarray(np.random.RandomState(leaf.size).uniform(0.2, 1, leaf.shape), leaf.dtype)
+    variables = jax.tree.map(draw, shapes(network))
+    folded, kept = network.fold(variables, IMAGES)
+    assert len(parents(kept.batch_stats, "mean")) == len(parents(kept.params, "scale")) == 1
+    whole, _ = jax.jit(partial(network.apply, train=False))(variables, IMAGES)
+    actual, _ = jax.jit(partial(folded.apply, train=False))(kept, IMAGES)
+    np.testing.assert_allclose(actual, whole, rtol=1e-5, atol=1e-5 * np.max(np.abs(whole)))
+    assert hash(folded) == hash(network.fold(variables, IMAGES)[0])  # it can be a static argument

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -12,7 +13,7 @@ from train import models
 from train.config import Config, Data
 from train.data import Description, Preprocessing, Split, eval_batches
 from train.errors import UserError
-from train.models import Network, Variables
+from train.models import NORMS, Network, Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints, open_recalibrated
 from train.training import losses
@@ -52,6 +53,22 @@ class TrainedRun(NamedTuple):
     data: Description
     step: int
     trained: TrainedNetwork
+
+    def fold(self) -> "TrainedRun":
+        """Leave out the batch norms, which the layers before them absorb; one of the inputs stays.
+
+        Raises:
+          UserError: the network has none.
+        """
+        norm, inputs = self.config.model.norm, jnp.zeros((1, *self.data.shape))
+        if not NORMS[norm].over_batch:
+            foldable = [repr(name) for name in NORMS if NORMS[name].over_batch]
+            raise UserError(
+                f"--fold: expected a run with model.norm = {' or '.join(foldable)}, affine maps once "
+                f"trained, got {norm!r}; export it without."
+            )
+        network, variables = self.trained.network.fold(self.trained.variables, inputs)
+        return self._replace(trained=self.trained._replace(network=network, variables=variables))
 
 
 def data_at(config: Data, path: str | None) -> Data:

@@ -87,21 +87,25 @@ def _in_words(labels: Labels, output: np.ndarray) -> dict[str, Any]:
     return {"class": labels.names[best], "probabilities": dict(zip(labels.names, probabilities))}
 
 
-def export(run_dir: Path, path: Path) -> str:
+def export(run_dir: Path, path: Path, *, fold: bool = False) -> str:
     """Write the best checkpoint as a serialized StableHLO program, and return how to run it.
+
+    With `fold` without its batch norms, which the layers before them absorb; one of the inputs stays.
 
     The program maps raw inputs, any number of them, to probabilities (n, classes), or to numbers (n,),
     float32, on cpu, cuda and tpu. It holds the weights and needs jax alone, which runs such programs for half
     a year of newer versions.
 
     Raises:
-      UserError: the run cannot be read, or the file cannot be written.
+      UserError: the run cannot be read, or has no batch norms to fold, or the file cannot be written.
     """
     if path.is_dir():
         raise UserError(
             f"'{path}' is a folder; expected a file to write, such as '{path / 'model.stablehlo'}'."
         )
     run = load_best(run_dir)
+    if fold:
+        run = run.fold()
     network, loss, _, *arrays = run.trained
     # Host arrays become constants of the program, which then is for one device, however many are here.
     arrays = jax.device_get(arrays)

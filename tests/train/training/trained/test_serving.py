@@ -373,6 +373,27 @@ def test_exported_programs_need_jax_alone_and_compute_the_same(tmp_path):
                 assert_allclose(actual, live[: len(actual)], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+def test_folded_programs_compute_the_same_in_fewer_operations(tmp_path):
+    images = np.random.RandomState(0).normal(0, 8, (3, 8, 8, 1)).astype(np.float32)
+    for network in (Model(widths=(16,)), Model("nnx_mlp", norm="flax", widths=(16,))):
+        run, operations = Run(tmp_path / network.name, model=network), []
+        for fold in (False, True):
+            serving.export(run.path, tmp_path / "model", fold=fold)
+            program = jax.export.deserialize(bytearray((tmp_path / "model").read_bytes()))
+            assert_allclose(program.call(images), run.probabilities(images), rtol=0, atol=1e-5)
+            operations.append(program.mlir_module())
+        with_norms, without = operations
+        assert "stablehlo.rsqrt" in with_norms and "stablehlo.rsqrt" not in without
+        assert without.count("stablehlo.") < with_norms.count("stablehlo.") - 4
+
+
+def test_norms_that_are_no_affine_map_are_not_folded(tmp_path, refusal):
+    run = Run(tmp_path / "run", model=Model(norm="layer", widths=(16,)))
+    sentence = refusal(serving.export, run.path, tmp_path / "model", fold=True)
+    assert "--fold: expected a run with model.norm = 'batch' or 'ghost' or 'flax'" in sentence
+    assert "got 'layer'; export it without" in sentence and not (tmp_path / "model").exists()
+
+
 def test_exported_program_takes_raw_bytes_and_says_how_to_run_it(colours, tmp_path):
     images = colours.test.take(slice(0, 5)).inputs
     told = serving.export(colours.path, tmp_path / "model")
@@ -406,3 +427,5 @@ def test_commands_print_what_the_functions_return(colours, tmp_path, capsys):
     assert main(["export", run_dir]) == 0
     assert capsys.readouterr().out.startswith(f"Wrote {run_dir}/model.stablehlo. ")
     assert (colours.path / "model.stablehlo").exists()
+    assert main(["export", run_dir, str(tmp_path / "folded"), "--fold"]) == 0
+    assert (tmp_path / "folded").read_bytes() != (colours.path / "model.stablehlo").read_bytes()

@@ -1,0 +1,73 @@
+"""What is seen of layers and norms in a traced program, and whether a layer can absorb its norm."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jbn.linen._flow import Leaf, Output, Value, View
+
+
+class UsedVariable(NamedTuple):
+    """A variable as a call of a layer used it."""
+
+    path: tuple[str, ...]
+    leaf: Leaf | None  # of the model's variables; None if it was made from them
+    stacked: int  # how many axes of the leaf were mapped or scanned over
+
+
+@dataclass(eq=False)
+class Site:
+    """A layer or a norm, with what was seen of all its calls."""
+
+    path: str
+    refused: str | None  # why, as far as it can be said of each by itself
+    variables: list[UsedVariable] = field(default_factory=list)
+    axis: int = -1  # of a layer: the kernel's axis of outputs
+    outputs: list[Output] = field(default_factory=list)  # of a layer
+    epsilon: float = 0.0  # of a norm
+    sources: list["Site | None"] = field(default_factory=list)  # of a norm: the layers before it
+
+    def __str__(self) -> str:
+        return f"'{self.path}'"
+
+    def put_out(self, _: Value) -> Output:
+        self.outputs.append(Output(self))
+        return self.outputs[-1]
+
+    def take_in(self, value: Value) -> None:
+        self.sources.append(value.layer if isinstance(value, Output) else None)
+        if isinstance(value, Output):
+            value.read_by(self)
+
+    def use(self, path: tuple[str, ...], ndim: int, value: Value) -> None:
+        leaf = value.leaf if isinstance(value, View) else None
+        self.variables.append(UsedVariable(path, leaf, leaf.ndim - ndim if leaf else 0))
+
+
+def refusal(norm: Site) -> str | None:
+    """Say why the layer before a norm cannot absorb it; None if it can."""
+    if norm.refused:
+        return norm.refused
+    if None in norm.sources:
+        return "its input is not what a Dense, Conv or ConvTranspose puts out"
+    layer, *others = dict.fromkeys(source for source in norm.sources if source)
+    if others:
+        return f"its input comes from several layers: {', '.join(map(str, [layer, *others]))}"
+    if layer.refused:
+        return layer.refused
+    readers = [reader for output in layer.outputs for reader in output.readers]
+    if others := dict.fromkeys(str(reader) for reader in readers if reader is not norm):
+        return f"what {layer} puts out is also read by {', '.join(others)}"
+    if len(readers) != len(layer.outputs):
+        return f"what {layer} puts out goes into it more than once, or not in every call"
+    variables = layer.variables + norm.variables
+    for path, leaf, _ in variables:
+        if leaf is None or leaf.path != path:
+            name = "/".join(path)
+            return f"'{name}' is not used as it stands in the variables, or `nn.jit` shares its module"
+    for leaf in {variable.leaf for variable in layer.variables if variable.leaf}:
+        marks = sum(variable.leaf is leaf for variable in layer.variables)
+        if leaf.reads != marks + len(layer.outputs):
+            return f"'{'/'.join(leaf.path)}' is read by more than its layer"
+    if len({variable.stacked for variable in variables}) > 1:
+        return f"its variables and those of {layer} are not stacked over the same axes"
+    return None
