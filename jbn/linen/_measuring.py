@@ -1,6 +1,7 @@
 """Run a Linen model and measure what its batch norms are called with, inside lifted transforms too."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import jax
@@ -9,7 +10,16 @@ from flax.core import Scope, meta, tracers, unfreeze
 from flax.core.scope import union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._pooling import Measured, add, add_measured, input_moments, no_samples, options_of
+from jbn._pooling import (
+    Measured,
+    Options,
+    add,
+    add_measured,
+    input_moments,
+    no_samples,
+    options_of,
+    warn_of_unmeasured,
+)
 from jbn.linen._calls import calls_batch_norm, intercept, path_of
 
 Apply = Callable[[Any, Any], Any]
@@ -48,11 +58,21 @@ class _InsideTransform(ValueError):
     pass
 
 
+@dataclass
+class _Run:
+    """One run of a model from a root scope, with the paths of its layers there."""
+
+    root: Scope
+    paths: dict[tuple[str, ...], tuple[str, ...]]  # -> the path in all variables
+    options: dict[tuple[str, ...], Options] = field(default_factory=dict)  # of those that were measured
+    others: dict[tuple[str, ...], str] = field(default_factory=dict)  # types of modules that were called
+
+
 class _Measurement:
     """One run of a model, or of several models that share the variables."""
 
     def __init__(self, variables: Any, by_batch: bool):
-        stats = flatten_dict(unfreeze(variables["batch_stats"]))
+        stats = flatten_dict(unfreeze(variables.get("batch_stats", {})))
         starts = {path: no_samples(meta.unbox(stats[*path, "mean"])) for path in layer_paths(variables)}
         stats |= {(*path, INPUTS): start for path, start in starts.items()}
         self.variables = {**variables, "batch_stats": unflatten_dict(stats)}
@@ -60,19 +80,21 @@ class _Measurement:
         # A model may be given a part of the variables: the arrays tell which layer is which.
         self.paths = {id(start.count): path for path, start in starts.items()}
         self.trace = tracers.current_trace()
-        self.depth = 0
-        self.runs: list[tuple[Scope, dict, dict]] = []  # root, paths and options by the path in this root
+        self.runs: list[_Run] = []
+        self.current: _Run | None = None
 
     def run(self, apply: Apply, batch: Any) -> tuple[Any, Measured]:
         """Call `apply`."""
         with intercept(self._intercept, f"measure by_batch={self.by_batch}"):
             outputs = apply(self.variables, batch)
         measured = None
-        for root, paths, options in self.runs:
-            stats: Any = flatten_dict(unfreeze(cast(dict, root.variables()["batch_stats"])))
-            inputs = {"/".join(paths[path]): stats[*path, INPUTS] for path in options}
-            named = tuple(("/".join(paths[path]), option) for path, option in options.items())
+        for run in self.runs:
+            stats: Any = flatten_dict(unfreeze(cast(dict, run.root.variables()["batch_stats"])))
+            inputs = {"/".join(run.paths[path]): stats[*path, INPUTS] for path in run.options}
+            named = tuple(("/".join(run.paths[path]), option) for path, option in run.options.items())
             measured = add_measured(measured, Measured(inputs, named))
+            for path in run.others.keys() - run.options.keys():
+                warn_of_unmeasured("/".join(run.paths[path]), run.others[path])
         if measured is None or not measured.inputs:
             raise ValueError(
                 "apply called no flax.linen.BatchNorm or jbn.linen.BatchNorm with the variables that "
@@ -82,35 +104,43 @@ class _Measurement:
 
     def _intercept(self, call, args, kwargs, context):
         scope = context.module.scope
-        if self.depth == 0 and scope is not None:
-            self._open(scope.root)
-        self.depth += 1
+        if scope is None:
+            return call(*args, **kwargs)
+        outer = self.current
+        if outer is None:
+            self.current = self._opened(scope.root)
         try:
-            if scope is not None and calls_batch_norm(context) and scope.has_variable("batch_stats", INPUTS):
-                return self._call_layer(call, args, kwargs, context.module)
+            if self.current is not None and scope.has_variable("batch_stats", INPUTS):
+                if calls_batch_norm(context):
+                    return self._call_layer(self.current, call, args, kwargs, context.module)
+                self.current.others.setdefault(scope.path, type(context.module).__name__)
             return call(*args, **kwargs)
         finally:
-            self.depth -= 1
+            self.current = outer
 
-    def _open(self, root: Scope) -> None:
-        """Make the statistics of a model mutable, which `apply` has not done."""
-        if any(root is one for one, _, _ in self.runs):
-            return
-        if root.trace_level != self.trace:
-            raise _InsideTransform(
-                "apply runs the model inside a transform of JAX, such as jax.vmap; expected it without."
-            )
+    def _opened(self, root: Scope) -> _Run | None:
+        """Make the statistics of a model mutable, which `apply` has not done; None if they are others."""
+        for run in self.runs:
+            if run.root is root:
+                return run
         stats: Any = flatten_dict(unfreeze(cast(dict, root.variables().get("batch_stats", {}))))
-        root.mutable = union_filters(root.mutable, "batch_stats")
-        root._variables["batch_stats"] = unflatten_dict(stats)
         paths = {
             path[:-1]: self.paths.get(id(leaf.count), path[:-1])
             for path, leaf in stats.items()
             if path[-1] == INPUTS
         }
-        self.runs.append((root, paths, {}))
+        if not paths:
+            return None
+        if root.trace_level != self.trace:
+            raise _InsideTransform(
+                "apply runs the model inside a transform of JAX, such as jax.vmap; expected it without."
+            )
+        root.mutable = union_filters(root.mutable, "batch_stats")
+        root._variables["batch_stats"] = unflatten_dict(stats)
+        self.runs.append(_Run(root, paths))
+        return self.runs[-1]
 
-    def _call_layer(self, call, args, kwargs, layer):
+    def _call_layer(self, run, call, args, kwargs, layer):
         _check_evaluation(layer, *args, **kwargs)
         scope = layer.scope
         if not scope.is_mutable_collection("batch_stats"):
@@ -118,10 +148,10 @@ class _Measurement:
                 f"'{path_of(layer)}' is in a transform that broadcasts its statistics, so that none can be "
                 "collected; expected variable_axes or variable_carry for 'batch_stats'."
             )
-        _, _, options = self.runs[-1]
-        options[scope.path] = options_of(layer)
-        found = input_moments(layer, args[0] if args else kwargs["x"], kwargs.get("mask"))
+        run.options[scope.path] = options_of(layer)
         old = {name: scope.get_variable("batch_stats", name) for name in ("mean", "var")}
+        x = args[0] if args else kwargs["x"]
+        found = input_moments(layer, meta.unbox(old["mean"]), x, kwargs.get("mask"))
         if self.by_batch:
             for name in old:
                 scope.put_variable("batch_stats", name, getattr(found, name))
