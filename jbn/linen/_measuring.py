@@ -82,11 +82,17 @@ class _Measurement:
         self.trace = tracers.current_trace()
         self.runs: list[_Run] = []
         self.current: _Run | None = None
+        self.last = ""  # the layer that was called last
 
     def run(self, apply: Apply, batch: Any) -> tuple[Any, Measured]:
         """Call `apply`."""
-        with intercept(self._intercept, f"measure by_batch={self.by_batch}"):
-            outputs = apply(self.variables, batch)
+        try:
+            with intercept(self._intercept, f"measure by_batch={self.by_batch}"):
+                outputs = apply(self.variables, batch)
+        except ValueError as error:
+            if "broadcasted variable has a data dependency" in str(error):  # from nn.scan
+                raise ValueError(_broadcast(self.last)) from error
+            raise
         measured = None
         for run in self.runs:
             stats: Any = flatten_dict(unfreeze(cast(dict, run.root.variables()["batch_stats"])))
@@ -133,7 +139,8 @@ class _Measurement:
             return None
         if root.trace_level != self.trace:
             raise _InsideTransform(
-                "apply runs the model inside a transform of JAX, such as jax.vmap; expected it without."
+                "apply runs the model inside a transform of JAX, such as jax.vmap, or the model itself is of a "
+                "lifted class, such as nn.remat(Net); expected neither: a module may have it as a submodule."
             )
         root.mutable = union_filters(root.mutable, "batch_stats")
         root._variables["batch_stats"] = unflatten_dict(stats)
@@ -144,10 +151,8 @@ class _Measurement:
         _check_evaluation(layer, *args, **kwargs)
         scope = layer.scope
         if not scope.is_mutable_collection("batch_stats"):
-            raise ValueError(
-                f"'{path_of(layer)}' is in a transform that broadcasts its statistics, so that none can be "
-                "collected; expected variable_axes or variable_carry for 'batch_stats'."
-            )
+            raise ValueError(_broadcast(path_of(layer)))
+        self.last = path_of(layer)
         run.options[scope.path] = options_of(layer)
         old = {name: scope.get_variable("batch_stats", name) for name in ("mean", "var")}
         x = args[0] if args else kwargs["x"]
@@ -169,4 +174,11 @@ def _check_evaluation(layer: Any, x: Any = None, use_running_average: Any = None
     raise ValueError(
         f"'{path_of(layer)}' has use_running_average={mode}, as in training; expected an apply that runs the "
         "model as for evaluation, such as lambda variables, x: model.apply(variables, x, train=False)."
+    )
+
+
+def _broadcast(path: str) -> str:
+    return (
+        f"'{path}' is in a transform that broadcasts its statistics, so that none can be collected; expected "
+        "variable_axes, variable_carry or carry_variables for 'batch_stats'."
     )
