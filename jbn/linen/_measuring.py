@@ -1,13 +1,13 @@
 """Run a Linen model and measure what its batch norms are called with, inside lifted transforms too."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import jax
 import jax.core
 from flax.core import Scope, meta, tracers, unfreeze
-from flax.core.scope import union_filters
+from flax.core.scope import in_filter, union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jbn._pooling import (
@@ -41,11 +41,16 @@ def measure(apply: Apply, variables: Any, batch: Any, *, by_batch: bool) -> tupl
     """
     while isinstance(apply, jax.stages.Wrapped):  # jitted, which would hide what is inside
         apply = apply.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
+    run = lambda **how: _Measurement(variables, by_batch, **how).run(apply, batch)
     try:
-        return _Measurement(variables, by_batch).run(apply, batch)
+        return run()
     except _InsideTransform:
         with jax.disable_jit():
-            return _Measurement(variables, by_batch).run(apply, batch)
+            return run()
+    except _TrainsWhereMutable:
+        # Others train with immutable statistics, which is an error of Flax here.
+        jax.eval_shape(apply, variables, batch)
+        return run(evaluate=True)
 
 
 def layer_paths(variables: Any) -> list[tuple[str, ...]]:
@@ -58,12 +63,17 @@ class _InsideTransform(ValueError):
     pass
 
 
+class _TrainsWhereMutable(ValueError):
+    """Raised in a model that takes for training that "batch_stats" is mutable, which is so while measuring."""
+
+
 @dataclass
 class _Run:
     """One run of a model from a root scope, with the paths of its layers there."""
 
     root: Scope
     paths: dict[tuple[str, ...], tuple[str, ...]]  # -> the path in all variables
+    is_mutable: bool  # whether `apply` has made the statistics so
     options: dict[tuple[str, ...], Options] = field(default_factory=dict)  # of those that were measured
     others: dict[tuple[str, ...], str] = field(default_factory=dict)  # types of modules that were called
 
@@ -71,12 +81,13 @@ class _Run:
 class _Measurement:
     """One run of a model, or of several models that share the variables."""
 
-    def __init__(self, variables: Any, by_batch: bool):
+    def __init__(self, variables: Any, by_batch: bool, evaluate: bool = False):
         stats = flatten_dict(unfreeze(variables.get("batch_stats", {})))
         starts = {path: no_samples(meta.unbox(stats[*path, "mean"])) for path in layer_paths(variables)}
         stats |= {(*path, INPUTS): start for path, start in starts.items()}
         self.variables = {**variables, "batch_stats": unflatten_dict(stats)}
         self.by_batch = by_batch
+        self.evaluate = evaluate  # whatever mode the layers are in
         # A model may be given a part of the variables: the arrays tell which layer is which.
         self.paths = {id(start.count): path for path, start in starts.items()}
         self.trace = tracers.current_trace()
@@ -115,6 +126,9 @@ class _Measurement:
         outer = self.current
         if outer is None:
             self.current = self._opened(scope.root)
+        if self.current is not None and scope.root is self.current.root:
+            for one in _with_parents(scope):  # of submodules made before the root was opened
+                one.mutable = scope.root.mutable
         try:
             if self.current is not None and scope.has_variable("batch_stats", INPUTS):
                 if calls_batch_norm(context):
@@ -142,13 +156,16 @@ class _Measurement:
                 "apply runs the model inside a transform of JAX, such as jax.vmap, or the model itself is of a "
                 "lifted class, such as nn.remat(Net); expected neither: a module may have it as a submodule."
             )
+        self.runs.append(_Run(root, paths, in_filter(root.mutable, "batch_stats")))
         root.mutable = union_filters(root.mutable, "batch_stats")
         root._variables["batch_stats"] = unflatten_dict(stats)
-        self.runs.append(_Run(root, paths))
         return self.runs[-1]
 
     def _call_layer(self, run, call, args, kwargs, layer):
-        _check_evaluation(layer, *args, **kwargs)
+        if self.evaluate:
+            object.__setattr__(layer, "use_running_average", True)
+            args, kwargs = args[:1], {k: v for k, v in kwargs.items() if k != "use_running_average"}
+        _check_evaluation(run.is_mutable, layer, *args, **kwargs)
         scope = layer.scope
         if not scope.is_mutable_collection("batch_stats"):
             raise ValueError(_broadcast(path_of(layer)))
@@ -167,11 +184,19 @@ class _Measurement:
         return y
 
 
-def _check_evaluation(layer: Any, x: Any = None, use_running_average: Any = None, **_: Any) -> None:
+def _with_parents(scope: Scope | None) -> Iterator[Scope]:
+    while scope is not None:
+        yield scope
+        scope = scope.parent
+
+
+def _check_evaluation(
+    is_mutable: bool, layer: Any, x: Any = None, use_running_average: Any = None, **_: Any
+) -> None:
     mode = layer.use_running_average if use_running_average is None else use_running_average
     if getattr(layer, "frozen", False) or mode is None or (not isinstance(mode, jax.core.Tracer) and mode):
         return
-    raise ValueError(
+    raise (ValueError if is_mutable else _TrainsWhereMutable)(
         f"'{path_of(layer)}' has use_running_average={mode}, as in training; expected an apply that runs the "
         "model as for evaluation, such as lambda variables, x: model.apply(variables, x, train=False)."
     )
