@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import FrozenDict, freeze
+from flax.errors import ModifyScopeVariableError
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn.linen
@@ -192,6 +193,33 @@ def test_ways_to_call_a_model():
     new = jbn.linen.recalibrate(part, two, [ROWS])
     assert_recalibrated({"batch_stats": new["batch_stats"]["b"]})
     assert_array_equal(new["batch_stats"]["a"]["first"]["mean"], np.zeros(4))
+
+
+class TrainsWhereMutable(nn.Module):
+    """As in jax-resnet, where layers are also made before the model is called."""
+
+    layers: tuple[nn.Module, ...] = ()
+
+    @nn.compact
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        train = self.is_mutable_collection("batch_stats")
+        return nn.BatchNorm(use_running_average=not train, name="second")(3 * x)
+
+
+def test_model_that_trains_where_its_statistics_are_mutable():
+    model = TrainsWhereMutable((TrainsWhereMutable(),))
+    variables = model.init(jax.random.key(0), ROWS)
+    assert_array_equal(variables["batch_stats"]["second"]["var"], np.ones(4))
+    new = jbn.linen.recalibrate(model.apply, variables, [ROWS])
+    assert_allclose(new["batch_stats"]["layers_0"]["second"]["var"], 9 * ROWS.var(0), rtol=1e-5)
+    assert_allclose(new["batch_stats"]["second"]["var"], np.full(4, 9), rtol=1e-4)
+    with pytest.raises(ValueError, match="as in training; expected an apply"):
+        train = lambda v, x: model.apply(v, x, mutable=["batch_stats"])
+        jbn.linen.recalibrate(train, variables, [ROWS])
+    with pytest.raises(ModifyScopeVariableError):  # as without jbn
+        jbn.linen.recalibrate(lambda v, x: Net().apply(v, x, train=True), VARIABLES, [ROWS])
 
 
 def test_structure_of_the_variables_is_kept():
