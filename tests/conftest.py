@@ -35,6 +35,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 collect_ignore = [
     "data/torch_batch_norm.py",
     "data/torch_resnet.py",
+    "data/torch_update_bn.py",
 ]  # need PyTorch; the tests read their files
 
 
