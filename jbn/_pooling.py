@@ -139,8 +139,8 @@ def sweep_over(
     """
     if isinstance(batches, (jax.Array, np.ndarray, Mapping)):
         raise TypeError(
-            f"batches is a {type(batches).__name__}; expected a list of batches, or another iterable of them: "
-            "[x] for a single one, list(x) for an array of batches."
+            f"batches is a {type(batches).__name__}; expected a list of batches, or another iterable of "
+            "them: [x] for a single one, list(x) for an array of batches."
         )
     if not isinstance(sweeps, int) or sweeps < 1:
         raise ValueError(f"sweeps={sweeps!r}; expected a whole number, 1 or more.")
@@ -162,8 +162,8 @@ def sweep_over(
 def warn_of_unmeasured(path: str, kind: str) -> None:
     """Warn of a layer that was called, but by code of its own."""
     warnings.warn(
-        f"'{path}' is of class {kind}, whose running statistics were not measured and stay as they are; expected "
-        "Flax's BatchNorm or jbn's, or a subclass that calls super().__call__.",
+        f"'{path}' is of class {kind}, whose running statistics were not measured and stay as they are; "
+        "expected Flax's BatchNorm or jbn's, or a subclass that calls super().__call__.",
         stacklevel=2,
     )
 

@@ -64,7 +64,7 @@ class _InsideTransform(ValueError):
 
 
 class _TrainsWhereMutable(ValueError):
-    """Raised in a model that takes for training that "batch_stats" is mutable, which is so while measuring."""
+    """Raised in a model that trains where "batch_stats" is mutable, which it is while measuring."""
 
 
 @dataclass
@@ -115,7 +115,8 @@ class _Measurement:
         if measured is None or not measured.inputs:
             raise ValueError(
                 "apply called no flax.linen.BatchNorm or jbn.linen.BatchNorm with the variables that "
-                "it was given; expected lambda variables, x: model.apply(variables, x, train=False), or likewise."
+                "it was given; expected lambda variables, x: model.apply(variables, x, train=False), or "
+                "likewise."
             )
         return outputs, measured
 
@@ -144,7 +145,7 @@ class _Measurement:
             if run.root is root:
                 return run
         stats: Any = flatten_dict(unfreeze(cast(dict, root.variables().get("batch_stats", {}))))
-        paths = {
+        paths: dict[Any, Any] = {
             path[:-1]: self.paths.get(id(leaf.count), path[:-1])
             for path, leaf in stats.items()
             if path[-1] == INPUTS
@@ -153,8 +154,8 @@ class _Measurement:
             return None
         if root.trace_level != self.trace:
             raise _InsideTransform(
-                "apply runs the model inside a transform of JAX, such as jax.vmap, or the model itself is of a "
-                "lifted class, such as nn.remat(Net); expected neither: a module may have it as a submodule."
+                "apply runs the model inside a transform of JAX, such as jax.vmap, or the model itself is of "
+                "a lifted class, such as nn.remat(Net); expected neither, such as a module that has it."
             )
         self.runs.append(_Run(root, paths, in_filter(root.mutable, "batch_stats")))
         root.mutable = union_filters(root.mutable, "batch_stats")

@@ -15,7 +15,7 @@ from jbn.linen._calls import calls_batch_norm, intercept, is_batch_norm, path_of
 
 OPTIONS = tuple(field.name for field in fields(BatchNorm) if field.name not in ("parent", "name"))
 
-_options: ContextVar[dict[str, Any]] = ContextVar("_options", default={})
+_options: ContextVar[dict[str, Any] | None] = ContextVar("_options", default=None)
 _numbers = itertools.count()
 _keys: dict[frozenset, str] = {}
 
@@ -54,7 +54,7 @@ def override(**options: Any) -> Iterator[None]:
     """
     check_option_names(options, OPTIONS)
     BatchNorm(**options, parent=None)  # checks their values
-    options = _options.get() | options
+    options = (_options.get() or {}) | options
     replaced: list[nn.Module] = []
     calls = 0
 

@@ -63,7 +63,9 @@ def convert(model: Model, **options: Any) -> Model:
                 "jbn.nnx.BatchNorm itself, since the code of a subclass would not run any more: give it the "
                 "options where it is made."
             )
-    all_options = [_all_options(layer, options) for layer in layers.values()]  # or an error, before any change
+    all_options = [
+        _all_options(layer, options) for layer in layers.values()
+    ]  # or an error, before any change
     for layer, its_options in zip(layers.values(), all_options):
         _convert(layer, its_options)
     return model
@@ -77,7 +79,7 @@ def _all_options(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert(layer: Any, options: dict[str, Any]) -> None:
-    if type(layer) is nnx.BatchNorm:
+    if type(layer) is not BatchNorm:
         object.__setattr__(layer, "__class__", BatchNorm)
         layer.count = nnx.data(None)
     for name, value in options.items():

@@ -79,8 +79,8 @@ class _Measuring(nnx.Module):
         path, by_batch = self.measurement
         if use_running_average is not None and not use_running_average:
             raise ValueError(
-                f"'{path}' is called with use_running_average={use_running_average}, as in training; expected "
-                "a call that runs the model as for evaluation, which leaves that to model.eval()."
+                f"'{path}' is called with use_running_average={use_running_average}, as in training; "
+                "expected a call that runs the model as for evaluation, which leaves that to model.eval()."
             )
         _calls.get().measured.add(path)
         found = input_moments(self, self.mean[...], x, options.get("mask"))

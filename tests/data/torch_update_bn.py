@@ -1,8 +1,9 @@
 """What PyTorch's `update_bn` makes of averaged weights: writes torch_update_bn.npz, beside this file.
 
-It needs PyTorch and scikit-learn, and was run with torch 2.13.0. A network is trained on the digits in batches of
-4, its weights are averaged over the second half, and the running statistics of the averaged network are computed
-over the same batches.
+pip install torch==2.13.0 scikit-learn && python tests/data/torch_update_bn.py
+
+A network is trained on the digits in batches of 4, its weights are averaged over the second half, and the
+running statistics of the averaged network are computed over batches of 4 too.
 """
 
 from pathlib import Path

@@ -60,7 +60,7 @@ def switch(module, x):
     return nn.switch(1, [lambda m, x: x, norm], module, x)
 
 
-# What calls a layer, all that the layer is called with, and the axes of this that its statistics are kept for.
+# What calls a layer, all that the layer is called with, and the axes of this that its statistics have.
 CASES = {
     "remat": (lambda m, x: nn.remat(norm)(m, x), X, (3,)),
     "remat of the layer": (of_class(nn.remat(nn.BatchNorm)), X, (3,)),

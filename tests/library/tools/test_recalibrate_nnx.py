@@ -46,7 +46,7 @@ def scan(layer, x, layers_axis):
 
 
 shared = partial(nnx.vmap, in_axes=(None, 0))
-# The layer, what calls it, all that it is called with, and the axes of this that its statistics are kept for.
+# The layer, what calls it, all that it is called with, and the axes of this that its statistics have.
 CASES = {
     "jit": (norm, nnx.jit(call), X, (3,)),
     "remat": (norm, nnx.remat(call), X, (3,)),
@@ -162,7 +162,7 @@ def test_ways_to_call_a_model():
         (lambda model: [model, model], lambda whole: whole[1]),
     ):
         model = Net()
-        jbn.nnx.recalibrate(hold(model), [ROWS], call=lambda whole, x: get(whole)(x))
+        jbn.nnx.recalibrate(hold(model), [ROWS], call=lambda whole, x, get=get: get(whole)(x))
         assert_recalibrated(model)
 
 

@@ -208,8 +208,8 @@ def test_batches_over_devices_and_statistics_stay_where_they_were(api):
         net.variables = jax.device_put(net.variables, replicated)
     else:
         nnx.update(net.model, jax.device_put(nnx.state(net.model), replicated))
-    for batches in placed, batches:
-        stats = net.recalibrate(batches)
+    for given in placed, batches:
+        stats = net.recalibrate(given)
         assert_moments(stats, expected)
         assert stats["norm0"]["mean"].sharding == replicated
 
