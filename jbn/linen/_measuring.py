@@ -21,6 +21,7 @@ from jbn._pooling import (
     warn_of_unmeasured,
 )
 from jbn.linen._calls import calls_batch_norm, intercept, path_of
+from jbn.linen._override import will_replace
 
 Apply = Callable[[Any, Any], Any]
 
@@ -132,6 +133,8 @@ class _Measurement:
                 one.mutable = scope.root.mutable
         try:
             if self.current is not None and scope.has_variable("batch_stats", INPUTS):
+                if will_replace(context.module):  # and then calls what it is replaced by
+                    return call(*args, **kwargs)
                 if calls_batch_norm(context):
                     return self._call_layer(self.current, call, args, kwargs, context.module)
                 self.current.others.setdefault(scope.path, type(context.module).__name__)

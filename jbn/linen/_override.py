@@ -16,6 +16,7 @@ from jbn.linen._calls import calls_batch_norm, intercept, is_batch_norm, path_of
 OPTIONS = tuple(field.name for field in fields(BatchNorm) if field.name not in ("parent", "name"))
 
 _options: ContextVar[dict[str, Any] | None] = ContextVar("_options", default=None)
+_IS_REPLACEMENT = "_jbn_is_replacement"  # an attribute
 _numbers = itertools.count()
 _keys: dict[frozenset, str] = {}
 
@@ -55,14 +56,13 @@ def override(**options: Any) -> Iterator[None]:
     check_option_names(options, OPTIONS)
     BatchNorm(**options, parent=None)  # checks their values
     options = (_options.get() or {}) | options
-    replaced: list[nn.Module] = []
     calls = 0
 
     def call_ours(call, args, kwargs, context):
         nonlocal calls
         layer = context.module
         is_outer = _options.get() is not options  # and what it says is in the inner one's too
-        if is_outer or not is_batch_norm(layer) or any(layer is ours for ours in replaced):
+        if is_outer or not will_replace(layer):
             return call(*args, **kwargs)
         if not calls_batch_norm(context):
             # A subclass of Flax's making, as of `nn.remat(nn.BatchNorm)`, calls the layer itself.
@@ -77,11 +77,8 @@ def override(**options: Any) -> Iterator[None]:
         ours = BatchNorm(**own | options, parent=layer.scope)
         if "use_running_average" in options:
             args, kwargs = args[:1], {k: v for k, v in kwargs.items() if k != "use_running_average"}
-        replaced.append(ours)
-        try:
-            return ours(*args, **kwargs)
-        finally:
-            replaced.pop()
+        object.__setattr__(ours, _IS_REPLACEMENT, True)
+        return ours(*args, **kwargs)
 
     token = _options.set(options)
     try:
@@ -89,6 +86,11 @@ def override(**options: Any) -> Iterator[None]:
             yield
     finally:
         _options.reset(token)
+
+
+def will_replace(module: nn.Module) -> bool:
+    """Return whether `override` is active and makes another batch norm of this module."""
+    return _options.get() is not None and is_batch_norm(module) and not hasattr(module, _IS_REPLACEMENT)
 
 
 def _key(options: dict[str, Any]) -> str:

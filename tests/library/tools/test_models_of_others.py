@@ -43,7 +43,7 @@ def check(apply, train, variables, batches):
 
 @pytest.mark.slow
 def test_network_of_flax_s_imagenet_example():
-    model, rng = ResNet(), np.random.RandomState(0)
+    model, rng = ResNet((1, 1)), np.random.RandomState(0)
     batches = [rng.normal(1, 2, (n, 8, 8, 3)).astype("float32") for n in (8, 8)]
     variables = jax.jit(model.init)(jax.random.key(0), batches[0])
     train = partial(model.apply, mutable=["batch_stats"])

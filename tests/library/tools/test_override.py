@@ -55,14 +55,14 @@ def by_hand(**options):
     return Net(lambda **made: jbn.linen.BatchNorm(**made | options))
 
 
+@pytest.mark.slow
 def test_layers_are_those_made_with_the_options_bit_for_bit():
     """Also compiled, and while variables are made; without a rule that counts these stay as they are."""
     for options in (
         {},
         {"frozen": True},
-        {"momentum": 0.5, "epsilon": 0.1, "use_fast_variance": False},
+        {"momentum": 0.5, "epsilon": 0.1, "use_running_average": True},
         {"virtual_batch_size": 4, "update": jbn.cumulative()},
-        {"use_running_average": True},
         {"use_bias": False, "dtype": jnp.bfloat16},
     ):
         other = by_hand(**options)
@@ -113,6 +113,7 @@ def test_other_threads_are_not_affected():
     assert np.all(means[0] != 0) and np.all(means[1] == 0)
 
 
+@pytest.mark.slow
 def test_layers_in_lifted_transforms():
     for norm, shape in (
         (nn.remat(nn.BatchNorm), (8, 4)),
@@ -149,6 +150,23 @@ def test_frozen_norms_of_somebody_elses_model_stay_while_its_other_layers_train(
     assert_equal(params["norm"], VARIABLES["params"]["norm"])
     assert_equal(stats, VARIABLES["batch_stats"])
     assert np.all(params["dense"]["kernel"] != VARIABLES["params"]["dense"]["kernel"])
+
+
+def test_recalibration_of_an_overridden_model():
+    """Each layer is measured once, as what it is; a model without an evaluation mode gets one."""
+    expected = X @ VARIABLES["params"]["dense"]["kernel"]
+    options = {"use_running_average": True, "update": jbn.pooled(), "initial_count": 0}
+    with jbn.linen.override(**options):
+        variables = NET.init(jax.random.key(0), X)
+        new = jbn.linen.recalibrate(NET.apply, variables, [X])["batch_stats"]["norm"]
+        assert_array_equal(new["count"], np.full(4, 8))
+        assert_allclose(new["var"], expected.var(0), rtol=1e-5)
+
+    def apply(variables, x):
+        with jbn.linen.override(**options):
+            return NET.apply(variables, x)
+
+    assert_equal(jbn.linen.recalibrate(apply, variables, [X])["batch_stats"]["norm"], new)
 
 
 def test_what_cannot_be_is_refused():

@@ -113,6 +113,7 @@ class AllCases(nn.Module):
             Case(call, name=case)(x)
 
 
+@pytest.mark.slow
 def test_layers_in_lifted_transforms():
     variables = AllCases().init(jax.random.key(0), X)
     new = jbn.linen.recalibrate(AllCases().apply, variables, [X])

@@ -75,6 +75,7 @@ class AllCases(nnx.Module):
             call(getattr(self, case), x)
 
 
+@pytest.mark.slow
 def test_layers_in_transforms():
     model = AllCases()
     jbn.nnx.recalibrate(model, [X])
