@@ -102,17 +102,8 @@ def _add_measured(old: Measured, new: Measured) -> Measured:
     return Measured(old.inputs | both, tuple((dict(old.options) | dict(new.options)).items()))
 
 
-def as_static(f: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function by which `jax.jit` can keep what it has compiled, which needs a hash."""
-    try:
-        hash(f)
-    except TypeError:  # a method of a module that has lists
-        return partial(f)
-    return f
-
-
 def new_statistics(
-    options: Options, found: Moments, old: Mapping[str, jax.Array], batches: int
+    options: Options, found: Moments, old: Mapping[str, jax.Array], batches: int = 1
 ) -> dict[str, jax.Array]:
     """Return a layer's running statistics with the moments found in a number of batches.
 
@@ -125,7 +116,9 @@ def new_statistics(
         new["count"] = jnp.full_like(found.count, batches)
     elif not isinstance(options.update, pooled) and "count" in old:
         new["count"] = jnp.maximum(old["count"], 1)
-    return {name: _replace_where(found.count > 0, value, new[name]) for name, value in old.items()}
+    return {
+        name: jnp.where(found.count > 0, new[name], value).astype(value.dtype) for name, value in old.items()
+    }
 
 
 def sweep_over(
@@ -166,13 +159,6 @@ def warn_of_unmeasured(path: str, kind: str) -> None:
         "expected Flax's BatchNorm or jbn's, or a subclass that calls super().__call__.",
         stacklevel=2,
     )
-
-
-def _replace_where(condition: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-    """Select new values in the dtype, and on the devices, of the old ones."""
-    value = jnp.where(condition, new, old).astype(old.dtype)
-    is_placed = isinstance(old, jax.Array) and old.committed
-    return jax.device_put(value, old.sharding) if is_placed else value
 
 
 def _is_bound(name: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
-from jbn._pooling import Measured, add_measured, as_static, new_statistics, sweep_over
+from jbn._pooling import Measured, add_measured, new_statistics, sweep_over
 from jbn.linen._measuring import Apply, measure
 
 
@@ -65,7 +65,7 @@ def recalibrate(apply: Apply, variables: Any, batches: Iterable[Any], *, sweeps:
     >>> print(variables["batch_stats"]["mean"], variables["batch_stats"]["var"])
     [4.] [6.5]
     """
-    apply, done = as_static(apply), 0
+    done = 0
 
     def add_batch(sweep, measured, batch):
         nonlocal done

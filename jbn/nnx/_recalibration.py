@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn._pooling import Measured, add_measured, as_static, new_statistics, sweep_over
+from jbn._pooling import Measured, add_measured, new_statistics, sweep_over
 from jbn.nnx._measuring import Call, batch_norms, measure
 
 
@@ -51,7 +51,7 @@ def recalibrate(model: Any, batches: Iterable[Any], *, call: Call = _call, sweep
     >>> print(model.mean[...], model.var[...])
     [4.] [6.5]
     """
-    call, done = as_static(call), 0
+    done = 0
 
     def add_batch(sweep, measured, batch):
         nonlocal done

@@ -198,21 +198,21 @@ def test_dtypes_of_the_inputs_and_of_the_statistics(api, x64):
 @pytest.mark.slow
 @both
 def test_batches_over_devices_and_statistics_stay_where_they_were(api):
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=2 * (jax.sharding.AxisType.Auto,))
+    sharded, of_features = NamedSharding(mesh, P("data")), NamedSharding(mesh, P("model"))
     batches = batches_of(parts=[np.arange(16), np.arange(16, 32)])
     expected = reference(batches)
     placed = jax.device_put(batches, sharded)
     net = api()
     assert_moments(net.recalibrate(placed), expected)
     if api is Linen:
-        net.variables = jax.device_put(net.variables, replicated)
+        net.variables = jax.device_put(net.variables, of_features)
     else:
-        nnx.update(net.model, jax.device_put(nnx.state(net.model), replicated))
+        nnx.update(net.model, jax.device_put(nnx.state(net.model), of_features))
     for given in placed, batches:
         stats = net.recalibrate(given)
         assert_moments(stats, expected)
-        assert stats["norm0"]["mean"].sharding == replicated
+        assert stats["norm0"]["mean"].sharding == of_features
 
 
 @both
