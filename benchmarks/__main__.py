@@ -1,4 +1,4 @@
-"""The command: `python -m benchmarks [layers|models|inference|training|devices|compiled]`."""
+"""The command: `python -m benchmarks [layers|models|inference|training|devices|recalibration|compiled]`."""
 
 import argparse
 from importlib import import_module
@@ -14,9 +14,9 @@ def main() -> None:
         "benchmark",
         nargs="?",
         default="layers",
-        choices=["layers", "models", "inference", "training", "devices", "compiled"],
+        choices=["layers", "models", "inference", "training", "devices", "recalibration", "compiled"],
         help="one layer (the default), ResNets, one with its norms folded, the training program, the cost of "
-        "many devices, or programs compiled for an H100 and a TPU v5e",
+        "many devices, a pass of recalibrate, or programs compiled for an H100 and a TPU v5e",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, and no speed")
     parser.add_argument(

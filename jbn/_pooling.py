@@ -1,17 +1,22 @@
 """Measure the inputs of a model's layers over batches, for the tools of both of Flax's APIs."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._flax import Layer, as_inexact
-from jbn._running import UpdateRule, apply_update_rule, pooled
-from jbn._statistics import Moments, moments
+from jbn._progress import with_progress
+from jbn._running import UpdateRule, apply_update_rule, cumulative, pooled
+from jbn._statistics import Moments, merge_rows_of, moments
 
 
 class Options(NamedTuple):
@@ -46,17 +51,39 @@ def no_samples(mean: jax.Array) -> Moments:
     return Moments(jnp.zeros(mean.shape, dtype), real, real)
 
 
-def input_moments(layer: Layer, x: ArrayLike, mask: ArrayLike | None) -> Moments:
-    """Measure what a layer is called with, over all members of the axes of its `axis_name` that are bound."""
+def input_moments(layer: Layer, mean: jax.Array, x: ArrayLike, mask: ArrayLike | None) -> Moments:
+    """Measure what a layer is called with, over all that share its running mean.
+
+    Those are the members of the axes of its `axis_name` that are bound, and where the mean is not mapped, the
+    members of any other `vmap`.
+    """
     names: Any = layer.axis_name or ()
     bound = tuple(name for name in ((names,) if isinstance(names, str) else names) if _is_bound(name))
-    return moments(
-        as_inexact(jnp.asarray(x)),
+    measure = partial(
+        moments,
         axis=layer.axis,
-        mask=mask,
         axis_name=bound or None,
         axis_index_groups=layer.axis_index_groups if bound else None,
     )
+    x = jax.lax.stop_gradient(as_inexact(jnp.asarray(x)))
+    if bound:
+        return measure(x, mask=mask)
+    return _over_maps(lambda mean, x, mask: measure(x, mask=mask))(mean, x, mask)
+
+
+def _over_maps(measure: Callable[..., Moments]) -> Callable[..., Moments]:
+    """Let a function of a running mean, `x` and mask merge the members of a `vmap` that share the mean."""
+    measure_mapped = custom_vmap(measure)
+
+    @measure_mapped.def_vmap
+    def over_one_map(_, are_mapped, *values):
+        axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(are_mapped))
+        members = jax.vmap(measure, axes)
+        has_own = are_mapped[0]
+        whole = members if has_own else lambda *values: merge_rows_of(members(*values))
+        return _over_maps(whole)(*values), Moments(has_own, has_own, has_own)
+
+    return measure_mapped
 
 
 def add(old: Moments, new: Moments) -> Moments:
@@ -66,20 +93,29 @@ def add(old: Moments, new: Moments) -> Moments:
 
 def add_measured(old: Measured | None, new: Measured) -> Measured:
     """Merge what was measured, layer by layer."""
-    if old is None:
-        return new
+    return new if old is None else _add_measured(old, new)
+
+
+@jax.jit  # apart from the model, which is so compiled once for batches of one shape
+def _add_measured(old: Measured, new: Measured) -> Measured:
     both = {path: add(old.inputs.get(path, no_samples(m.mean)), m) for path, m in new.inputs.items()}
     return Measured(old.inputs | both, tuple((dict(old.options) | dict(new.options)).items()))
 
 
-def new_statistics(options: Options, found: Moments, old: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Return a layer's running statistics with the moments found, in the dtypes of the old ones.
+def new_statistics(
+    options: Options, found: Moments, old: Mapping[str, jax.Array], batches: int = 1
+) -> dict[str, jax.Array]:
+    """Return a layer's running statistics with the moments found in a number of batches.
 
-    A feature without samples keeps the old ones. The count, which only rules have, becomes the number of
-    samples for `jbn.pooled()`, and else 1, which marks the others as complete for `jbn.ema(debias=True)`.
+    They have the dtypes of the old ones, and a feature without samples keeps these. The count, which only
+    rules have, is what they average by: of samples for `jbn.pooled()`, of batches for `jbn.cumulative()`, and
+    else what it was, but at least 1, which marks the others as complete for `jbn.ema(debias=True)`.
     """
-    counts_samples = isinstance(options.update, pooled)
-    new = found._replace(count=found.count if counts_samples else jnp.ones_like(found.count))._asdict()
+    new = found._asdict()
+    if isinstance(options.update, cumulative):
+        new["count"] = jnp.full_like(found.count, batches)
+    elif not isinstance(options.update, pooled) and "count" in old:
+        new["count"] = jnp.maximum(old["count"], 1)
     return {
         name: jnp.where(found.count > 0, new[name], value).astype(value.dtype) for name, value in old.items()
     }
@@ -91,10 +127,16 @@ def sweep_over(
     """Yield what was measured over all batches, once for each sweep.
 
     Raises:
+      TypeError: `batches` is one array or mapping.
       ValueError: there are no batches, an iterator that can be gone through only once, or no batch norm.
     """
-    if sweeps < 1:
-        raise ValueError(f"sweeps={sweeps}; expected 1 or more.")
+    if isinstance(batches, (jax.Array, np.ndarray, Mapping)):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; expected a list of batches, or another iterable of "
+            "them: [x] for a single one, list(x) for an array of batches."
+        )
+    if not isinstance(sweeps, int) or sweeps < 1:
+        raise ValueError(f"sweeps={sweeps!r}; expected a whole number, 1 or more.")
     if sweeps > 1 and iter(batches) is batches:
         raise ValueError(
             f"sweeps={sweeps}, but batches is a {type(batches).__name__}, which can be gone through once; "
@@ -102,12 +144,21 @@ def sweep_over(
         )
     for sweep in range(sweeps):
         measured = None
-        for batch in batches:
-            measured = add_batch(sweep, measured, batch)
-            jax.block_until_ready(measured)  # or batches that wait would fill the memory
+        for batch in with_progress(batches, f"batches, sweep {sweep + 1} of {sweeps}"):
+            last, measured = measured, add_batch(sweep, measured, batch)
+            jax.block_until_ready(last)  # or batches that wait would fill the memory
         if measured is None:
             raise ValueError("batches is empty; expected at least one batch.")
         yield measured
+
+
+def warn_of_unmeasured(path: str, kind: str) -> None:
+    """Warn of a layer that was called, but by code of its own."""
+    warnings.warn(
+        f"'{path}' is of class {kind}, whose running statistics were not measured and stay as they are; "
+        "expected Flax's BatchNorm or jbn's, or a subclass that calls super().__call__.",
+        stacklevel=2,
+    )
 
 
 def _is_bound(name: Any) -> bool:

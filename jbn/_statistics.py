@@ -174,7 +174,11 @@ def merge(*parts: Moments) -> Moments:
                 )
     wide = arithmetic_dtype(*(part.mean for part in parts), *(part.var for part in parts))
     widened = [with_count_per_feature(cast(part, wide)) for part in parts]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *widened)
+    return merge_rows_of(jax.tree.map(lambda *leaves: jnp.stack(leaves), *widened))
+
+
+def merge_rows_of(stacked: Moments) -> Moments:
+    """Merge moments that are stacked along a first axis."""
     unit = power_of_two(stacked.count)
     return multiply_by_unit(*merge_stacked(stacked._replace(count=stacked.count / unit), unit))
 

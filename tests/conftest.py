@@ -36,6 +36,7 @@ collect_ignore = [
     "data/torch_batch_norm.py",
     "data/torch_layers.py",
     "data/torch_resnet.py",
+    "data/torch_update_bn.py",
 ]  # need PyTorch; the tests read their files
 
 

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +15,8 @@ from jbn.linen._calls import calls_batch_norm, intercept, is_batch_norm, path_of
 
 OPTIONS = tuple(field.name for field in fields(BatchNorm) if field.name not in ("parent", "name"))
 
+_options: ContextVar[dict[str, Any] | None] = ContextVar("_options", default=None)
+_IS_REPLACEMENT = "_jbn_is_replacement"  # an attribute
 _numbers = itertools.count()
 _keys: dict[frozenset, str] = {}
 
@@ -27,7 +30,8 @@ def override(**options: Any) -> Iterator[None]:
     left of it outside: functions that `jax.jit` has compiled are traced anew inside, and again outside.
 
     An option takes the place of what the layer was made with, and `use_running_average` also of what it is
-    called with. Of nested contexts the inner one wins.
+    called with. Of nested contexts the inner one wins, where both have an option. Other threads are not
+    affected.
 
     Args:
       options: those of `jbn.linen.BatchNorm`, such as `frozen=True`, `update=jbn.ema(0.9, debias=True)`,
@@ -50,13 +54,15 @@ def override(**options: Any) -> Iterator[None]:
     [0. 0. 0.]
     """
     check_option_names(options, OPTIONS)
-    replaced: list[nn.Module] = []
+    BatchNorm(**options, parent=None)  # checks their values
+    options = (_options.get() or {}) | options
     calls = 0
 
     def call_ours(call, args, kwargs, context):
         nonlocal calls
         layer = context.module
-        if not is_batch_norm(layer) or any(layer is ours for ours in replaced):
+        is_outer = _options.get() is not options  # and what it says is in the inner one's too
+        if is_outer or not will_replace(layer):
             return call(*args, **kwargs)
         if not calls_batch_norm(context):
             # A subclass of Flax's making, as of `nn.remat(nn.BatchNorm)`, calls the layer itself.
@@ -71,14 +77,20 @@ def override(**options: Any) -> Iterator[None]:
         ours = BatchNorm(**own | options, parent=layer.scope)
         if "use_running_average" in options:
             args, kwargs = args[:1], {k: v for k, v in kwargs.items() if k != "use_running_average"}
-        replaced.append(ours)
-        try:
-            return ours(*args, **kwargs)
-        finally:
-            replaced.pop()
+        object.__setattr__(ours, _IS_REPLACEMENT, True)
+        return ours(*args, **kwargs)
 
-    with intercept(call_ours, _key(options)):
-        yield
+    token = _options.set(options)
+    try:
+        with intercept(call_ours, _key(options)):
+            yield
+    finally:
+        _options.reset(token)
+
+
+def will_replace(module: nn.Module) -> bool:
+    """Return whether `override` is active and makes another batch norm of this module."""
+    return _options.get() is not None and is_batch_norm(module) and not hasattr(module, _IS_REPLACEMENT)
 
 
 def _key(options: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Batch norms of Flax that become ours, in the model that they are in."""
 
 import inspect
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 from flax import nnx
@@ -43,6 +44,8 @@ def convert(model: Model, **options: Any) -> Model:
     Raises:
       TypeError: `jbn.nnx.BatchNorm` has no such option, or a layer is of a subclass of Flax's, whose own code
         would not run.
+      ValueError, TypeError: an option has a value that it cannot have.
+      In every case the model is as it was.
 
     >>> import jbn.nnx
     >>> from flax import nnx
@@ -60,21 +63,27 @@ def convert(model: Model, **options: Any) -> Model:
                 "jbn.nnx.BatchNorm itself, since the code of a subclass would not run any more: give it the "
                 "options where it is made."
             )
-    for layer in layers.values():
-        _convert(layer, options)
+    all_options = [
+        _all_options(layer, options) for layer in layers.values()
+    ]  # or an error, before any change
+    for layer, its_options in zip(layers.values(), all_options):
+        _convert(layer, its_options)
     return model
 
 
+def _all_options(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a layer will have, checked."""
+    made = {name: getattr(layer, name, PARAMETERS[name].default) for name in OPTIONS} | options
+    check_options(cast(Any, SimpleNamespace(**made)))
+    return made
+
+
 def _convert(layer: Any, options: dict[str, Any]) -> None:
-    is_flax = type(layer) is nnx.BatchNorm
-    if is_flax:
+    if type(layer) is not BatchNorm:
         object.__setattr__(layer, "__class__", BatchNorm)
-        defaults = {name: PARAMETERS[name].default for name in OPTIONS}
-        options = {name: value for name, value in defaults.items() if not hasattr(layer, name)} | options
         layer.count = nnx.data(None)
     for name, value in options.items():
         setattr(layer, name, value)
-    check_options(layer)
     if layer.update is not None and layer.count is None:
         count = jnp.full(layer.mean.shape, layer.initial_count, jnp.real(layer.mean[...]).dtype)
         layer.count = nnx.BatchStat(count)

@@ -1,14 +1,14 @@
 """Run an NNX model and measure what its batch norms are called with, inside NNX's transforms too."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
-from unittest import mock
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
 
-from jbn._pooling import Measured, add, input_moments, no_samples, options_of
+from jbn._pooling import Measured, add, input_moments, no_samples, options_of, warn_of_unmeasured
 from jbn.nnx._batch_norm import BatchNorm
 
 Call = Callable[[Any, Any], Any]
@@ -29,36 +29,84 @@ def measure(call: Call, model: Any, batch: Any, *, by_batch: bool) -> tuple[Any,
       by_batch: normalize with the moments of the inputs themselves, as in training, and not with the running.
 
     Raises:
-      ValueError: no batch norm was called.
+      ValueError: no batch norm was called, or one in training mode.
     """
     while isinstance(call, jax.stages.Wrapped):  # jitted, which would hide what is inside
         call = call.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
     model = nnx.clone(model)
-    model.eval()
+    for _, node in [("", model)] if isinstance(model, nnx.Module) else nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            node.eval()
     layers = batch_norms(model)
-    for layer in layers.values():
+    kinds = {path: type(layer) for path, layer in layers.items()}
+    for path, layer in layers.items():
         # A BatchStat, because every transform around a batch norm passes these on.
         layer.inputs = nnx.BatchStat(no_samples(layer.mean[...]))
-    with ExitStack() as stack:
-        for kind in (nnx.BatchNorm, BatchNorm):
-            stack.enter_context(mock.patch.object(kind, "__call__", _measuring(kind.__call__, by_batch)))
+        layer.measurement = path, by_batch
+        object.__setattr__(layer, "__class__", _measuring(type(layer)))
+    calls = _Calls(set(), set())
+    token = _calls.set(calls)
+    try:
         outputs = call(model, batch)
-    inputs = {path: layer.inputs.get_value() for path, layer in layers.items()}
-    options = tuple((path, options_of(layer)) for path, layer in layers.items())
-    return outputs, Measured(inputs, options)
+    finally:
+        _calls.reset(token)
+    for path in calls.of_subclasses - calls.measured:
+        warn_of_unmeasured(path, kinds[path].__name__)
+    if not calls.measured:
+        raise ValueError(
+            "call called no flax.nnx.BatchNorm or jbn.nnx.BatchNorm of the model that it was given; expected "
+            "lambda model, x: model(x), or likewise."
+        )
+    measured = [path for path in layers if path in calls.measured]
+    inputs = {path: layers[path].inputs.get_value() for path in measured}
+    return outputs, Measured(inputs, tuple((path, options_of(layers[path])) for path in measured))
 
 
-def _measuring(call, by_batch):
-    def measuring(self, x, use_running_average=None, *, mask=None, **arrays):
-        if not hasattr(self, "inputs"):
-            return call(self, x, use_running_average, mask=mask, **arrays)
-        found = input_moments(self, x, mask)
+class _Calls(NamedTuple):
+    """The paths of the layers that were called."""
+
+    measured: set[str]
+    of_subclasses: set[str]
+
+
+_calls: ContextVar[_Calls] = ContextVar("_calls")
+
+
+class _Measuring(nnx.Module):
+    """Comes between the class that a layer has, or a subclass of it, and its `__call__`."""
+
+    def __call__(self: Any, x, use_running_average=None, **options):
+        path, by_batch = self.measurement
+        if use_running_average is not None and not use_running_average:
+            raise ValueError(
+                f"'{path}' is called with use_running_average={use_running_average}, as in training; "
+                "expected a call that runs the model as for evaluation, which leaves that to model.eval()."
+            )
+        _calls.get().measured.add(path)
+        found = input_moments(self, self.mean[...], x, options.get("mask"))
         self.inputs.set_value(add(self.inputs.get_value(), found))
-        old = self.mean[...], self.var[...]
+        old = self.mean.get_value(), self.var.get_value()
         if by_batch:
-            self.mean[...], self.var[...] = found.mean, found.var
-        y = call(self, x, True, mask=mask, **arrays)
-        self.mean[...], self.var[...] = old
+            self.mean.set_value(found.mean)
+            self.var.set_value(found.var)
+        y = super().__call__(x, True, **options)  # pyright: ignore[reportAttributeAccessIssue]
+        for variable, value in zip((self.mean, self.var), old):
+            variable.set_value(value)
         return y
 
-    return measuring
+
+class _Noting(nnx.Module):
+    """Comes before a subclass, whose `__call__` may not call that of the batch norm."""
+
+    def __call__(self: Any, *args, **kwargs):
+        _calls.get().of_subclasses.add(self.measurement[0])
+        return super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _measuring(kind: type) -> type:
+    """Return a class like that of a batch norm, which measures."""
+    base = BatchNorm if issubclass(kind, BatchNorm) else nnx.BatchNorm
+    if kind is base:
+        return type("Measuring", (_Measuring, base), {})
+    return type("Measuring", (_Noting, kind, _measuring(base)), {})

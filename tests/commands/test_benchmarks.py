@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import __main__, devices, inference, layers, models, resnet_jax
+from benchmarks import __main__, devices, inference, layers, models, recalibration, resnet_jax
 from benchmarks.cases import Case
 from benchmarks.interleave import Measured, Worker, measure
 from benchmarks.report import layer_tables
@@ -36,7 +36,7 @@ class WorkerHere:
 @pytest.fixture
 def here(monkeypatch, standard_promotion):
     """Have workers measure in this process."""
-    for module in (layers, models, inference, devices):
+    for module in (layers, models, inference, devices, recalibration):
         monkeypatch.setattr(module, "Worker", WorkerHere)
         monkeypatch.setattr(module, "find_spec", lambda name: None, raising=False)  # PyTorch's is a process
 
@@ -100,6 +100,14 @@ def test_a_network_is_timed_with_its_norms_and_without_them(command, here):
     whole, folded = (found[name]["facts"]["bytes accessed"] for name in ("flax.linen", "flax.linen, folded"))
     assert folded < whole
     assert "| flax.linen, folded " in printed
+
+
+@pytest.mark.slow
+def test_recalibration_is_measured_beside_evaluation(here, command):
+    printed, record = command("recalibration")
+    names = [f"{what}, {layer}.linen" for layer in ("flax", "jbn") for what in ("evaluate", "recalibrate")]
+    assert list(record["candidates"]) == names
+    assert all(each["median"] > 0 and name in printed for name, each in record["candidates"].items())
 
 
 def test_networks_are_shown_with_what_is_known_of_each(command, here, monkeypatch):

@@ -58,6 +58,22 @@ def refused(config):
     except UserError as error:
         return str(error)
 
+import flax.linen as nn
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jbn.linen import recalibrate
+
+mesh = jax.make_mesh((4,), ("data",))
+place = lambda x, *spec: jax.make_array_from_callback(
+    np.shape(x), NamedSharding(mesh, PartitionSpec(*spec)), lambda index: np.asarray(x)[index]
+)
+layer, rows = nn.BatchNorm(True), np.arange(48.0, dtype="float32").reshape(16, 3) ** 2
+variables, batches = layer.init(jax.random.key(0), rows), [place(rows[:12], "data"), place(rows[12:], "data")]
+facts["recalibrated"] = []
+for here in jax.tree.map(np.asarray, variables), jax.tree.map(place, variables):
+    found = recalibrate(layer.apply, here, batches)["batch_stats"]
+    facts["recalibrated"].append([np.asarray(leaf).tolist() for leaf in jax.tree.leaves(found)])
+
 facts["evaluated"] = serving.evaluate(folder / "alone")
 facts["moved"] = fit(config("moved"), StopRequests()).step
 facts["other seed"] = refused(config("different", "--seed", str(me)))
@@ -168,6 +184,15 @@ def test_only_the_first_of_several_processes_writes_and_prints(folder, done):
 def test_processes_evaluate_the_same_weights_to_the_same_last_bit(folder, done):
     expected = serving.evaluate(folder / "alone")
     assert [facts["evaluated"] for _, facts in done] == [expected, expected]
+
+
+def test_recalibration_finds_the_same_in_each_process_over_all_data(done):
+    rows = np.arange(48.0).reshape(16, 3) ** 2
+    for _, facts in done:
+        for found in facts["recalibrated"]:  # with variables of each process, and over all devices
+            assert_allclose(found, [rows.mean(0), rows.var(0)], rtol=1e-5)
+    (_, first), (_, other) = done
+    assert first["recalibrated"] == other["recalibrated"]
 
 
 def test_checkpoint_moves_between_one_process_and_several(folder, done, capfd):
