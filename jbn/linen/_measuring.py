@@ -113,6 +113,7 @@ class _Measurement:
     def _call_layer(self, call, args, kwargs, layer):
         _check_evaluation(layer, *args, **kwargs)
         scope = layer.scope
+        _inherit_mutability(scope, self.runs[-1][0])
         if not scope.is_mutable_collection("batch_stats"):
             raise ValueError(
                 f"'{path_of(layer)}' is in a transform that broadcasts its statistics, so that none can be "
@@ -130,6 +131,13 @@ class _Measurement:
         for name, value in new.items():
             scope.put_variable("batch_stats", name, value)
         return y
+
+
+def _inherit_mutability(scope: Scope, root: Scope) -> None:
+    """Make a scope mutable as its root is by now: those of submodules from `setup` are older."""
+    at: Scope | None = scope if scope.root is root else None
+    while at is not None:
+        at.mutable, at = union_filters(at.mutable, "batch_stats"), at.parent
 
 
 def _check_evaluation(layer: Any, x: Any = None, use_running_average: Any = None, **_: Any) -> None:

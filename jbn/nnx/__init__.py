@@ -2,6 +2,7 @@
 
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._convert import convert
+from jbn.nnx._diagnosis import diagnose
 from jbn.nnx._recalibration import recalibrate
 
-__all__ = ["BatchNorm", "convert", "recalibrate"]
+__all__ = ["BatchNorm", "convert", "diagnose", "recalibrate"]

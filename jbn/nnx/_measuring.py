@@ -36,22 +36,27 @@ def measure(call: Call, model: Any, batch: Any, *, by_batch: bool) -> tuple[Any,
     model = nnx.clone(model)
     model.eval()
     layers = batch_norms(model)
-    for layer in layers.values():
+    for path, layer in layers.items():
         # A BatchStat, because every transform around a batch norm passes these on.
         layer.inputs = nnx.BatchStat(no_samples(layer.mean[...]))
+        layer.measured_as = path
+    called: dict[str, None] = {}  # an ordered set
     with ExitStack() as stack:
         for kind in (nnx.BatchNorm, BatchNorm):
-            stack.enter_context(mock.patch.object(kind, "__call__", _measuring(kind.__call__, by_batch)))
+            measuring = _measuring(kind.__call__, by_batch, called)
+            stack.enter_context(mock.patch.object(kind, "__call__", measuring))
         outputs = call(model, batch)
     inputs = {path: layer.inputs.get_value() for path, layer in layers.items()}
-    options = tuple((path, options_of(layer)) for path, layer in layers.items())
+    paths = [*called, *(path for path in layers if path not in called)]
+    options = tuple((path, options_of(layers[path])) for path in paths)
     return outputs, Measured(inputs, options)
 
 
-def _measuring(call, by_batch):
+def _measuring(call, by_batch, called):
     def measuring(self, x, use_running_average=None, *, mask=None, **arrays):
         if not hasattr(self, "inputs"):
             return call(self, x, use_running_average, mask=mask, **arrays)
+        called[self.measured_as] = None
         found = input_moments(self, x, mask)
         self.inputs.set_value(add(self.inputs.get_value(), found))
         old = self.mean[...], self.var[...]
