@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 class Passes(NamedTuple):
     """What a model does with a batch, for `observe`: functions that are compiled once."""
 
-    # (seen, batch) -> (seen, losses with running and with the batch's own statistics)
+    # (seen, batch) -> (seen, what `losses_of` returns)
     observe: Callable[[Seen | None, Any], tuple[Seen, jax.Array]]
     # (measured, batch) -> loss with the moments of all batches
     recalibrated_loss: Callable[[Measured, Any], jax.Array]
@@ -44,6 +44,17 @@ def add_observed(seen: Seen, measured: Measured, batch: Any) -> Seen:
     finite = [jnp.isfinite(leaf).all() for leaf in leaves]
     data_are_finite = jnp.stack([seen.data_are_finite, *finite]).all()
     return Seen(add_measured(seen.measured, measured), batches, data_are_finite)
+
+
+def losses_of(loss: Loss | None, running: Any, own: Any, batch: Any) -> jax.Array:
+    """Return the losses of outputs with running and with the batch's own statistics, and of mismatched ones."""
+    if loss is None:
+        return jnp.zeros(3)
+
+    def of_others(leaf):
+        return jnp.roll(leaf, leaf.shape[0] // 2, 0) if leaf.ndim else leaf
+
+    return jnp.stack([loss(running, batch), loss(own, batch), loss(jax.tree.map(of_others, running), batch)])
 
 
 def nothing_seen(measured: Measured) -> Seen:
@@ -75,10 +86,10 @@ def diagnose_by(
         )
     seen, losses, sizes = None, [], []
     for batch in batches:
-        seen, both = passes.observe(seen, batch)
-        losses.append(both)
+        seen, some = passes.observe(seen, batch)
+        losses.append(some)
         sizes.append(_size(batch))
-        jax.block_until_ready(both)  # or batches that wait would fill the memory
+        jax.block_until_ready(some)  # or batches that wait would fill the memory
     if seen is None:
         raise ValueError("batches is empty; expected at least one batch.")
     found = None
@@ -87,8 +98,9 @@ def diagnose_by(
         for batch in batches:
             third.append(passes.recalibrated_loss(seen.measured, batch))
             jax.block_until_ready(third[-1])
-        running, own = np.stack([np.asarray(both) for both in losses], axis=1)
-        found = Losses(running, own, np.stack([np.asarray(loss) for loss in third]), np.array(sizes))
+        running, own, mismatched = np.stack([np.asarray(some) for some in losses], axis=1)
+        recalibrated = np.stack([np.asarray(loss) for loss in third])
+        found = Losses(running, own, recalibrated, mismatched, np.array(sizes))
     return diagnose(
         _records(jax.device_get(seen), variables_of),
         losses=found,

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jbn._running import cumulative, ema, pooled
-from jbn.inspection._diagnosis_picture import save
-from jbn.inspection._diagnosis_table import table
+from jbn.inspection._diagnosis_picture import draw_layers, draw_losses, save
+from jbn.inspection._diagnosis_table import rows, table, worst_first
 from jbn.inspection._layer_diagnosis import LayerDiagnosis
 from jbn.inspection._patterns import Gaussians, divergence
 from jbn.inspection._records import LayerRecord, Losses
@@ -51,6 +51,19 @@ class Diagnosis(NamedTuple):
           ImportError: matplotlib is not installed.
         """
         save(path, self.layers, self.losses, self.findings)
+
+    def draw_layers(self, axes: Any) -> None:
+        """Draw the divergence of the worst layers into an axes of matplotlib, in the order of their calls."""
+        draw_layers(axes, self.layers)
+
+    def draw_losses(self, axes: Any) -> None:
+        """Draw the losses into an axes of matplotlib; nothing if there are none."""
+        if self.losses is not None:
+            draw_losses(axes, self.losses)
+
+    def rows(self, most: int = 12) -> list[tuple[str, ...]]:
+        """Return the table of the worst layers: name, KL, worst features, share of constant ones, flags."""
+        return rows(worst_first(self.layers)[:most])
 
 
 def diagnose(

@@ -29,13 +29,13 @@ def table(
     examples: int,
 ) -> str:
     """Return the verdict, the losses, and the worst layers."""
-    ordered = sorted(layers, key=badness, reverse=True)
+    ordered = worst_first(layers)
     shown = ordered[: SHOWN if len(ordered) > SHOWN + 1 else len(ordered)]
     lines = [
         f"{len(layers)} batch norm layer{'s' * (len(layers) > 1)}, {examples:,} examples",
         *_losses(losses),
     ]
-    lines += ["", *_rows(shown)]
+    lines += ["", *_lines(rows(shown))]
     if rest := ordered[len(shown) :]:
         largest = max((layer.kl for layer in rest if not math.isnan(layer.kl)), default=0.0)
         lines.append(f"and {len(rest)} more layers, all with KL of {largest:.2g} or less")
@@ -43,11 +43,15 @@ def table(
     return "\n".join(lines)
 
 
-def badness(layer: LayerDiagnosis) -> tuple[int, float]:
-    """Return what layers are ordered by, the worst having the largest."""
-    marks = layer.marks()
-    nonfinite = sum(bool(marks[name].any()) for name in FLAGS if name.startswith("nonfinite"))
-    return nonfinite, math.inf if math.isnan(layer.kl) else layer.kl
+def worst_first(layers: Sequence[LayerDiagnosis]) -> list[LayerDiagnosis]:
+    """Return layers with values that are not finite in the order of calls, then the others by divergence."""
+
+    def badness(layer):
+        marks = layer.marks()
+        nonfinite = any(marks[name].any() for name in FLAGS if name.startswith("nonfinite"))
+        return nonfinite, math.inf if nonfinite or math.isnan(layer.kl) else layer.kl
+
+    return sorted(layers, key=badness, reverse=True)
 
 
 def flags(layer: LayerDiagnosis) -> str:
@@ -73,9 +77,9 @@ def _losses(losses: "MeanLosses | None") -> list[str]:
     ]
 
 
-def _rows(layers: Sequence[LayerDiagnosis]) -> list[str]:
-    header = ("layer", "KL", "worst features", "constant", "")
-    rows = [
+def rows(layers: Sequence[LayerDiagnosis]) -> list[tuple[str, ...]]:
+    """Return name, divergence, worst features, share of constant ones and flags of each layer."""
+    return [
         (
             shortened(layer.name),
             "-" if math.isnan(layer.kl) else f"{layer.kl:.2g}",
@@ -85,9 +89,13 @@ def _rows(layers: Sequence[LayerDiagnosis]) -> list[str]:
         )
         for layer in layers
     ]
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(4)]
+
+
+def _lines(cells: Sequence[tuple[str, ...]]) -> list[str]:
+    cells = [("layer", "KL", "worst features", "constant", ""), *cells]
+    widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = []
-    for name, kl, worst, share, said in (header, *rows):
+    for name, kl, worst, share, said in cells:
         line = f"{name:{widths[0]}}  {kl:>{widths[1]}}  {worst:{widths[2]}}  {share:>{widths[3]}}  {said}"
         lines.append(shortened(line.rstrip(), WIDTH, keep=WIDTH - 3))
     return lines

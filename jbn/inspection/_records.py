@@ -42,6 +42,7 @@ class Losses(NamedTuple):
     running: ArrayLike
     batch: ArrayLike  # the batch's own
     recalibrated: ArrayLike  # those of all batches together
+    mismatched: ArrayLike  # the running ones, but the outputs of other examples: that of a network by chance
     sizes: ArrayLike  # examples of each batch, by which its losses are weighed
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from jbn.inspection import _sentences as say
 from jbn.inspection._layer_diagnosis import LayerDiagnosis
-from jbn.inspection._patterns import Gaussians, divergence, lag, scaling, typical
+from jbn.inspection._patterns import Gaussians, Scaling, divergence, lag, scaling, typical
 from jbn.inspection._sentences import Finding
 
 # Nats of a typical feature, from which on a layer's statistics are called wrong: a mean that is off by a
@@ -15,8 +15,8 @@ from jbn.inspection._sentences import Finding
 # batches of 8 have 0.01 to 0.02 from their noise and the variance within a batch, which is 7/8 of the whole;
 # over batches of 2 they have 0.1 and more.
 ALLOWED = 0.05
-# Where there are losses, they decide what lies between: half as much where the loss suffers, twice where not.
-BY_LOSS = {True: 0.5, False: 2.0, None: 1.0}
+# Half as much counts where the loss suffers too.
+IF_LOSS_SUFFERS = 0.5
 # Nats times examples that the moments of a finite sample differ by: 1/2 from the mean and (kurtosis - 1) / 4
 # from the variance, which is 2 for a kurtosis of 7, as of rectified inputs; and three times that, which the
 # average over features hardly ever exceeds.
@@ -25,8 +25,15 @@ SAMPLING = 6.0
 EXPLAINED = 1 / 3
 # A loss is clearly worse if it is by a fifth, and by three standard errors of the difference over batches.
 WORSE, ERRORS = 0.2, 3.0
-# The rows of a batch below which its own loss says nothing of the network.
+# The samples of a batch below which its own loss says nothing of the network.
 SMALL = 8
+# Nats times samples by which layers differ then: 0.11 in batches of 2, and twice that to be sure.
+OWN_MOMENTS = 0.5
+# Nats that no network stands that was not trained with such statistics: a mean off by 0.8 deviations.
+LARGE = 0.3
+# Other data leave the layers after the first with less than this part of its difference: a tenth if they are
+# other pictures, next to nothing if they are scaled. What statistics of earlier weights leave is more.
+FIRST = 0.1
 
 
 class MeanLosses(NamedTuple):
@@ -35,12 +42,19 @@ class MeanLosses(NamedTuple):
     running: np.ndarray
     batch: np.ndarray
     recalibrated: np.ndarray
+    mismatched: np.ndarray  # with the running statistics, but the outputs of other examples
     sizes: np.ndarray
 
+    def works(self) -> bool:
+        """Return whether the network is as good with its running statistics as it gets, and not by chance."""
+        means = self.means()
+        best = min(means["batch"], means["recalibrated"])
+        return means["running"] < best + 0.1 * abs(best) and self.is_worse("mismatched", "running", by=0.5)
+
     def means(self) -> dict[str, float]:
-        """Return the three losses over all examples."""
+        """Return the losses over all examples."""
         weights = self.sizes / self.sizes.sum()
-        return {name: float(np.sum(weights * getattr(self, name))) for name in self._fields[:3]}
+        return {name: float(np.sum(weights * getattr(self, name))) for name in self._fields[:4]}
 
     def is_worse(self, name: str, other: str, by: float = WORSE) -> bool:
         """Return whether a loss is clearly higher than another; what is not finite is."""
@@ -78,7 +92,7 @@ def find(evidence: Evidence) -> tuple[Finding, ...]:
         differing, scaled = _differing(evidence, touched)
         found += differing
     dead = [layer for layer in layers if layer.constant.any() and layer is not scaled]
-    if dead:
+    if dead and not single:
         found.append(say.constant(dead))
     if off := [layer for layer in layers if layer.near_zero_scale.any()]:
         found.append(say.near_zero_scale(off))
@@ -119,93 +133,123 @@ def _untouched(evidence: Evidence, untouched: list[LayerDiagnosis], *, is_reliab
 def _differing(
     evidence: Evidence, layers: list[LayerDiagnosis]
 ) -> tuple[list[Finding], LayerDiagnosis | None]:
-    """Say in which way running statistics differ from the population's; and which layer's data are scaled."""
+    """Say in which way running statistics differ from the population's; and which layer's data are others.
+
+    The patterns are tried from the most particular to the least.
+    """
     losses, found = evidence.losses, []
     suffers = None if losses is None else losses.is_worse("running", "recalibrated")
-    allowed = BY_LOSS[suffers] * ALLOWED + SAMPLING / max(evidence.examples, 1)
-    differing = [layer for layer in layers if layer.typical_kl > allowed]
+    allowed = ALLOWED * (IF_LOSS_SUFFERS if suffers else 1) + SAMPLING / max(evidence.examples, 1)
+    # Small batches, normalized with their own moments, change what the layers after the first get.
+    slack = {layer.name: OWN_MOMENTS / layer.samples for layer in layers[1:] if layer.samples < SMALL}
+    differing = [layer for layer in layers if layer.typical_kl > allowed + slack.get(layer.name, 0)]
     if not differing:
         return [], None
-    noisy = [layer for layer in differing if _is_noise(layer)]
-    if losses is not None and len(noisy) < len(differing) and min(layer.samples for layer in layers) >= SMALL:
-        trained_with = all(losses.is_worse(other, "running", 0.5) for other in ("batch", "recalibrated"))
-        if trained_with:
-            return [say.frozen_otherwise(differing)], None
-    if held := [layer for layer in differing if layer.frozen]:
-        return [say.frozen_and_wrong(held)], None
-
-    first, others = layers[0], layers[1:]
-    corrected = {layer.name: layer.running for layer in layers}
-    share = _lag(others or layers, allowed)
-    if share and not others and scaling(*_fitted(first)).left < lag([_fitted(first)]).left:
-        share = 0.0  # of one layer either may explain the same
+    share = _lag(layers, allowed)
     if share:
-        corrected = {layer.name: _debiased(layer.running, share) for layer in layers}
-    scaled = None
-    if first is evidence.layers[0]:
-        scaled = _scaled(first, others, corrected, allowed)
-    if scaled:
-        found.append(scaled)
-    left = [layer for layer in differing if not (scaled and layer is first)]
-    if share and left:
-        found.append(say.lagging(left, share))
-    elif left and _is_mostly_noise(left, layers):
-        found.append(say.noisy(left))
-    elif left and not (scaled and max(layer.typical_kl for layer in left) < 0.1 * first.typical_kl):
-        found.append(say.other_statistics(left, suffers=suffers))
-    return found, first if scaled else None
+        lagging = [layer for layer in differing if not layer.is_debiased]
+        found.append(say.lagging(lagging, share))
+        if lagging and lagging[0] is evidence.layers[0] and (other := _other_data_behind_lag(layers)):
+            found.append(other)
+        differing = [layer for layer in differing if layer.is_debiased]
+    elif losses is not None and losses.works() and _is_large(differing):
+        return [say.frozen_otherwise(differing)], None
+    if held := [layer for layer in differing if layer.frozen]:
+        found.append(say.frozen_and_wrong(held))
+        differing = [layer for layer in differing if not layer.frozen]
+    if differing and _are_of_small_batches(differing, layers):
+        return [*found, say.noisy(differing)], None
+    first = layers[0]
+    other = None
+    if first is evidence.layers[0] and any(layer is first for layer in differing):
+        other = _other_data(first, layers[1:])
+    if other:
+        found.append(other)
+        # What is left is what the new data do to deeper layers.
+        differing = [layer for layer in differing[1:] if layer.typical_kl > FIRST * first.typical_kl]
+    if differing:
+        found.append(say.other_statistics(differing, suffers=suffers))
+    return found, first if other else None
 
 
-def _fitted(layer: LayerDiagnosis) -> tuple[Gaussians, Gaussians, float]:
-    kept = layer.varying
-    running, population = (Gaussians(g.mean[kept], g.var[kept]) for g in (layer.running, layer.population))
-    return running, population, layer.epsilon
+def _is_large(differing: Sequence[LayerDiagnosis]) -> bool:
+    """Return whether a network that was not trained with these statistics would suffer."""
+    return max(layer.typical_kl for layer in differing) > LARGE and all(
+        layer.samples >= SMALL for layer in differing
+    )
 
 
 def _lag(layers: Sequence[LayerDiagnosis], allowed: float) -> float:
     """Return the share of the initial statistics, if it is the same in all layers and explains them; or 0."""
     able = [layer for layer in layers if not layer.is_debiased]
-    before = typical_of_layers(able)
-    if not able or before < allowed / 2:
+    # The first may differ because of other data, which has to be told from this by the others.
+    judged = [layer for layer in able if layer is not layers[0]] or able
+    before = _typical_of(judged)
+    if not judged or before < allowed / 2:
         return 0.0
-    fit = lag([_fitted(layer) for layer in able])
-    return fit.share if fit.left < EXPLAINED * before else 0.0
+    fit = lag([_fitted(layer) for layer in judged])
+    if fit.left > EXPLAINED * before:
+        return 0.0
+    # Of a single layer either may explain much.
+    is_scaled = judged == able and scaling(*_fitted(able[0])).left < fit.left
+    return 0.0 if is_scaled else fit.share
 
 
-def typical_of_layers(layers: Sequence[LayerDiagnosis]) -> float:
-    """Return the mean of the layers' typical divergences."""
-    return float(np.mean([layer.typical_kl for layer in layers])) if layers else 0.0
-
-
-def _debiased(running: Gaussians, share: float) -> Gaussians:
-    rest = 1 - share
-    var = (running.var - share) / rest
-    # Noise may have made it negative: then it is small.
-    return Gaussians(running.mean / rest, np.maximum(var, 1e-3 * running.var))
-
-
-def _scaled(
-    first: LayerDiagnosis, others: Sequence[LayerDiagnosis], corrected: dict[str, Gaussians], allowed: float
-) -> Finding | None:
+def _other_data(first: LayerDiagnosis, others: Sequence[LayerDiagnosis]) -> Finding | None:
     """Say that the data are not those of training, if the first layer is off and those after it are not.
 
-    With the batch's own statistics, every layer after the first normalizes what the data were scaled by away.
+    With the batch's own statistics, every layer after the first gets what it got in training: the first
+    normalizes away what the data were scaled by, and most of other changes.
     """
-
-    def left(layer):
-        kept, of_running = layer.varying, corrected[layer.name]
-        return typical(divergence(of_running, layer.population, layer.epsilon)[kept])
-
-    of_first, of_others = left(first), [left(layer) for layer in others]
-    if of_first < allowed or of_first < 4 * np.mean(of_others or [0.0]):
-        return None
-    kept = first.varying
-    running = Gaussians(*(values[kept] for values in corrected[first.name]))
-    fit = scaling(running, _fitted(first)[1], first.epsilon)
-    is_explained = fit.left < EXPLAINED * of_first
-    if not others and (not is_explained or _is_noise(first)):
+    fit = scaling(*_fitted(first))
+    is_explained = fit.left < EXPLAINED * first.typical_kl
+    if _typical_of(others) > FIRST * first.typical_kl or not (others or is_explained):
         return None
     return say.other_data(first, fit if is_explained else None)
+
+
+def _other_data_behind_lag(layers: Sequence[LayerDiagnosis]) -> Finding | None:
+    """Say that data are scaled where statistics lag: running means are another share of the means there."""
+    first, *others = layers
+    slopes = [_slope_of_means(layer) for layer in others]
+    slope = _slope_of_means(first)
+    if not slope or not (known := [found for found in slopes if found]):
+        return None
+    factor = float(np.median(known) / slope)
+    # What the weights have changed meanwhile is within a fifth or so.
+    return say.other_data(first, Scaling(factor, False, 0.0)) if not 1 / 1.6 < factor < 1.6 else None
+
+
+def _slope_of_means(layer: LayerDiagnosis) -> float | None:
+    """Return by which share of the population's means the running ones are, if they are in proportion."""
+    running, population, epsilon = _fitted(layer)
+    a, b = (values.real / np.sqrt(population.var + epsilon) for values in (running.mean, population.mean))
+    product = a @ b
+    return float(product / (b @ b)) if product > 0 and product**2 > 0.8 * (a @ a) * (b @ b) else None
+
+
+def _are_of_small_batches(differing: Sequence[LayerDiagnosis], layers: Sequence[LayerDiagnosis]) -> bool:
+    """Return whether running statistics are those of small batches, be they of the size here or of another.
+
+    The variance within n samples is (n - 1)/n of the whole, and the mean the same. The layers after the first
+    differ too, but by less, as they get what small batches make of it.
+    """
+    if any(layer.momentum is None for layer in differing):
+        return False
+    if 2 * sum(map(_is_noise, differing)) > len(differing):
+        return True
+    first, *others = layers
+    if not any(first is layer for layer in differing):
+        return False
+    running, population, epsilon = _fitted(first)
+    ratio = float(np.median((running.var + epsilon) / (population.var + epsilon)))
+    left = typical(divergence(running, Gaussians(population.mean, ratio * population.var), epsilon))
+    moved = typical(np.abs(running.mean - population.mean) ** 2 / (population.var + epsilon))
+    scaled = scaling(running, population, epsilon)
+    if others and _typical_of(others) < 0.05 * first.typical_kl or not scaled.shifted and scaled.left < left:
+        return False
+    # From 1/2, for batches of 2, to 7/8, with room for their own noise.
+    return 0.3 < ratio < 0.9 and moved < 0.1 and left < 0.6 * first.typical_kl
 
 
 def _is_noise(layer: LayerDiagnosis) -> bool:
@@ -223,26 +267,11 @@ def _is_noise(layer: LayerDiagnosis) -> bool:
     return layer.typical_kl < 4 * typical(expected[layer.varying])
 
 
-def _is_mostly_noise(differing: Sequence[LayerDiagnosis], layers: Sequence[LayerDiagnosis]) -> bool:
-    """Return whether running statistics are those of small batches, be they of this size or of another.
+def _fitted(layer: LayerDiagnosis) -> tuple[Gaussians, Gaussians, float]:
+    kept = layer.varying
+    running, population = (Gaussians(g.mean[kept], g.var[kept]) for g in (layer.running, layer.population))
+    return running, population, layer.epsilon
 
-    The variance within n samples is (n - 1)/n of the whole: too small in all layers, by about as much.
-    """
-    if 2 * sum(map(_is_noise, differing)) > len(differing):
-        return True
-    if len(differing) < max(2, len(layers) / 2) or any(layer.momentum is None for layer in differing):
-        return False
-    ratios = [
-        np.median(layer.running.var[layer.varying] / np.maximum(layer.population.var[layer.varying], 1e-30))
-        for layer in differing
-    ]
-    biased = [
-        Gaussians(layer.population.mean, ratio * layer.population.var)
-        for layer, ratio in zip(differing, ratios)
-    ]
-    left = [
-        typical(divergence(layer.running, g, layer.epsilon)[layer.varying])
-        for layer, g in zip(differing, biased)
-    ]
-    # From 1/2, for batches of 2, to 7/8, with room for their own noise.
-    return all(0.3 < ratio < 0.9 for ratio in ratios) and np.mean(left) < 0.6 * typical_of_layers(differing)
+
+def _typical_of(layers: Sequence[LayerDiagnosis]) -> float:
+    return float(np.mean([layer.typical_kl for layer in layers])) if layers else 0.0

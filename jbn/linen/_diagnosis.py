@@ -5,11 +5,20 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax.core import meta, unfreeze
 
 from jbn._normalization import Params
-from jbn._observing import Loss, Passes, Seen, add_observed, compiled, diagnose_by, nothing_seen, replaced
+from jbn._observing import (
+    Loss,
+    Passes,
+    Seen,
+    add_observed,
+    compiled,
+    diagnose_by,
+    losses_of,
+    nothing_seen,
+    replaced,
+)
 from jbn._pooling import Measured
 from jbn._statistics import Moments
 from jbn.inspection import Diagnosis
@@ -68,9 +77,8 @@ def _observe(
 ) -> tuple[Seen, jax.Array]:
     outputs, measured = measure(apply, variables, batch, by_batch=True)
     seen = add_observed(nothing_seen(measured) if seen is None else seen, measured, batch)
-    if loss is None:
-        return seen, jnp.zeros(2)
-    return seen, jnp.stack([loss(apply(variables, batch), batch), loss(outputs, batch)])
+    running = None if loss is None else apply(variables, batch)
+    return seen, losses_of(loss, running, outputs, batch)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -5,11 +5,20 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jbn._normalization import Params
-from jbn._observing import Loss, Passes, Seen, add_observed, compiled, diagnose_by, nothing_seen, replaced
+from jbn._observing import (
+    Loss,
+    Passes,
+    Seen,
+    add_observed,
+    compiled,
+    diagnose_by,
+    losses_of,
+    nothing_seen,
+    replaced,
+)
 from jbn._pooling import Measured
 from jbn._statistics import Moments
 from jbn.inspection import Diagnosis
@@ -72,11 +81,10 @@ def _observe(
 ) -> tuple[Seen, jax.Array]:
     outputs, measured = measure(call, nnx.merge(graph, state), batch, by_batch=True)
     seen = add_observed(nothing_seen(measured) if seen is None else seen, measured, batch)
-    if loss is None:
-        return seen, jnp.zeros(2)
     model = nnx.merge(graph, state)
     model.eval()
-    return seen, jnp.stack([loss(call(model, batch), batch), loss(outputs, batch)])
+    running = None if loss is None else call(model, batch)
+    return seen, losses_of(loss, running, outputs, batch)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -1,6 +1,6 @@
 """A network as pure functions, whichever of Flax's APIs it is written in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -9,7 +9,12 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
+import jbn.linen
+import jbn.nnx
+from jbn.inspection import Diagnosis
 from train.models.norms import Layer
+
+BatchLoss = Callable[[jax.Array, Any], jax.Array]  # (logits, batch) -> the mean loss
 
 
 class Variables(NamedTuple):
@@ -44,6 +49,12 @@ class Network(Protocol):
         """Return the input of each activation, in order: (n, ..., width) each."""
         ...
 
+    def diagnose(
+        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
+    ) -> Diagnosis:
+        """Compare the running statistics with batches of inputs and labels, as `jbn.linen.diagnose`."""
+        ...
+
 
 @dataclass(frozen=True)
 class LinenNetwork:
@@ -75,6 +86,12 @@ class LinenNetwork:
         LinenNetwork(self.module.clone(activation=recorder)).apply(variables, inputs, train=train)
         return recorder.inputs
 
+    def diagnose(
+        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
+    ) -> Diagnosis:
+        apply: Any = lambda variables, batch: self.module.apply(variables, batch[0], train=False)
+        return jbn.linen.diagnose(apply, variables._asdict(), batches, loss=loss)
+
 
 @dataclass(frozen=True)
 class NNXNetwork:
@@ -95,9 +112,7 @@ class NNXNetwork:
         return _variables(self._make(key))
 
     def apply(self, variables: Variables, inputs: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
-        module = nnx.eval_shape(partial(self._make, 0))
-        for values in variables:
-            nnx.update(module, values)
+        module = self._with(variables)
         if not train:
             module.eval()
         return module(inputs), _variables(module).batch_stats
@@ -107,6 +122,18 @@ class NNXNetwork:
         watched = NNXNetwork(self.module, (*self.options, ("activation", recorder)))
         watched.apply(variables, inputs, train=train)
         return recorder.inputs
+
+    def diagnose(
+        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
+    ) -> Diagnosis:
+        call: Any = lambda module, batch: module(batch[0])
+        return jbn.nnx.diagnose(self._with(variables), batches, call=call, loss=loss)
+
+    def _with(self, variables: Variables) -> Any:
+        module = nnx.eval_shape(partial(self._make, 0))
+        for values in variables:
+            nnx.update(module, values)
+        return module
 
     def _make(self, seed: int | jax.Array) -> nnx.Module:
         return self.module(**dict(self.options), rngs=nnx.Rngs(seed))
