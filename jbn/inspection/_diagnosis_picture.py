@@ -60,7 +60,7 @@ def draw_layers(axes: Any, layers: Sequence[LayerDiagnosis], color: str = "#0c6c
         range(len(layers)), [shortened(layer.name, 28).replace("$", r"\$") for layer in layers], fontsize=8
     )
     axes.invert_yaxis()
-    axes.set_xlabel("KL of population and running moments, nats: mean (bar) and features")
+    axes.set_xlabel("KL, nats: mean (bar) and features")
     axes.spines[["top", "right"]].set_visible(False)
 
 

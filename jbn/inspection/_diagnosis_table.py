@@ -64,7 +64,7 @@ def flags(layer: LayerDiagnosis) -> str:
 
 def worst_features(layer: LayerDiagnosis) -> str:
     """Return the worst features with their divergences."""
-    return ", ".join(f"{layer.feature(i)}: {layer.divergence[i]:.2g}" for i in layer.worst(2))
+    return ", ".join(f"{layer.feature(i)} ({layer.divergence[i]:.2g})" for i in layer.worst(2))
 
 
 def _losses(losses: "MeanLosses | None") -> list[str]:

@@ -240,5 +240,8 @@ def _features(layer: LayerDiagnosis, mark: np.ndarray, most: int = 5) -> str:
 
 
 def _factor(factor: float) -> str:
-    """Write a factor, or 1 over it."""
-    return f"{factor:.3g}" if factor >= 1 else f"1/{1 / factor:.3g}"
+    """Write a factor, or 1 over it, as far as it is known."""
+    size = max(factor, 1 / factor)
+    whole = round(size)
+    size = whole if abs(size - whole) < 0.04 * size and whole < 20 else float(f"{size:.2g}")
+    return f"about {size:g}" if factor >= 1 else f"about 1/{size:g}"

@@ -25,8 +25,11 @@ SAMPLING = 6.0
 EXPLAINED = 1 / 3
 # A loss is clearly worse if it is by a fifth, and by three standard errors of the difference over batches.
 WORSE, ERRORS = 0.2, 3.0
-# The samples of a batch below which its own loss says nothing of the network.
-SMALL = 8
+# The samples of a batch below which its own loss says nothing of the network; and those whose variance is
+# a quarter below the whole or more.
+SMALL, TINY = 8, 4
+# A momentum that averages over at most 40 batches, in which weights move little.
+SHORT = 0.95
 # Nats times samples by which layers differ then: 0.11 in batches of 2, and twice that to be sure.
 OWN_MOMENTS = 0.5
 # Nats that no network stands that was not trained with such statistics: a mean off by 0.8 deviations.
@@ -145,6 +148,8 @@ def _differing(
     differing = [layer for layer in layers if layer.typical_kl > allowed + slack.get(layer.name, 0)]
     if not differing:
         return [], None
+    if losses is not None and losses.works() and _is_large(differing):
+        return [say.frozen_otherwise(differing)], None
     share = _lag(layers, allowed)
     if share:
         lagging = [layer for layer in differing if not layer.is_debiased]
@@ -152,8 +157,6 @@ def _differing(
         if lagging and lagging[0] is evidence.layers[0] and (other := _other_data_behind_lag(layers)):
             found.append(other)
         differing = [layer for layer in differing if layer.is_debiased]
-    elif losses is not None and losses.works() and _is_large(differing):
-        return [say.frozen_otherwise(differing)], None
     if held := [layer for layer in differing if layer.frozen]:
         found.append(say.frozen_and_wrong(held))
         differing = [layer for layer in differing if not layer.frozen]
@@ -185,7 +188,7 @@ def _lag(layers: Sequence[LayerDiagnosis], allowed: float) -> float:
     # The first may differ because of other data, which has to be told from this by the others.
     judged = [layer for layer in able if layer is not layers[0]] or able
     before = _typical_of(judged)
-    if not judged or before < allowed / 2:
+    if not judged or before < allowed / 5:
         return 0.0
     fit = lag([_fitted(layer) for layer in judged])
     if fit.left > EXPLAINED * before:
@@ -203,6 +206,8 @@ def _other_data(first: LayerDiagnosis, others: Sequence[LayerDiagnosis]) -> Find
     """
     fit = scaling(*_fitted(first))
     is_explained = fit.left < EXPLAINED * first.typical_kl
+    if fit.shifted:  # a constant of each feature explains much by itself: then it has to be nearly all
+        is_explained = fit.left < min(0.1 * first.typical_kl, ALLOWED / 2)
     if _typical_of(others) > FIRST * first.typical_kl or not (others or is_explained):
         return None
     return say.other_data(first, fit if is_explained else None)
@@ -222,8 +227,9 @@ def _other_data_behind_lag(layers: Sequence[LayerDiagnosis]) -> Finding | None:
 
 def _slope_of_means(layer: LayerDiagnosis) -> float | None:
     """Return by which share of the population's means the running ones are, if they are in proportion."""
-    running, population, epsilon = _fitted(layer)
-    a, b = (values.real / np.sqrt(population.var + epsilon) for values in (running.mean, population.mean))
+    running, population, _ = _fitted(layer)
+    deviations = np.sqrt(np.maximum(population.var, np.finfo(np.float32).tiny))
+    a, b = running.mean.real / deviations, population.mean.real / deviations
     product = a @ b
     return float(product / (b @ b)) if product > 0 and product**2 > 0.8 * (a @ a) * (b @ b) else None
 
@@ -236,7 +242,7 @@ def _are_of_small_batches(differing: Sequence[LayerDiagnosis], layers: Sequence[
     """
     if any(layer.momentum is None for layer in differing):
         return False
-    if 2 * sum(map(_is_noise, differing)) > len(differing):
+    if 2 * sum(map(_is_noise, differing)) > len(differing) or min(layer.samples for layer in layers) <= TINY:
         return True
     first, *others = layers
     if not any(first is layer for layer in differing):
@@ -249,7 +255,9 @@ def _are_of_small_batches(differing: Sequence[LayerDiagnosis], layers: Sequence[
     if others and _typical_of(others) < 0.05 * first.typical_kl or not scaled.shifted and scaled.left < left:
         return False
     # From 1/2, for batches of 2, to 7/8, with room for their own noise.
-    return 0.3 < ratio < 0.9 and moved < 0.1 and left < 0.6 * first.typical_kl
+    # Averages over few batches have no other reason; those over many may be of weights that have moved.
+    is_short = first.momentum is not None and first.momentum <= SHORT
+    return 0.3 < ratio < 0.9 and moved < 0.1 and (is_short or left < 0.6 * first.typical_kl)
 
 
 def _is_noise(layer: LayerDiagnosis) -> bool:
