@@ -3,16 +3,14 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from jbn.inspection._diagnosis_table import shortened, worst_first
 from jbn.inspection._layer_diagnosis import LayerDiagnosis
+from jbn.inspection._mean_losses import MeanLosses
 from jbn.inspection._sentences import Finding
-
-if TYPE_CHECKING:
-    from jbn.inspection._verdict import MeanLosses
 
 SHOWN = 24  # layers at most
 LEAST = 1e-4  # of the axis of divergences
@@ -22,7 +20,7 @@ NAMES = {"running": "running", "batch": "each batch's own", "recalibrated": "rec
 def save(
     path: Any,
     layers: Sequence[LayerDiagnosis],
-    losses: "MeanLosses | None",
+    losses: MeanLosses | None,
     findings: Sequence[Finding],
 ) -> None:
     """Draw the divergences of the worst layers in the order of their calls, the losses and the verdict."""
@@ -64,7 +62,7 @@ def draw_layers(axes: Any, layers: Sequence[LayerDiagnosis], color: str = "#0c6c
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_losses(axes: Any, losses: "MeanLosses", color: str = "#b43c00") -> None:
+def draw_losses(axes: Any, losses: MeanLosses, color: str = "#b43c00") -> None:
     """Draw the three losses."""
     means = losses.means()
     for row, value in enumerate(means[name] for name in NAMES):

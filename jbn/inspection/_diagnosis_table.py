@@ -3,13 +3,10 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from jbn.inspection._layer_diagnosis import LayerDiagnosis
+from jbn.inspection._mean_losses import MeanLosses
 from jbn.inspection._sentences import Finding
-
-if TYPE_CHECKING:
-    from jbn.inspection._verdict import MeanLosses
 
 WIDTH = 100
 SHOWN = 12  # layers at most, worst first
@@ -24,7 +21,7 @@ FLAGS = {
 
 def table(
     layers: Sequence[LayerDiagnosis],
-    losses: "MeanLosses | None",
+    losses: MeanLosses | None,
     findings: Sequence[Finding],
     examples: int,
 ) -> str:
@@ -67,7 +64,7 @@ def worst_features(layer: LayerDiagnosis) -> str:
     return ", ".join(f"{layer.feature(i)} ({layer.divergence[i]:.2g})" for i in layer.worst(2))
 
 
-def _losses(losses: "MeanLosses | None") -> list[str]:
+def _losses(losses: MeanLosses | None) -> list[str]:
     if losses is None:
         return []
     means = losses.means()

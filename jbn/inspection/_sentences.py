@@ -161,7 +161,7 @@ def noisy(layers: Layers) -> Finding:
     )
 
 
-def other_data(layer: LayerDiagnosis, fit: Scaling | None) -> Finding:
+def other_data(layer: LayerDiagnosis, fit: Scaling | None, *, alone: bool) -> Finding:
     if fit is None:
         how = "distributed otherwise than in training, and not by a common factor alone"
         cause = "such as the order of channels, or a different preprocessing"
@@ -180,7 +180,8 @@ def other_data(layer: LayerDiagnosis, fit: Scaling | None) -> Finding:
         "other data",
         (layer.name,),
         f"The data are {how}: {layer.name}, the first layer, gets what its running statistics do not "
-        "describe, while the layers after it agree once it has normalized with the batch's own.",
+        "describe"
+        + ("." if alone else ", while those after it agree once it normalizes with the batch's own."),
         f"Preprocess them as in training ({cause}); recalibrate only if the new data are what is meant.",
     )
 

@@ -41,7 +41,7 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
 
 
 def test_split(run: TrainedRun, run_dir: Path, path: str | None) -> tuple[str, Split]:
-    """Return the name and the examples that `evaluate` evaluates on, of the data at `path` if there is one."""
+    """Return the name and the examples of what `evaluate` evaluates on."""
     config = data_at(run.config.data, path)
     name, given, fingerprint = data.load_test(
         config,
