@@ -47,7 +47,7 @@ def add_observed(seen: Seen, measured: Measured, batch: Any) -> Seen:
 
 
 def losses_of(loss: Loss | None, running: Any, own: Any, batch: Any) -> jax.Array:
-    """Return the losses of outputs with running and with the batch's own statistics, and of mismatched ones."""
+    """Return the losses of outputs by running statistics, by the batch's own, and of mismatched ones."""
     if loss is None:
         return jnp.zeros(3)
 
@@ -143,7 +143,7 @@ def replaced(found: Measured, path: str, old: Mapping[str, jax.Array]) -> dict[s
     return {name: jnp.where(inputs.count > 0, new[name], old[name]).astype(old[name].dtype) for name in new}
 
 
-def compiled(add: Callable, *static: Any) -> Callable[[Seen | None, Any], tuple[Seen, jax.Array]]:
+def compiled(add: Callable, *static: Any) -> Callable[..., tuple[Seen, jax.Array]]:
     """Give the first batch something to be added to, so that one program serves all batches of one shape."""
 
     def observe(seen, *arguments):

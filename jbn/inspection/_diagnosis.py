@@ -184,9 +184,9 @@ def _number(value: float) -> float | None:
 def _as_dict(layer: LayerDiagnosis) -> dict[str, Any]:
     values = {
         "divergence": layer.divergence,
-        "running_mean": layer.running.mean.real,
+        "running_mean": np.real(layer.running.mean),
         "running_var": layer.running.var,
-        "mean": layer.population.mean.real,
+        "mean": np.real(layer.population.mean),
         "var": layer.population.var,
     }
     features = {key: [_number(v) for v in value] for key, value in values.items()}

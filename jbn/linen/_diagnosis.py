@@ -65,9 +65,8 @@ def diagnose(apply: Apply, variables: Any, batches: Iterable[Any], *, loss: Loss
         return running, Params(params.get("scale"), params.get("bias"))
 
     observe = compiled(_observe, apply, loss)
-    loss_of: Any = _loss_of
     passes = Passes(
-        lambda seen, batch: observe(seen, variables, batch), partial(loss_of, apply, loss, variables)
+        lambda seen, batch: observe(seen, variables, batch), partial(_loss_of, apply, loss, variables)
     )
     return diagnose_by(passes, batches, loss is not None, variables_of)
 

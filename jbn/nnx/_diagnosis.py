@@ -69,9 +69,8 @@ def diagnose(
 
     graph, state = nnx.split(model)
     observe = compiled(_observe, call, loss, graph)
-    loss_of: Any = _loss_of
     passes = Passes(
-        lambda seen, batch: observe(seen, state, batch), partial(loss_of, call, loss, graph, state)
+        lambda seen, batch: observe(seen, state, batch), partial(_loss_of, call, loss, graph, state)
     )
     return diagnose_by(passes, batches, loss is not None, variables_of)
 
