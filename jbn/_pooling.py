@@ -28,13 +28,24 @@ class Options(NamedTuple):
     frozen: bool
 
 
+class Inputs(NamedTuple):
+    """The moments of what a layer was called with, in the shape of its mean."""
+
+    mean: jax.Array
+    var: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    nonfinite: (
+        jax.Array
+    )  # Boolean: whether there were samples whose moments are not finite; they count as none
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Measured:
     """What the layers that one or more batches went through were called with."""
 
-    inputs: dict[str, Moments]  # path of the layer -> of all its inputs together, in the shape of its mean
-    options: tuple[tuple[str, Options], ...] = field(metadata={"static": True})  # by path
+    inputs: dict[str, Inputs]  # path of the layer -> of all its inputs together
+    options: tuple[tuple[str, Options], ...] = field(metadata={"static": True})  # by path, in order of calls
 
 
 def options_of(layer: Layer) -> Options:
@@ -44,11 +55,11 @@ def options_of(layer: Layer) -> Options:
     )
 
 
-def no_samples(mean: jax.Array) -> Moments:
+def no_samples(mean: jax.Array) -> Inputs:
     """Return the identity of `jbn.merge` in the shape of a running mean, in float32 at least."""
     dtype = arithmetic_dtype(mean)
     real = jnp.zeros(mean.shape, real_dtype(dtype))
-    return Moments(jnp.zeros(mean.shape, dtype), real, real)
+    return Inputs(jnp.zeros(mean.shape, dtype), real, real, jnp.zeros(mean.shape, bool))
 
 
 def input_moments(layer: Layer, mean: jax.Array, x: ArrayLike, mask: ArrayLike | None) -> Moments:
@@ -86,9 +97,13 @@ def _over_maps(measure: Callable[..., Moments]) -> Callable[..., Moments]:
     return measure_mapped
 
 
-def add(old: Moments, new: Moments) -> Moments:
+def add(old: Inputs, new: Inputs | Moments) -> Inputs:
     """Merge two sets of samples; a feature of the new one that is not finite counts as none."""
-    return apply_update_rule(pooled(), old, new)
+    nonfinite = (new.count > 0) & ~(jnp.isfinite(new.mean) & jnp.isfinite(new.var))
+    if isinstance(new, Inputs):
+        nonfinite |= new.nonfinite
+    both = apply_update_rule(pooled(), Moments(*old[:3]), Moments(*new[:3]))
+    return Inputs(*both, old.nonfinite | nonfinite)
 
 
 def add_measured(old: Measured | None, new: Measured) -> Measured:
@@ -103,7 +118,7 @@ def _add_measured(old: Measured, new: Measured) -> Measured:
 
 
 def new_statistics(
-    options: Options, found: Moments, old: Mapping[str, jax.Array], batches: int = 1
+    options: Options, found: Inputs, old: Mapping[str, jax.Array], batches: int = 1
 ) -> dict[str, jax.Array]:
     """Return a layer's running statistics with the moments found in a number of batches.
 

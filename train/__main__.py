@@ -112,6 +112,26 @@ def recalibrate(
     return 0
 
 
+def diagnose(run_dir: Positional[Path], *, path: Annotated[str | None, arg(name="data.path")] = None) -> int:
+    """Say whether the running statistics of a run fit its data, and what to do.
+
+    They are compared with the test split, of which the network gets batches as large as in training. The
+    numbers go to RUN_DIR/diagnosis.json, the pictures to RUN_DIR/report.html.
+
+    Args:
+      run_dir: the run directory.
+      path: other data, in the layout of the data that the run was trained on; all of them where they have no
+        test split.
+    """
+    from train.studies import run_page
+    from train.training.trained import diagnosis
+
+    found = diagnosis.diagnose(run_dir, path)
+    print(found)
+    print(f"\nNumbers: {diagnosis.write(run_dir, found)}\nReport: {run_page.write(run_dir, found)}")
+    return 0
+
+
 def list_configs() -> int:
     """List the configs, a line each."""
     paths = sorted(CONFIGS.glob("*.toml"))
@@ -127,6 +147,7 @@ COMMANDS = {
     "predict": predict,
     "export": export,
     "recalibrate": recalibrate,
+    "diagnose": diagnose,
     "list": list_configs,
 }
 

@@ -5,6 +5,7 @@ It needs Flax: `pip install "jbn[flax]"`.
 
 from jbn._masks import batch_norm_mask
 from jbn.linen._batch_norm import BatchNorm
+from jbn.linen._diagnosis import diagnose
 from jbn.linen._folding import fold, without_norms
 from jbn.linen._override import override
 from jbn.linen._pairs import find_pairs
@@ -14,6 +15,7 @@ from jbn.linen._torch import load_torch
 __all__ = [
     "BatchNorm",
     "batch_norm_mask",
+    "diagnose",
     "find_pairs",
     "fold",
     "load_torch",

@@ -1,5 +1,6 @@
 """Run a Linen model and measure what its batch norms are called with, inside lifted transforms too."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -28,6 +29,8 @@ Apply = Callable[[Any, Any], Any]
 # The variable beside a layer's mean and var that holds the moments of its inputs. It is in their collection,
 # because that is the one that every lifted transform around a batch norm passes on.
 INPUTS = "inputs"
+
+_numbers = itertools.count()
 
 
 def measure(apply: Apply, variables: Any, batch: Any, *, by_batch: bool) -> tuple[Any, Measured]:
@@ -99,7 +102,8 @@ class _Measurement:
     def run(self, apply: Apply, batch: Any) -> tuple[Any, Measured]:
         """Call `apply`."""
         try:
-            with intercept(self._intercept, f"measure by_batch={self.by_batch}"):
+            # Each measurement has to see the calls in what `nn.jit` has compiled in another.
+            with intercept(self._intercept, f"measure {next(_numbers)}"):
                 outputs = apply(self.variables, batch)
         except ValueError as error:
             if "broadcasted variable has a data dependency" in str(error):  # from nn.scan

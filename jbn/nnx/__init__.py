@@ -6,7 +6,8 @@ It needs Flax: `pip install "jbn[flax]"`.
 from jbn._masks import batch_norm_mask
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._convert import convert
+from jbn.nnx._diagnosis import diagnose
 from jbn.nnx._recalibration import recalibrate
 from jbn.nnx._torch import load_torch
 
-__all__ = ["BatchNorm", "batch_norm_mask", "convert", "load_torch", "recalibrate"]
+__all__ = ["BatchNorm", "batch_norm_mask", "convert", "diagnose", "load_torch", "recalibrate"]

@@ -1,9 +1,9 @@
 """Run an NNX model and measure what its batch norms are called with, inside NNX's transforms too."""
 
 from collections.abc import Callable
-from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
@@ -39,54 +39,50 @@ def measure(call: Call, model: Any, batch: Any, *, by_batch: bool) -> tuple[Any,
             node.eval()
     layers = batch_norms(model)
     kinds = {path: type(layer) for path, layer in layers.items()}
+    calls = _Calls(by_batch)
     for path, layer in layers.items():
         # A BatchStat, because every transform around a batch norm passes these on.
         layer.inputs = nnx.BatchStat(no_samples(layer.mean[...]))
-        layer.measurement = path, by_batch
+        layer.calls, layer.path = calls, path
         object.__setattr__(layer, "__class__", _measuring(type(layer)))
-    calls = _Calls(set(), set())
-    token = _calls.set(calls)
-    try:
-        outputs = call(model, batch)
-    finally:
-        _calls.reset(token)
-    for path in calls.of_subclasses - calls.measured:
+    outputs = call(model, batch)
+    for path in calls.of_subclasses - calls.measured.keys():
         warn_of_unmeasured(path, kinds[path].__name__)
     if not calls.measured:
         raise ValueError(
             "call called no flax.nnx.BatchNorm or jbn.nnx.BatchNorm of the model that it was given; expected "
             "lambda model, x: model(x), or likewise."
         )
-    measured = [path for path in layers if path in calls.measured]
-    inputs = {path: layers[path].inputs.get_value() for path in measured}
-    return outputs, Measured(inputs, tuple((path, options_of(layers[path])) for path in measured))
+    inputs = {path: layers[path].inputs.get_value() for path in calls.measured}
+    return outputs, Measured(inputs, tuple((path, options_of(layers[path])) for path in calls.measured))
 
 
-class _Calls(NamedTuple):
-    """The paths of the layers that were called."""
+@dataclass(eq=False)
+class _Calls:
+    """The paths of the layers that were called.
 
-    measured: set[str]
-    of_subclasses: set[str]
+    It equals itself alone, so that what `nnx.jit` has compiled in one measurement is not used in another.
+    """
 
-
-_calls: ContextVar[_Calls] = ContextVar("_calls")
+    by_batch: bool
+    measured: dict[str, None] = field(default_factory=dict)  # in order
+    of_subclasses: set[str] = field(default_factory=set)
 
 
 class _Measuring(nnx.Module):
     """Comes between the class that a layer has, or a subclass of it, and its `__call__`."""
 
     def __call__(self: Any, x, use_running_average=None, **options):
-        path, by_batch = self.measurement
         if use_running_average is not None and not use_running_average:
             raise ValueError(
-                f"'{path}' is called with use_running_average={use_running_average}, as in training; "
+                f"'{self.path}' is called with use_running_average={use_running_average}, as in training; "
                 "expected a call that runs the model as for evaluation, which leaves that to model.eval()."
             )
-        _calls.get().measured.add(path)
+        self.calls.measured[self.path] = None
         found = input_moments(self, self.mean[...], x, options.get("mask"))
         self.inputs.set_value(add(self.inputs.get_value(), found))
         old = self.mean.get_value(), self.var.get_value()
-        if by_batch:
+        if self.calls.by_batch:
             self.mean.set_value(found.mean)
             self.var.set_value(found.var)
         y = super().__call__(x, True, **options)  # pyright: ignore[reportAttributeAccessIssue]
@@ -99,7 +95,7 @@ class _Noting(nnx.Module):
     """Comes before a subclass, whose `__call__` may not call that of the batch norm."""
 
     def __call__(self: Any, *args, **kwargs):
-        _calls.get().of_subclasses.add(self.measurement[0])
+        self.calls.of_subclasses.add(self.path)
         return super().__call__(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 

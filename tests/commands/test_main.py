@@ -110,7 +110,7 @@ def test_usage_is_printed_and_asking_for_it_is_no_mistake(command):
     for arguments, code in (([], 2), (["--help"], 0), (["-h"], 0)):
         ended, printed, _ = command(*arguments)
         assert ended == code and printed.startswith("usage: python -m train")
-        for name in ("eval", "predict", "export", "recalibrate", "compare", "sweep", "list"):
+        for name in ("eval", "predict", "export", "recalibrate", "diagnose", "compare", "sweep", "list"):
             assert f"\n  {name} " in printed
 
 

@@ -1,6 +1,6 @@
 """A network as pure functions, whichever of Flax's APIs it is written in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -12,7 +12,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jbn
 import jbn.linen
+import jbn.nnx
+from jbn.inspection import Diagnosis
 from train.models.norms import Layer
+
+BatchLoss = Callable[[jax.Array, Any], jax.Array]  # (logits, batch) -> the mean loss
 
 
 class Variables(NamedTuple):
@@ -54,6 +58,12 @@ class Network(Protocol):
         """
         ...
 
+    def diagnose(
+        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
+    ) -> Diagnosis:
+        """Compare the running statistics with batches of inputs and labels, as `jbn.linen.diagnose`."""
+        ...
+
 
 @dataclass(frozen=True)
 class LinenNetwork:
@@ -92,6 +102,12 @@ class LinenNetwork:
         module = self.module.clone(norm=replace(self.module.norm, folded=True))
         return LinenNetwork(module), Variables(folded["params"], folded.get("batch_stats", {}))
 
+    def diagnose(
+        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
+    ) -> Diagnosis:
+        apply: Any = lambda variables, batch: self.module.apply(variables, batch[0], train=False)
+        return jbn.linen.diagnose(apply, variables._asdict(), batches, loss=loss)
+
 
 @dataclass(frozen=True)
 class NNXNetwork:
@@ -112,9 +128,7 @@ class NNXNetwork:
         return _variables(self._make(key))
 
     def apply(self, variables: Variables, inputs: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
-        module = nnx.eval_shape(partial(self._make, 0))
-        for values in variables:
-            nnx.update(module, values)
+        module = self._with(variables)
         if not train:
             module.eval()
         return module(inputs), _variables(module).batch_stats
@@ -128,6 +142,18 @@ class NNXNetwork:
     def fold(self, variables: Variables, inputs: jax.Array) -> tuple[Network, Variables]:
         norm = replace(dict(self.options)["norm"], folded=True)
         return NNXNetwork(self.module, (*self.options, ("norm", norm))), _fold(variables)
+
+    def diagnose(
+        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
+    ) -> Diagnosis:
+        call: Any = lambda module, batch: module(batch[0])
+        return jbn.nnx.diagnose(self._with(variables), batches, call=call, loss=loss)
+
+    def _with(self, variables: Variables) -> Any:
+        module = nnx.eval_shape(partial(self._make, 0))
+        for values in variables:
+            nnx.update(module, values)
+        return module
 
     def _make(self, seed: int | jax.Array) -> nnx.Module:
         return self.module(**dict(self.options), rngs=nnx.Rngs(seed))

@@ -8,6 +8,7 @@ inspection.jsonl  what the layers see, if asked for (train/training/inspection.p
 summary.json      what the run reached; absent while it runs (train/runs/summary.py)
 checkpoints/      train/runs/checkpoints.py
 recalibrated/     the best model with running statistics pooled anew, if asked for
+diagnosis.json    whether the running statistics fit the data, if asked for; report.html has its pictures
 tensorboard/      the metrics once more
 curves.png        their chart (train/runs/curves.py)
 profile/          a trace of some steps, if asked for

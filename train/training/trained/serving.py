@@ -11,7 +11,7 @@ from jax import export as jax_export
 from numpy.lib.npyio import NpzFile
 
 from train import data
-from train.data import Labels
+from train.data import Labels, Split
 from train.data.formats import images, tables
 from train.data.formats.arrays import member, npy
 from train.data.formats.reading import reading, regular
@@ -36,6 +36,12 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         those that it was trained on, and no path was given.
     """
     run = load_best(run_dir)
+    name, split = test_split(run, run_dir, path)
+    return {"split": name, "step": run.step, **run.trained.evaluate(split), "examples": len(split)}
+
+
+def test_split(run: TrainedRun, run_dir: Path, path: str | None) -> tuple[str, Split]:
+    """Return the name and the examples of what `evaluate` evaluates on."""
     config = data_at(run.config.data, path)
     name, given, fingerprint = data.load_test(
         config,
@@ -48,8 +54,7 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
     if path is None:
         directory.check_same_data(run_dir, fingerprint, "give --data.path to evaluate on others")
     what = f"the test split of {path or config.path or config.name}"
-    split = dataclasses.replace(given, inputs=_as_trained(run, what, given.inputs))
-    return {"split": name, "step": run.step, **run.trained.evaluate(split), "examples": len(split)}
+    return name, dataclasses.replace(given, inputs=_as_trained(run, what, given.inputs))
 
 
 def predict(run_dir: Path, paths: Sequence[Path]) -> Iterator[dict[str, Any]]:

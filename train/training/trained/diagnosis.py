@@ -1,0 +1,60 @@
+"""Whether the running statistics of a trained run are those of its data."""
+
+from pathlib import Path
+
+import jax
+
+from jbn.inspection import Diagnosis
+from train import data
+from train.errors import UserError
+from train.models import NORMS
+from train.runs import directory, processes
+from train.runs.files import write_json
+from train.training.trained.evaluation import load_best
+from train.training.trained.serving import test_split
+
+
+def diagnose(run_dir: Path, path: str | None = None) -> Diagnosis:
+    """Diagnose the best checkpoint of a run on the test split of its data, or of the data at `path`.
+
+    It is the one that `evaluate` evaluates, on the same examples, in random batches of about the size that
+    the network was trained with.
+
+    Raises:
+      UserError: the run has no running statistics, or `evaluate` raises it.
+    """
+    config = directory.read_config(run_dir)
+    if not NORMS[config.model.norm].over_batch:
+        having = " or ".join(repr(name) for name in NORMS if NORMS[name].over_batch)
+        raise UserError(
+            f"'{run_dir}': expected a run with model.norm = {having}, which has running statistics to "
+            f"diagnose, got {config.model.norm!r}."
+        )
+    run = load_best(run_dir)
+    _, split = test_split(run, run_dir, path)
+    network, loss, mesh, variables, preprocessing = run.trained
+    # As they are in the file, a batch may be of a single class.
+    order = data.order(config.seed, 0, len(split))
+    count = max(1, len(split) // max(1, config.batch_size // config.optimizer.accumulate))
+    size = len(split) // count  # one size, so that one program serves all
+
+    class Batches:
+        """Batches of what the network gets, with labels, as often as they are wanted."""
+
+        def __iter__(self):
+            for start in range(0, size * count, size):
+                inputs, labels = split.take(order[start : start + size])
+                place = processes.replicate if size % mesh.size else processes.shard
+                yield place(mesh, (preprocessing(jax.device_put(inputs)), labels))
+
+    return network.diagnose(
+        variables, Batches(), loss=lambda logits, batch: loss.per_example(logits, batch[1]).mean()
+    )
+
+
+def write(run_dir: Path, found: Diagnosis) -> Path:
+    """Write diagnosis.json into a run directory, and return its path."""
+    path = run_dir / "diagnosis.json"
+    with directory.usable(run_dir):
+        write_json(path, found.as_dict())
+    return path
