@@ -12,7 +12,7 @@ from jbn._normalization import Params
 from jbn._pooling import Measured, add_measured, no_samples
 from jbn._statistics import Moments
 from jbn.inspection import Diagnosis, LayerRecord, Losses, diagnose
-from jbn.inspection._records import Batches, add_batch, no_batches
+from jbn.inspection._diagnosis.records import Batches, add_batch, no_batches
 
 Loss = Callable[[Any, Any], jax.Array]  # (outputs, batch) -> the mean over the batch
 

@@ -6,14 +6,14 @@ split them off with `graph, params, rest = nnx.split(model, nnx.Param, ...)`, an
 `nnx.merge(graph, params, rest, copy=True)`.
 """
 
-from jbn.inspection._diagnosis import Diagnosis, diagnose
+from jbn.inspection._diagnosis.diagnosis import Diagnosis, diagnose
+from jbn.inspection._diagnosis.layers import LayerDiagnosis
+from jbn.inspection._diagnosis.records import LayerRecord, Losses, layer_record
+from jbn.inspection._diagnosis.sentences import Finding
 from jbn.inspection._distributions import mean_slope, movement, percentiles
 from jbn.inspection._identity import identity_params
 from jbn.inspection._landscape import Landscape, along_gradient
-from jbn.inspection._layer_diagnosis import LayerDiagnosis
 from jbn.inspection._layers import Layers, split_layers
-from jbn.inspection._records import LayerRecord, Losses, layer_record
-from jbn.inspection._sentences import Finding
 from jbn.inspection._shift import GradientShift, gradient_shift
 
 __all__ = [

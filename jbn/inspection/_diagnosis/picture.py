@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from jbn.inspection._diagnosis_table import shortened, worst_first
-from jbn.inspection._layer_diagnosis import LayerDiagnosis
-from jbn.inspection._mean_losses import MeanLosses
-from jbn.inspection._sentences import Finding
+from jbn.inspection._diagnosis.layers import LayerDiagnosis
+from jbn.inspection._diagnosis.losses import MeanLosses
+from jbn.inspection._diagnosis.sentences import Finding
+from jbn.inspection._diagnosis.table import shortened, worst_first
 
 SHOWN = 24  # layers at most
 LEAST = 1e-4  # of the axis of divergences

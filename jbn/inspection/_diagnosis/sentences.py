@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jbn.inspection._layer_diagnosis import LayerDiagnosis
-from jbn.inspection._patterns import Scaling
+from jbn.inspection._diagnosis.layers import LayerDiagnosis
+from jbn.inspection._diagnosis.patterns import Scaling
 
 Layers = Sequence[LayerDiagnosis]
 

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jbn.inspection import _sentences as say
-from jbn.inspection._differences import find_differences
-from jbn.inspection._layer_diagnosis import LayerDiagnosis
-from jbn.inspection._mean_losses import MeanLosses
-from jbn.inspection._sentences import Finding
+from jbn.inspection._diagnosis import sentences as say
+from jbn.inspection._diagnosis.differences import find_differences
+from jbn.inspection._diagnosis.layers import LayerDiagnosis
+from jbn.inspection._diagnosis.losses import MeanLosses
+from jbn.inspection._diagnosis.sentences import Finding
 
 
 class Evidence(NamedTuple):

@@ -4,9 +4,9 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from jbn.inspection._layer_diagnosis import LayerDiagnosis
-from jbn.inspection._mean_losses import MeanLosses
-from jbn.inspection._sentences import Finding
+from jbn.inspection._diagnosis.layers import LayerDiagnosis
+from jbn.inspection._diagnosis.losses import MeanLosses
+from jbn.inspection._diagnosis.sentences import Finding
 
 WIDTH = 100
 SHOWN = 12  # layers at most, worst first

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jbn.inspection._patterns import Gaussians, typical
+from jbn.inspection._diagnosis.patterns import Gaussians, typical
 
 Array = np.ndarray
 

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 
 from jbn._running import cumulative, ema, pooled
-from jbn.inspection._diagnosis_picture import draw_layers, draw_losses, save
-from jbn.inspection._diagnosis_table import rows, table, worst_first
-from jbn.inspection._layer_diagnosis import LayerDiagnosis
-from jbn.inspection._mean_losses import MeanLosses
-from jbn.inspection._patterns import Gaussians, divergence
-from jbn.inspection._records import LayerRecord, Losses
-from jbn.inspection._sentences import Finding
-from jbn.inspection._verdict import Evidence, find
+from jbn.inspection._diagnosis.layers import LayerDiagnosis
+from jbn.inspection._diagnosis.losses import MeanLosses
+from jbn.inspection._diagnosis.patterns import Gaussians, divergence
+from jbn.inspection._diagnosis.picture import draw_layers, draw_losses, save
+from jbn.inspection._diagnosis.records import LayerRecord, Losses
+from jbn.inspection._diagnosis.sentences import Finding
+from jbn.inspection._diagnosis.table import rows, table, worst_first
+from jbn.inspection._diagnosis.verdict import Evidence, find
 
 # A feature that varies this little has outputs of a hundredth of the scale or less: epsilon rules the rest.
 CONSTANT = 1e-4  # of epsilon
@@ -83,7 +83,7 @@ def diagnose(
 
     in nats and averaged over features: 0.05 is a mean that is off by a third of a standard deviation, or a
     standard deviation off by a quarter. Findings are what such differences have in common over layers and
-    features; how each is recognized, and from which size on, stands in `jbn/inspection/_differences.py`.
+    features; how each is recognized, and from which size on, stands in `jbn/inspection/_diagnosis/differences.py`.
 
     `jbn.linen.diagnose` and `jbn.nnx.diagnose` do all of it for models of Flax.
 

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jbn.inspection import _sentences as say
-from jbn.inspection._layer_diagnosis import LayerDiagnosis
-from jbn.inspection._mean_losses import MeanLosses
-from jbn.inspection._patterns import Gaussians, Scaling, divergence, lag, scaling, typical
-from jbn.inspection._sentences import Finding
+from jbn.inspection._diagnosis import sentences as say
+from jbn.inspection._diagnosis.layers import LayerDiagnosis
+from jbn.inspection._diagnosis.losses import MeanLosses
+from jbn.inspection._diagnosis.patterns import Gaussians, Scaling, divergence, lag, scaling, typical
+from jbn.inspection._diagnosis.sentences import Finding
 
 # Nats of a typical feature, from which on a layer's statistics are called wrong: a mean that is off by a
 # third of a standard deviation, or a standard deviation off by a quarter. Averages of momentum 0.9 over

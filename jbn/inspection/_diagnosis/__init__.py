@@ -1,0 +1,1 @@
+"""What is wrong with the running statistics of a network."""
