@@ -20,6 +20,8 @@ from jbn._statistics import Moments
 from jbn.linen._calls import calls, calls_batch_norm, intercept
 from jbn.linen._pairs import LAYERS, NormPath
 
+_OF_NORM = "scale", "bias", "mean", "var", "count"  # a subclass may have more, which stay
+
 
 def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = None) -> Any:
     """Fold norms into the layers before them by `jbn.fold`, and return the variables without those norms.
@@ -39,6 +41,7 @@ def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = No
       stacked by `nn.scan` or `nn.vmap`, along their first axes, are folded one by one.
 
     Raises:
+      TypeError: `pairs` is no such mapping.
       ValueError: a path has no such layer or norm, shapes differ, two layers have one norm, or an epsilon
         is missing or another than the norm's. The message has all faults.
 
@@ -55,6 +58,9 @@ def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = No
     >>> print(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
     True
     """
+    _check_pairs(pairs)
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError('variables: expected {"params": ..., "batch_stats": ...}, got no "params" in them.')
     params, stats = (
         flatten_dict(unfreeze(variables.get(name, {})), keep_empty_nodes=True)
         for name in ("params", "batch_stats")
@@ -72,18 +78,14 @@ def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = No
             faults.append(f"{layer}, {norm}: {fault}")
     if faults:
         raise ValueError("; ".join(faults))
-    gone = {_keys(norm) for norm in pairs.values()}
-    outside = lambda flat: {keys: value for keys, value in flat.items() if keys[:-1] not in gone}
-    folded = dict(variables) | {
-        name: unflatten_dict(outside(flat))
-        for name, flat in (("params", params | new), ("batch_stats", stats))
-    }
-    kept = {
-        name: freeze(value) if isinstance(variables.get(name), FrozenDict) else value
-        for name, value in folded.items()
-        if value or (name in variables and not variables[name])
-    }
-    return freeze(kept) if isinstance(variables, FrozenDict) else kept
+    gone = {(*_keys(norm), name) for norm in pairs.values() for name in _OF_NORM}
+    folded = dict(variables)
+    for name, flat in (("params", params | new), ("batch_stats", stats)):
+        left = unflatten_dict({keys: value for keys, value in flat.items() if keys not in gone})
+        folded[name] = freeze(left) if isinstance(variables.get(name), FrozenDict) else left
+    if not folded["batch_stats"]:
+        del folded["batch_stats"]
+    return freeze(folded) if isinstance(variables, FrozenDict) else folded
 
 
 def _fold_pair(params, stats, layer, norm, epsilon) -> dict[tuple[str, ...], Any]:
@@ -149,6 +151,7 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
       pairs: those that the variables were folded with.
 
     Raises:
+      TypeError: `pairs` is no such mapping.
       ValueError: the variables are not folded (in the call of the model).
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
@@ -162,6 +165,7 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
     >>> print(predict(folded, jnp.ones((1, 2))))
     [[2. 3.]]
     """
+    _check_pairs(pairs)
     layers, norms = set(pairs), set(pairs.values())
 
     def interceptor(call, args, kwargs, context):
@@ -182,6 +186,11 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
     key = sha256(repr(sorted(pairs.items())).encode()).hexdigest()[:16]
     with intercept(interceptor, f"without_norms {key}"):
         yield
+
+
+def _check_pairs(pairs: Any) -> None:
+    if not isinstance(pairs, Mapping) or not all(isinstance(path, str) for path in [*pairs, *pairs.values()]):
+        raise TypeError(f"pairs: expected {{path of the layer: path of its norm}}, got {pairs!r:.80}.")
 
 
 def _require(holds: bool, module: nn.Module, what: str) -> None:

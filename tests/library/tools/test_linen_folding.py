@@ -1,5 +1,7 @@
 """Linen networks give the same outputs without their norms: which norms are found, folded, and left out."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,7 +33,7 @@ def drawn(model, x, **options):
     """Draw trained variables of a model, all of them other than those that it starts from."""
 
     def values(path, leaf):
-        name = path[-1].key
+        name = getattr(path[-1], "key", None)
         value = np.exp(draw(*leaf.shape)) if name == "var" else draw(*leaf.shape)
         return jnp.asarray(
             value / np.sqrt(np.prod(leaf.shape[:-1])) if name == "kernel" else value, leaf.dtype
@@ -178,6 +180,11 @@ def tied(x):
     return y @ layer.variables["params"]["kernel"].T
 
 
+def penalized(x):
+    layer = norm()
+    return layer(nn.Dense(4, use_bias=False)(x)), jnp.sum(jnp.abs(layer.variables["params"]["scale"]))
+
+
 def two_sources(x):
     shared = norm()
     return shared(nn.Dense(4)(x)) + shared(nn.Dense(4)(x))
@@ -213,7 +220,8 @@ NOT_FOUND = {
     "'Dense_0' puts out is also read by add": [residual],
     "'Dense_0' puts out is also read by dot_general in .*Dense_1": [other_layer],
     "'Dense_0' puts out is also read by 'BatchNorm_1'": [two_norms],
-    "'params/Dense_0/kernel' is read by more than its layer": [tied],
+    "'params/Dense_0/kernel' is read by more than its module": [tied],
+    "'params/BatchNorm_0/scale' is read by more than its module": [penalized],
     "several layers: 'Dense_0', 'Dense_1'": [two_sources],
     "kernel' is not used as it stands": [
         lambda x: norm()(nn.WeightNorm(nn.Dense(4))(x)),
@@ -226,6 +234,9 @@ NOT_FOUND = {
     "ConvLocal before it": [lambda x: norm()(nn.ConvLocal(4, (2,))(x))],
     "has a dot_general of its own": [
         lambda x: norm()(nn.Dense(4, dot_general=lambda *a, **k: jnp.cbrt(jax.lax.dot_general(*a, **k)))(x))
+    ],
+    "has a promote_dtype of its own": [
+        lambda x: norm()(nn.Dense(4, promote_dtype=lambda *leaves, **_: map(jnp.round, leaves))(x))
     ],
     "expected its axis to be -1, that of the features, got 0": [lambda x: norm(axis=0)(nn.Dense(4)(x))],
     "its call gives mask": [lambda x: ours()(nn.Dense(4)(x), mask=x > 0)],
@@ -278,6 +289,32 @@ def test_pairs_by_hand_need_an_epsilon_and_no_norm_is_folded_with_another_than_i
         jbn.linen.fold(VARIABLES, PAIRS, epsilon=1e-5)
 
 
+class Activated(nn.BatchNorm):
+    """A norm with a parameter of its own, and a loss beside its output."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = super().__call__(x, use_running_average=True)
+        self.sow("losses", "mean", jnp.mean(y))
+        return jnp.where(y > 0, y, self.param("slope", nn.initializers.ones, (4,)) * y)
+
+
+def test_variables_may_be_in_tuples_and_what_a_subclass_of_the_norm_adds_stays():
+    model = nn.Sequential([nn.Dense(4), Activated()])
+    variables = drawn(model, X)
+    assert isinstance(variables["losses"]["layers_1"]["mean"], tuple)
+    pairs = jbn.linen.find_pairs(model.apply, variables, X, strict=True)
+    folded = jbn.linen.fold(variables, pairs)
+    whole = model.apply(variables, X)
+    with jbn.linen.without_norms(pairs):
+        assert_allclose(model.apply(folded, X), whole, rtol=0, atol=1e-5)
+
+
+def test_pairs_are_copied_with_what_they_know():
+    for same in (copy.deepcopy(PAIRS), pickle.loads(pickle.dumps(PAIRS))):
+        assert same == PAIRS and [(path.epsilon, path.axis) for path in same.values()] == [(1e-3, -1)]
+
+
 def test_all_faults_of_pairs_are_in_one_message():
     pairs = {
         "layers_0": "layers_1",
@@ -294,6 +331,12 @@ def test_all_faults_of_pairs_are_in_one_message():
         "layers_9, layers_1/deeper: expected a layer",
     ):
         assert part in str(caught.value)
+    for use in (partial(jbn.linen.fold, VARIABLES), lambda pairs: jbn.linen.without_norms(pairs).__enter__()):
+        for pairs in (None, [("layers_0", "layers_1")], {("layers_0",): "layers_1"}):
+            with pytest.raises(TypeError, match="pairs: expected {path of the layer: path of its norm}"):
+                use(pairs)
+    with pytest.raises(ValueError, match='variables: expected {"params": ...'):
+        jbn.linen.fold(VARIABLES["params"], PAIRS)
 
 
 def test_folded_variables_keep_their_kind_their_metadata_and_their_dtype():
