@@ -136,7 +136,9 @@ def _merge(parts: list[_Layer], path: Path, counts: list[jax.Array] | None) -> d
     )
     dtypes = {name: jnp.asarray(leaf).dtype for name, leaf in parts[0].items()}
     return {
-        name: getattr(whole, name).astype(dtype) if jnp.issubdtype(dtype, jnp.inexact) else getattr(whole, name)
+        name: getattr(whole, name).astype(dtype)
+        if jnp.issubdtype(dtype, jnp.inexact)
+        else getattr(whole, name)
         for name, dtype in dtypes.items()
     }
 
@@ -149,9 +151,7 @@ def _checked(counts: Any, trees: int) -> list[jax.Array]:
         if isinstance(count, jax.core.Tracer) and count.shape == ():
             continue
         if np.shape(count) or not np.isreal(count) or not (count == 0 or _SMALLEST <= count <= _LARGEST):
-            raise ValueError(
-                f"counts={counts}; expected one finite number >= 0, in float32, for each tree."
-            )
+            raise ValueError(f"counts={counts}; expected one finite number >= 0, in float32, for each tree.")
     return [jnp.asarray(count, jnp.float32) for count in counts]
 
 

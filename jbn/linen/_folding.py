@@ -166,7 +166,7 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
     [[2. 3.]]
     """
     _check_pairs(pairs)
-    layers, norms = set(pairs), set(pairs.values())
+    norms = set(pairs.values())
 
     def interceptor(call, args, kwargs, context):
         module = context.module
@@ -176,7 +176,7 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
             affine = [module.param_dtype] if module.use_scale or module.use_bias else []
             return jnp.asarray(x, module.dtype or promote(x, *affine))
         y = call(*args, **kwargs)
-        if calls(context, *LAYERS) and "/".join(module.path) in layers and not module.use_bias:
+        if calls(context, *LAYERS) and "/".join(module.path) in pairs and not module.use_bias:
             _require(module.has_variable("params", "bias"), module, "a bias")
             bias = nn.meta.unbox(module.get_variable("params", "bias"))
             return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
@@ -195,7 +195,5 @@ def _check_pairs(pairs: Any) -> None:
 
 def _require(holds: bool, module: nn.Module, what: str) -> None:
     if not holds:
-        raise ValueError(
-            f"variables: expected those that jbn.linen.fold returns for these pairs, with {what} at "
-            f"'{'/'.join(module.path)}', got others."
-        )
+        at = f"{what} at '{'/'.join(module.path)}'"
+        raise ValueError(f"variables: expected those that fold returns for these pairs, {at}, got others.")

@@ -44,8 +44,8 @@ class NormPath(str):
         self.epsilon, self.axis = epsilon, axis
         return self
 
-    def __getnewargs__(self) -> tuple[str, float, int]:  # for copies and pickles
-        return str(self), self.epsilon, self.axis
+    def __reduce__(self) -> tuple[Any, ...]:  # for copies and pickles
+        return type(self), (str(self), self.epsilon, self.axis)
 
 
 def find_pairs(
@@ -59,9 +59,9 @@ def find_pairs(
     through the same norm.
 
     A norm is not found where folding could change what the model puts out: something else reads the layer's
-    output or the variables of either; the norm comes before the layer, normalizes by its own batch, over another axis than the
-    features, with a mask, or with a scale or bias of the call; the kernel is not used as it stands in the
-    variables (`nn.WeightNorm`, subclasses that change it). `strict` says which and why.
+    output or the parameters of either; the norm comes before the layer, normalizes by its own batch, over
+    another axis than the features, with a mask, or with a scale or bias of the call; the kernel is not used
+    as it stands in the variables (`nn.WeightNorm`, subclasses that change it). `strict` says which and why.
 
     Args:
       apply: runs the model as for evaluation: `lambda variables, x: model.apply(variables, x, train=False)`.

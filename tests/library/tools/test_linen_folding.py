@@ -361,7 +361,7 @@ def test_context_leaves_out_its_norms_only_inside_and_wants_folded_variables():
     whole = apply(VARIABLES, X)
     with jbn.linen.without_norms(PAIRS):
         assert_allclose(apply(folded, X), whole, atol=1e-5)
-        with pytest.raises(ValueError, match="expected those that jbn.linen.fold .* a bias at 'layers_0'"):
+        with pytest.raises(ValueError, match="expected those that fold .* a bias at 'layers_0'"):
             apply(VARIABLES, X)
         half = {"params": folded["params"], "batch_stats": VARIABLES["batch_stats"]}
         with pytest.raises(ValueError, match="no running statistics at 'layers_1'"):

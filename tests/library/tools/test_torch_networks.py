@@ -102,6 +102,8 @@ class NNXOne(nnx.Module):
 
 def test_nnx_networks_know_their_transposed_layers_and_may_be_of_shapes_alone():
     model = nnx.eval_shape(lambda: NNXOne(nnx.Rngs(0)))
+    with pytest.raises(TypeError, match="model: expected an nnx.Module, got a State"):
+        jbn.nnx.load_torch(nnx.state(model), layers("one"), ONE)
     assert jbn.nnx.load_torch(model, layers("one"), ONE) is None
     model.eval()
     x = images(*LAYERS["one"][0])
