@@ -113,6 +113,8 @@ def _norms(apply: Callable[[Any, Any], Any], variables: Any, batch: Any) -> list
         module = context.module
         path = "/".join(module.path)
         site = sites.setdefault((calls_batch_norm(context), path), Site(path, refused, **facts))
+        if any(getattr(site, name) != value for name, value in facts.items()):
+            refused = f"'{path}' has another {' and '.join(facts)} in another call"
         site.refused = site.refused or refused
         for collection, name in _VARIABLES:
             if module.has_variable(collection, name):

@@ -261,6 +261,10 @@ def test_a_norm_that_trains_or_whose_input_is_put_out_is_not_found():
     see_all = partial(MODEL.apply, capture_intermediates=True)
     with pytest.raises(ValueError, match="'layers_0' puts out is also read by what the model puts out"):
         jbn.linen.find_pairs(see_all, VARIABLES, X, strict=True)
+    other = MODEL.clone(layers=[MODEL.layers[0], norm(epsilon=1.0), *MODEL.layers[2:]])
+    with pytest.raises(ValueError, match="'layers_1' has another epsilon in another call"):
+        both = lambda variables, x: MODEL.apply(variables, x) + other.apply(variables, x)
+        jbn.linen.find_pairs(both, VARIABLES, X, strict=True)
     trains_nothing = jbn.linen.BatchNorm(use_running_average=False, frozen=True)
     frozen = Net(lambda x: trains_nothing.copy(name="BatchNorm_0")(nn.Dense(4)(x)))
     apply = partial(frozen.apply, mutable=["batch_stats"])
