@@ -84,7 +84,7 @@ def find_pairs(
     {'layers_0': 'layers_1'}
     """
     pairs, refused = {}, {}
-    for norm in _norms(apply, nn.meta.unbox(variables), batch):
+    for norm in _norms(apply, variables, batch):
         if reason := refusal(norm):
             refused[norm.path] = reason
         else:

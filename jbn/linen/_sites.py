@@ -67,8 +67,6 @@ def refusal(norm: Site) -> str | None:
     readers = [reader for output in layer.outputs for reader in output.readers]
     if others := dict.fromkeys(str(reader) for reader in readers if reader is not norm):
         return f"what {layer} puts out is also read by {', '.join(others)}"
-    if len(readers) != len(layer.outputs):
-        return f"what {layer} puts out goes into it more than once, or not in every call"
     variables = layer.variables + norm.variables
     for path, leaf, _ in variables:
         name = "/".join(path)

@@ -265,6 +265,15 @@ def test_a_norm_that_trains_or_whose_input_is_put_out_is_not_found():
     with pytest.raises(ValueError, match="'layers_1' has another epsilon in another call"):
         both = lambda variables, x: MODEL.apply(variables, x) + other.apply(variables, x)
         jbn.linen.find_pairs(both, VARIABLES, X, strict=True)
+    mapped = Net(lambda x: (y := nn.Dense(4)(x), norm()(y)))
+    carried = Net(lambda x: norm()(nn.Dense(4)(x)))
+    loop = lambda state, _: ((jax.tree.map(jnp.square, state[0]), carried.apply(*state)), None)
+    for model, apply, reason in (
+        (mapped, lambda v, x: jax.lax.map(partial(mapped.apply, v), x), "puts out is also read by scan"),
+        (carried, lambda v, x: jax.lax.scan(loop, (v, x), length=2)[0][1], "is not used as it stands"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            jbn.linen.find_pairs(apply, drawn(model, X), X, strict=True)
     trains_nothing = jbn.linen.BatchNorm(use_running_average=False, frozen=True)
     frozen = Net(lambda x: trains_nothing.copy(name="BatchNorm_0")(nn.Dense(4)(x)))
     apply = partial(frozen.apply, mutable=["batch_stats"])
@@ -355,6 +364,12 @@ def test_folded_variables_keep_their_kind_their_metadata_and_their_dtype():
     assert jbn.linen.find_pairs(MODEL.apply, boxed, X) == PAIRS
     layer = jbn.linen.fold(boxed, PAIRS)["params"]["layers_0"]
     assert layer["kernel"].names == ("in", "out") and layer["bias"].names == ("out",)
+    kernel = nn.Partitioned(jnp.ones((3, 2, 4)), names=("layers", "in", "out"))
+    stacked = {"params": {"a": {"kernel": kernel}}, "batch_stats": {"b": {"mean": X[:3], "var": X[:3] ** 2}}}
+    assert jbn.linen.fold(stacked, {"a": "b"}, epsilon=1.0)["params"]["a"]["bias"].names == ("layers", "out")
+    stacked["params"]["b"] = {"scale": jnp.ones(4)}
+    with pytest.raises(ValueError, match=r"stacked over to be the first of all, got .* scale \(4,\)"):
+        jbn.linen.fold(stacked, {"a": "b"}, epsilon=1.0)
     narrow = jbn.linen.fold(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), VARIABLES), PAIRS)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow)} == {"bfloat16"}
 
@@ -370,12 +385,15 @@ def test_context_leaves_out_its_norms_only_inside_and_wants_folded_variables():
         half = {"params": folded["params"], "batch_stats": VARIABLES["batch_stats"]}
         with pytest.raises(ValueError, match="no running statistics at 'layers_1'"):
             apply(half, X)
+    with jbn.linen.without_norms({"layers_3": "layers_1"}):  # is compiled anew, without the bias
+        assert not np.allclose(apply(folded, X), whole, atol=0.1)
     assert jnp.array_equal(apply(VARIABLES, X), whole)
 
 
 def test_network_without_norms_has_the_dtypes_that_it_had():
     for options in ({}, {"dtype": jnp.bfloat16}, {"use_bias": False, "use_scale": False}):
-        model = nn.Sequential([nn.Dense(4, dtype=jnp.bfloat16), norm(**options), nn.Dense(4)])
+        first = nn.Dense(4, dtype=jnp.bfloat16, use_bias="dtype" in options)
+        model = nn.Sequential([first, norm(**options), nn.Dense(4)])
         variables = jax.eval_shape(model.init, jax.random.key(0), X)
         pairs = jbn.linen.find_pairs(model.apply, variables, X)
 
