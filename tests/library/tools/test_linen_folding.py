@@ -185,6 +185,11 @@ def penalized(x):
     return layer(nn.Dense(4, use_bias=False)(x)), jnp.sum(jnp.abs(layer.variables["params"]["scale"]))
 
 
+def also_without_layer(x):
+    shared = norm()
+    return shared(nn.Dense(4)(x)) + shared(x)
+
+
 def two_sources(x):
     shared = norm()
     return shared(nn.Dense(4)(x)) + shared(nn.Dense(4)(x))
@@ -216,6 +221,7 @@ NOT_FOUND = {
         lambda x: nn.Dense(4)(norm()(x)),
         lambda x: norm()(nn.relu(nn.Dense(4)(x))),
         lambda x: norm()(nn.DenseGeneral(4)(x)),
+        also_without_layer,
     ],
     "'Dense_0' puts out is also read by add": [residual],
     "'Dense_0' puts out is also read by dot_general in .*Dense_1": [other_layer],

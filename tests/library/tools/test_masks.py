@@ -99,6 +99,7 @@ def test_roots_and_empty_trees():
     beside = {"scale": {"scale": scale, "bias": scale}, "bias": scale}
     assert mask(beside) == {"scale": {"scale": True, "bias": True}, "bias": False}
     assert (mask({}), mask({"a": {}}), mask(scale)) == ({}, {"a": {}}, False)
+    assert mask({"dense": {"kernel": None, "bias": scale}}) == {"dense": {"kernel": None, "bias": False}}
     flat = {("dense", "kernel"): scale, ("dense", "bias"): scale, ("norm", "bias"): scale}
     assert list(mask(flat).values()) == [False, False, True]
     assert mask({"posterior": {"mean": scale, "var": scale}}) == {"posterior": {"mean": False, "var": False}}

@@ -198,6 +198,18 @@ def test_faults_say_what_to_do_about_other_names_and_kernels():
     )
     with pytest.raises(ValueError, match=f"^{re.escape('; '.join(faults))}$"):
         load(like, state, names, transposed=("up", "up2", "ConvTranspose_0"))
+    with pytest.raises(ValueError, match=r"^a.weight: expected \(2, 3, 4\) .*, got \(3, 3, 4\)$"):
+        load(
+            {"params": {"up": like["params"]["up"]}},
+            {"a.weight": draw(3, 3, 4)},
+            {"up": "a"},
+            transposed="up",
+        )
+    # A shape that can be of one order only needs no word, and `()` is one.
+    square = {"params": {"ConvTranspose_0": {"kernel": np.zeros((4, 3, 3))}}}
+    load(square, {"a.weight": draw(3, 3, 4)}, {"ConvTranspose_0": "a"}, transposed=())
+    state = {"a.weight": draw(2, 3, 4)}
+    load({"params": {"ConvTranspose_0": {"kernel": np.zeros((4, 3, 2))}}}, state, {"ConvTranspose_0": "a"})
     # Also where all keys have more in common, and where not all have the prefix.
     like, state = {"params": {"kernel": np.zeros((3, 3))}}, {"fc.weight": draw(3, 3)}
     for given, names, message in (
@@ -226,6 +238,9 @@ def test_faults_say_what_to_do_about_other_names_and_kernels():
 def test_boxes_and_layers_that_are_stacked_by_scan_are_filled():
     layer = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.zeros, (None, "model")))
     boxed = jax.eval_shape(layer.init, jax.random.key(0), np.zeros((1, 2), np.float32))
+    last = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+    placed = {"params": {"cls": jax.device_put(np.zeros(2), last)}}
+    assert load(placed, {"cls": np.ones(2)}, {"": ""})["params"]["cls"].sharding == last
     loaded = load(boxed, {"weight": STATE["0.weight"], "bias": STATE["0.bias"]}, {"": ""})["params"]
     assert isinstance(loaded["kernel"], nn.Partitioned) and loaded["kernel"].names == (None, "model")
     assert_array_equal(loaded["kernel"].value, STATE["0.weight"].T)

@@ -90,6 +90,7 @@ def test_counts_are_what_each_rule_goes_on_from():
         (jbn.cumulative(), (10, 15), 5),
         (jbn.ema(0.5, debias=True), (10, 15), 0.4 * 0.75 + 0.6 * 0.875),
         (jbn.ema(0.9, debias=True), (0, 15), 1 - 0.9**3),
+        (jbn.ema(0.0, debias=True), (10, 15), 1),
     ):
         merged = jbn.merge_trees(*({"norm": after(update, n)} for n in (2, 3)), counts=counts)["norm"]
         assert_allclose(merged["count"], np.full(3, expected), rtol=1e-6, err_msg=f"{update} {counts}")
@@ -105,7 +106,8 @@ def test_counts_are_what_each_rule_goes_on_from():
     merged = jbn.merge_trees(ints, ints | {"mean": np.ones(1, int)}, counts=(1, 1))
     assert (merged["mean"], merged["var"]) == (0.5, 1.25)
     new = after(jbn.ema(0.9, debias=True), 0)
-    jax.tree.map(assert_array_equal, jbn.merge_trees(new, new, counts=(9, 9)), new)
+    for counts in (None, (9, 9), (0, 0)):
+        jax.tree.map(assert_array_equal, jbn.merge_trees(new, new, counts=counts), new)
 
 
 def test_what_does_not_merge_is_named():
@@ -133,6 +135,7 @@ def test_what_does_not_merge_is_named():
             {"params": {"kernel": np.ones(2)}},
             "'params' has kernel; expected jbn.Moments, or the mean and var of",
         ),
+        ({"mean": np.ones(2), "var": np.ones(2), "scale": np.ones(2)}, "'the tree itself' has mean, scale"),
         ({"mean": np.ones(2)}, "'the tree itself' has mean; expected"),
     ):
         with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
