@@ -106,7 +106,8 @@ def _check_alike(first: dict[Path, _Layer], other: dict[Path, _Layer]) -> None:
 def _merge(parts: list[_Layer], path: Path, counts: list[jax.Array] | None) -> dict[str, Any]:
     own = None
     if "count" in parts[0]:
-        own = [jnp.asarray(part["count"], arithmetic_dtype(part["var"])) for part in parts]
+        wide, features = arithmetic_dtype(parts[0]["var"]), np.shape(parts[0]["var"])
+        own = [jnp.broadcast_to(jnp.asarray(part["count"], wide), features) for part in parts]
     if own is None and counts is None:
         raise ValueError(
             f"'{_join(path)}' has no count; expected counts=, how many samples each of the {len(parts)} "
@@ -134,13 +135,9 @@ def _merge(parts: list[_Layer], path: Path, counts: list[jax.Array] | None) -> d
         mean=jnp.where(seen, whole.mean, jnp.asarray(parts[0]["mean"], whole.mean.dtype)),
         var=jnp.where(seen, whole.var, jnp.asarray(parts[0]["var"], whole.var.dtype)),
     )
-    dtypes = {name: jnp.asarray(leaf).dtype for name, leaf in parts[0].items()}
-    return {
-        name: getattr(whole, name).astype(dtype)
-        if jnp.issubdtype(dtype, jnp.inexact)
-        else getattr(whole, name)
-        for name, dtype in dtypes.items()
-    }
+    given = {name: jnp.result_type(leaf) for name, leaf in parts[0].items()}
+    kept = {name: dtype for name, dtype in given.items() if jnp.issubdtype(dtype, jnp.inexact)}
+    return {name: getattr(whole, name).astype(kept.get(name, whole.var.dtype)) for name in given}
 
 
 def _checked(counts: Any, trees: int) -> list[jax.Array]:

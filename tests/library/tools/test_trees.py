@@ -100,6 +100,11 @@ def test_counts_are_what_each_rule_goes_on_from():
         DATA[0].mean(0),
         DATA[0].var(0),
     )
+    # Counts of one tree may be one number, and those of another one for each feature.
+    mixed = after(jbn.ema(0.9), 3) | {"count": 2.0}
+    for options in ({}, {"counts": (1, 1)}):
+        merged = jbn.merge_trees(after(jbn.ema(0.9), 3), mixed, **options)
+        assert_allclose(merged["count"], np.full(3, 5))
     # Moments that were given no count, and integers.
     check(jbn.merge_trees(*[jbn.Moments(x.mean(0), x.var(0)) for x in DATA], counts=SIZES)._asdict())
     ints = {"mean": np.zeros(1, int), "var": np.ones(1, int)}
