@@ -359,7 +359,9 @@ def test_all_faults_of_pairs_are_in_one_message():
 
 
 def test_folded_variables_keep_their_kind_their_metadata_and_their_dtype():
-    folded = jbn.linen.fold(freeze(VARIABLES | {"cache": {"a": jnp.zeros(1)}}), PAIRS)
+    counted = VARIABLES["batch_stats"]["layers_1"] | {"count": jnp.ones(4)}
+    variables = VARIABLES | {"batch_stats": {"layers_1": counted}, "cache": {"a": jnp.zeros(1)}}
+    folded = jbn.linen.fold(freeze(variables), PAIRS)
     assert isinstance(folded, FrozenDict) and set(folded) == {"params", "cache"}
     assert jax.tree.map(jnp.shape, folded["params"].unfreeze()) == {
         "layers_0": {"kernel": (4, 4), "bias": (4,)},
