@@ -42,7 +42,8 @@ def batch_norm_mask(params: Any) -> Any:
     {'BatchNorm_0': {'bias': True, 'scale': True}, 'Dense_0': {'bias': False, 'kernel': False}}
     """
     leaves, structure = named_leaves(params)
-    paths = {path for path, _ in leaves}
+    # With those that optax has masked, or that are None: a bias beside them is not alone.
+    paths = {path for path, _ in named_leaves(params, is_leaf=_is_empty)[0]}
     children: dict[Path, set[str]] = {}
     for path in paths:
         for depth, name in enumerate(path):
@@ -59,3 +60,7 @@ def batch_norm_mask(params: Any) -> Any:
         return children[module] <= _AFFINE and all((*module, name) in paths for name in children[module])
 
     return jax.tree.unflatten(structure, [bool(path) and is_of_norm(path) for path, _ in leaves])
+
+
+def _is_empty(node: Any) -> bool:
+    return node is None or (isinstance(node, tuple) and not node)

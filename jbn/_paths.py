@@ -23,4 +23,10 @@ def named_leaves(
 def _names(keys: tuple[Any, ...]) -> Path:
     if len(keys) > 1 and keys[-1] == GetAttrKey("value"):
         keys = keys[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
+    return tuple(name for key in keys for name in _names_of(key))
+
+
+def _names_of(key: Any) -> Path:
+    if isinstance(getattr(key, "key", None), tuple):  # as of `flax.traverse_util.flatten_dict`
+        return tuple(map(str, key.key))
+    return (jax.tree_util.keystr((key,), simple=True),)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -54,8 +55,10 @@ def from_torch(state: Mapping[str, Any], prefix: str = "") -> tuple[Params, Mome
         if at + name not in state:
             raise ValueError(_missing(state, at, name, given))
         given[name] = state[at + name]
-    arrays = {name: as_array(value) for name, value in given.items()}
+    arrays: dict[str, Any] = {name: as_array(value) for name, value in given.items()}
     features = arrays["running_mean"].shape
+    if len(features) != 1:
+        raise ValueError(f"{at}running_mean: expected (features,), the shape of a layer's, got {features}.")
     for name, array in arrays.items():
         if array.shape != features:
             raise ValueError(
@@ -63,15 +66,17 @@ def from_torch(state: Mapping[str, Any], prefix: str = "") -> tuple[Params, Mome
             )
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"{at}{name}: expected floating-point numbers, got {array.dtype}.")
+        with np.errstate(over="ignore"):  # refused in the next line
+            array = array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
         if not np.isfinite(array).all() or (name == "running_var" and (array < 0).any()):
             raise ValueError(
-                f"{at}{name}: expected finite numbers{' >= 0' * (name == 'running_var')}, got others."
+                f"{at}{name}: expected finite {array.dtype}{' >= 0' * (name == 'running_var')}, got others."
             )
+        arrays[name] = jnp.asarray(array)
     mean, var = (
-        jnp.asarray(arrays[name], arithmetic_dtype(arrays[name])) for name in ("running_mean", "running_var")
+        arrays[name].astype(arithmetic_dtype(arrays[name])) for name in ("running_mean", "running_var")
     )
-    params = Params(*(jnp.asarray(arrays[name]) if name in arrays else None for name in ("weight", "bias")))
-    return params, Moments(mean, var, jnp.ones_like(var))
+    return Params(arrays.get("weight"), arrays.get("bias")), Moments(mean, var, jnp.ones_like(var))
 
 
 def _missing(state: Mapping[str, Any], at: str, name: str, given: Mapping[str, Any]) -> str:
@@ -112,7 +117,8 @@ def to_torch(params: Params | None, running: Moments, prefix: str = "") -> dict[
       Arrays of NumPy, in the dtypes of `params` and `running`; bfloat16 becomes float32. No memory is shared.
 
     Raises:
-      ValueError: there is not one feature axis.
+      TypeError: `params` or `running` is of another type.
+      ValueError: there is not one feature axis, shapes differ, or numbers are complex.
 
     >>> import jbn
     >>> for key, value in jbn.to_torch(*jbn.init(2), "bn1").items():
@@ -124,6 +130,9 @@ def to_torch(params: Params | None, running: Moments, prefix: str = "") -> dict[
     bn1.num_batches_tracked 0
     """
     at = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    if not isinstance(running, Moments) or not isinstance(params, Params | None):
+        got = f"{type(params).__name__} and {type(running).__name__}"
+        raise TypeError(f"params, running: expected jbn.Params or None and jbn.Moments, got {got}.")
     features = np.shape(running.mean)
     if len(features) != 1:
         raise ValueError(
@@ -131,6 +140,10 @@ def to_torch(params: Params | None, running: Moments, prefix: str = "") -> dict[
         )
     scale, bias = params or (None, None)
     arrays = {"running_mean": running.mean, "running_var": running.var}
+    for name, value in (arrays | {"scale": scale, "bias": bias}).items():
+        if value is not None and (np.shape(value) not in ((), features) or jnp.iscomplexobj(value)):
+            what = f"{jnp.result_type(value)} of shape {np.shape(value)}"
+            raise ValueError(f"{name}: expected real numbers, {features} as running.mean, got {what}.")
     if scale is not None or bias is not None:
         scale = jnp.ones_like(running.var) if scale is None else scale
         arrays = {"weight": scale, "bias": jnp.zeros_like(scale) if bias is None else bias} | arrays
@@ -154,6 +167,8 @@ def check_state(state: Any) -> None:
             f"state is a {type(state).__name__}; expected a mapping of PyTorch's names to arrays{how}."
         )
     for key, value in state.items():
+        if not isinstance(key, str):
+            raise TypeError(f"state has the key {key!r}; expected PyTorch's names, which are strings.")
         if isinstance(value, Mapping):
             raise TypeError(
                 f"state[{key!r}] is a mapping; expected an array: pass state[{key!r}] in its place."

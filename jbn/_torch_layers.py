@@ -3,7 +3,6 @@
 `jbn.linen` and `jbn.nnx` find the variables, each in its own way, and call this. Nothing here imports Flax.
 """
 
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,10 +49,11 @@ def fill(
     `faults` are those that the caller has found.
 
     Raises:
-      TypeError: `state` is not a mapping of arrays.
+      TypeError: `state` is not a mapping of arrays, or `names` not one of names.
       ValueError: what does not fit, all in one message.
     """
     check_state(state)
+    _check_names(names)
     modules = {variable.module for variable in variables}
     norms = {variable.module for variable in variables if variable.name == "var"}
     unused = {key for key in state if key.rpartition(".")[2] != _IGNORED}
@@ -90,9 +90,13 @@ def fill(
             taken[key] = variable.path
         if not faults:
             filled.append(_place(np.stack(rows) if stacked else rows[0], like))
-    prefix = os.path.commonprefix(list(state)).rpartition(".")[0]
-    if any(f"{prefix}.{key}" in state for key in missing):
-        faults.insert(0, f"every key begins with '{prefix}.': expected names that do, or keys that do not")
+    more = {key.removesuffix(name) for name in missing for key in unused if key.endswith(f".{name}")}
+    less = {name.removesuffix(key) for name in missing for key in unused if name.endswith(f".{key}")}
+    for begin, with_it, without in ((more, "keys", "names"), (less, "names", "keys")):
+        if len(begin) == 1:
+            faults.insert(
+                0, f"{with_it} begin with '{min(begin)}', and {without} do not: expected both alike"
+            )
     shapes = {key: tuple(np.shape(state[key])) for key in sorted(unused)}
     faults += [f"{key}: expected no such key, got one of shape {shape}" for key, shape in shapes.items()]
     unknown = [module for module in names if module not in modules]
@@ -102,6 +106,17 @@ def fill(
     if faults:
         raise ValueError("; ".join(faults))
     return filled
+
+
+def _check_names(names: Any) -> None:
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            f"names: expected a mapping of paths to PyTorch's names, got a {type(names).__name__}."
+        )
+    for path, name in names.items():
+        each = name if isinstance(name, list | tuple) else [name]
+        if not all(isinstance(name, str) for name in each):
+            raise TypeError(f"names[{path!r}]: expected PyTorch's name, or a list of names, got {name!r}.")
 
 
 def _expected(name: str, shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
@@ -132,8 +147,9 @@ def _convert(
             hint = f", the shape of a transposed one: pass transposed=('{module}',)"
         expected = _expected(name, shape, transposed)
         return value, f"expected {expected} for {variable.path} {like.shape}, got {value.shape}{hint}"
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        return value, f"expected floating-point numbers, got {value.dtype}"
+    for dtype in (value.dtype, like.dtype):
+        if not jnp.issubdtype(dtype, jnp.floating):
+            return value, f"expected floating-point numbers on both sides, got {dtype} for {variable.path}"
     if name == "kernel" and len(shape) >= 2:
         value = (
             _transposed_kernel(value, shape) if transposed else value.transpose(*range(2, len(shape)), 1, 0)

@@ -13,6 +13,7 @@ from jbn._dtypes import arithmetic_dtype
 from jbn._paths import Path, named_leaves
 from jbn._statistics import Moments, merge
 
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _NEEDED, _NAMES = {"mean", "var"}, set(Moments._fields)
 
 
@@ -25,7 +26,7 @@ def merge_trees(*trees: Any, counts: Sequence[ArrayLike] | None = None) -> Any:
 
     Weights are the leaves' counts, or `counts`: how many samples each tree is made of. Running statistics of
     Flax have no count, and that of `jbn.ema` and `jbn.cumulative` is no number of samples: give `counts`. A
-    layer whose own count is 0 was never updated, and counts for nothing.
+    layer whose own count is 0 was never updated, and counts for nothing beside others that were.
 
     | its `count` is | of | merged |
     |---|---|---|
@@ -38,7 +39,8 @@ def merge_trees(*trees: Any, counts: Sequence[ArrayLike] | None = None) -> Any:
       counts: one number >= 0 for each tree, which may be traced.
 
     Returns:
-      A tree in the structure of the first: moments in float32 at least, variables of layers in their dtype.
+      A tree in the structure of the first: moments in float32 at least, variables of layers in their dtype,
+      unless that is one of integers.
 
     Raises:
       TypeError: a leaf is neither `Moments` nor running statistics.
@@ -104,7 +106,8 @@ def _check_alike(first: dict[Path, _Layer], other: dict[Path, _Layer]) -> None:
 def _merge(parts: list[_Layer], path: Path, counts: list[jax.Array] | None) -> dict[str, Any]:
     own = None
     if "count" in parts[0]:
-        own = [jnp.asarray(part["count"], arithmetic_dtype(part["var"])) for part in parts]
+        wide, features = arithmetic_dtype(parts[0]["var"]), np.shape(parts[0]["var"])
+        own = [jnp.broadcast_to(jnp.asarray(part["count"], wide), features) for part in parts]
     if own is None and counts is None:
         raise ValueError(
             f"'{_join(path)}' has no count; expected counts=, how many samples each of the {len(parts)} "
@@ -113,7 +116,11 @@ def _merge(parts: list[_Layer], path: Path, counts: list[jax.Array] | None) -> d
     if own is None or counts is None:
         weights = counts or own or []
     else:
-        weights = [jnp.where(count > 0, weight.astype(count.dtype), 0) for count, weight in zip(own, counts)]
+        uncounted = jnp.stack(own).max(0) == 0
+        weights = [
+            jnp.where((count > 0) | uncounted, weight.astype(count.dtype), 0)
+            for count, weight in zip(own, counts)
+        ]
     whole = merge(*(Moments(part["mean"], part["var"], weight) for part, weight in zip(parts, weights)))
     if own is not None and not (parts[0].is_moments and counts is None):
         # Averaged by weight as a mean is. The largest decides, so that sums are those of the pooled rule.
@@ -128,17 +135,20 @@ def _merge(parts: list[_Layer], path: Path, counts: list[jax.Array] | None) -> d
         mean=jnp.where(seen, whole.mean, jnp.asarray(parts[0]["mean"], whole.mean.dtype)),
         var=jnp.where(seen, whole.var, jnp.asarray(parts[0]["var"], whole.var.dtype)),
     )
-    return {name: getattr(whole, name).astype(jnp.asarray(leaf).dtype) for name, leaf in parts[0].items()}
+    given = {name: jnp.result_type(leaf) for name, leaf in parts[0].items()}
+    kept = {name: dtype for name, dtype in given.items() if jnp.issubdtype(dtype, jnp.inexact)}
+    return {name: getattr(whole, name).astype(kept.get(name, whole.var.dtype)) for name in given}
 
 
 def _checked(counts: Any, trees: int) -> list[jax.Array]:
-    if not hasattr(counts, "__len__") or len(counts) != trees:
-        raise ValueError(f"counts={counts}; expected one number for each of {trees} trees.")
+    if getattr(counts, "ndim", 1) != 1 or not hasattr(counts, "__len__") or len(counts) != trees:
+        listed = ": a list of trees is given as merge_trees(*trees, ...)" * (trees == 1)
+        raise ValueError(f"counts={counts}; expected one number for each of {trees} trees{listed}.")
     for count in counts:
         if isinstance(count, jax.core.Tracer) and count.shape == ():
             continue
-        if np.shape(count) or not np.isreal(count) or not 0 <= float(count) < np.inf:
-            raise ValueError(f"counts={counts}; expected one finite number >= 0 for each tree.")
+        if np.shape(count) or not np.isreal(count) or not (count == 0 or _SMALLEST <= count <= _LARGEST):
+            raise ValueError(f"counts={counts}; expected one finite number >= 0, in float32, for each tree.")
     return [jnp.asarray(count, jnp.float32) for count in counts]
 
 

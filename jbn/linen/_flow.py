@@ -20,6 +20,7 @@ class Leaf:
     path: tuple[str, ...]  # the collection first
     ndim: int
     reads: int = 0
+    own_reads: int = 0  # those by the layer or norm whose variable it is
 
     def read_by(self, reader: Any) -> None:
         self.reads += 1
@@ -88,7 +89,10 @@ def _outputs(jaxpr: Any, inputs: Sequence[Value], marks: Mapping[str, Mark]) -> 
 
 
 def _carried(scan: Any, body: Any) -> range:
-    """Return which operands of a scan it carries: those between constants and what it scans over."""
+    """Return which operands of a scan it carries: those between constants and what it scans over.
+
+    By ranks, because the names under which a scan keeps these numbers change between versions of JAX.
+    """
     ranks = lambda variables: [len(v.aval.shape) for v in variables]
     scanned = sum(outside > inside for outside, inside in zip(ranks(scan.invars), ranks(body.invars)))
     carried = sum(outside == inside for outside, inside in zip(ranks(scan.outvars), ranks(body.outvars)))

@@ -20,6 +20,8 @@ from jbn._statistics import Moments
 from jbn.linen._calls import calls, calls_batch_norm, intercept
 from jbn.linen._pairs import LAYERS, NormPath
 
+_OF_NORM = "scale", "bias", "mean", "var", "count"  # a subclass may have more, which stay
+
 
 def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = None) -> Any:
     """Fold norms into the layers before them by `jbn.fold`, and return the variables without those norms.
@@ -39,6 +41,7 @@ def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = No
       stacked by `nn.scan` or `nn.vmap`, along their first axes, are folded one by one.
 
     Raises:
+      TypeError: `pairs` is no such mapping.
       ValueError: a path has no such layer or norm, shapes differ, two layers have one norm, or an epsilon
         is missing or another than the norm's. The message has all faults.
 
@@ -55,6 +58,9 @@ def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = No
     >>> print(jnp.allclose(y, model.apply(variables, x), atol=1e-5))
     True
     """
+    _check_pairs(pairs)
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError('variables: expected {"params": ..., "batch_stats": ...}, got no "params" in them.')
     params, stats = (
         flatten_dict(unfreeze(variables.get(name, {})), keep_empty_nodes=True)
         for name in ("params", "batch_stats")
@@ -72,18 +78,14 @@ def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = No
             faults.append(f"{layer}, {norm}: {fault}")
     if faults:
         raise ValueError("; ".join(faults))
-    gone = {_keys(norm) for norm in pairs.values()}
-    outside = lambda flat: {keys: value for keys, value in flat.items() if keys[:-1] not in gone}
-    folded = dict(variables) | {
-        name: unflatten_dict(outside(flat))
-        for name, flat in (("params", params | new), ("batch_stats", stats))
-    }
-    kept = {
-        name: freeze(value) if isinstance(variables.get(name), FrozenDict) else value
-        for name, value in folded.items()
-        if value or (name in variables and not variables[name])
-    }
-    return freeze(kept) if isinstance(variables, FrozenDict) else kept
+    gone = {(*_keys(norm), name) for norm in pairs.values() for name in _OF_NORM}
+    folded = dict(variables)
+    for name, flat in (("params", params | new), ("batch_stats", stats)):
+        left = unflatten_dict({keys: value for keys, value in flat.items() if keys not in gone})
+        folded[name] = freeze(left) if isinstance(variables.get(name), FrozenDict) else left
+    if not folded["batch_stats"]:
+        del folded["batch_stats"]
+    return freeze(folded) if isinstance(variables, FrozenDict) else folded
 
 
 def _fold_pair(params, stats, layer, norm, epsilon) -> dict[tuple[str, ...], Any]:
@@ -149,6 +151,7 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
       pairs: those that the variables were folded with.
 
     Raises:
+      TypeError: `pairs` is no such mapping.
       ValueError: the variables are not folded (in the call of the model).
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
@@ -162,7 +165,8 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
     >>> print(predict(folded, jnp.ones((1, 2))))
     [[2. 3.]]
     """
-    layers, norms = set(pairs), set(pairs.values())
+    _check_pairs(pairs)
+    norms = set(pairs.values())
 
     def interceptor(call, args, kwargs, context):
         module = context.module
@@ -172,7 +176,7 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
             affine = [module.param_dtype] if module.use_scale or module.use_bias else []
             return jnp.asarray(x, module.dtype or promote(x, *affine))
         y = call(*args, **kwargs)
-        if calls(context, *LAYERS) and "/".join(module.path) in layers and not module.use_bias:
+        if calls(context, *LAYERS) and "/".join(module.path) in pairs and not module.use_bias:
             _require(module.has_variable("params", "bias"), module, "a bias")
             bias = nn.meta.unbox(module.get_variable("params", "bias"))
             return y + jnp.expand_dims(bias.astype(y.dtype), range(y.ndim - 1))
@@ -184,9 +188,12 @@ def without_norms(pairs: Mapping[str, str]) -> Iterator[None]:
         yield
 
 
+def _check_pairs(pairs: Any) -> None:
+    if not isinstance(pairs, Mapping) or not all(isinstance(path, str) for path in [*pairs, *pairs.values()]):
+        raise TypeError(f"pairs: expected {{path of the layer: path of its norm}}, got {pairs!r:.80}.")
+
+
 def _require(holds: bool, module: nn.Module, what: str) -> None:
     if not holds:
-        raise ValueError(
-            f"variables: expected those that jbn.linen.fold returns for these pairs, with {what} at "
-            f"'{'/'.join(module.path)}', got others."
-        )
+        at = f"{what} at '{'/'.join(module.path)}'"
+        raise ValueError(f"variables: expected those that fold returns for these pairs, {at}, got others.")

@@ -8,9 +8,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from jbn._axes import feature_axes
+from jbn._paths import named_leaves
 from jbn.linen._calls import calls, calls_batch_norm, intercept
 from jbn.linen._flow import Leaf, Value, follow
 from jbn.linen._sites import Site, refusal
@@ -22,6 +24,11 @@ _VARIABLES = (
     ("params", "bias"),
     ("batch_stats", "mean"),
     ("batch_stats", "var"),
+)
+# Options of layers that may do anything with the kernel.
+_ARITHMETIC = (
+    *("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls"),
+    "promote_dtype",
 )
 _searches = count()
 
@@ -37,6 +44,9 @@ class NormPath(str):
         self.epsilon, self.axis = epsilon, axis
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:  # for copies and pickles
+        return type(self), (str(self), self.epsilon, self.axis)
+
 
 def find_pairs(
     apply: Callable[[Any, Any], Any], variables: Any, batch: Any, *, strict: bool = False
@@ -49,9 +59,9 @@ def find_pairs(
     through the same norm.
 
     A norm is not found where folding could change what the model puts out: something else reads the layer's
-    output or kernel; the norm comes before the layer, normalizes by its own batch, over another axis than the
-    features, with a mask, or with a scale or bias of the call; the kernel is not used as it stands in the
-    variables (`nn.WeightNorm`, subclasses that change it). `strict` says which and why.
+    output or the parameters of either; the norm comes before the layer, normalizes by its own batch, over
+    another axis than the features, with a mask, or with a scale or bias of the call; the kernel is not used
+    as it stands in the variables (`nn.WeightNorm`, subclasses that change it). `strict` says which and why.
 
     Args:
       apply: runs the model as for evaluation: `lambda variables, x: model.apply(variables, x, train=False)`.
@@ -74,7 +84,7 @@ def find_pairs(
     {'layers_0': 'layers_1'}
     """
     pairs, refused = {}, {}
-    for norm in _norms(apply, nn.meta.unbox(variables), batch):
+    for norm in _norms(apply, variables, batch):
         if reason := refusal(norm):
             refused[norm.path] = reason
         else:
@@ -103,6 +113,8 @@ def _norms(apply: Callable[[Any, Any], Any], variables: Any, batch: Any) -> list
         module = context.module
         path = "/".join(module.path)
         site = sites.setdefault((calls_batch_norm(context), path), Site(path, refused, **facts))
+        if any(getattr(site, name) != value for name, value in facts.items()):
+            refused = f"'{path}' has another {' and '.join(facts)} in another call"
         site.refused = site.refused or refused
         for collection, name in _VARIABLES:
             if module.has_variable(collection, name):
@@ -114,19 +126,18 @@ def _norms(apply: Callable[[Any, Any], Any], variables: Any, batch: Any) -> list
 
     def interceptor(call, args, kwargs, context):
         if calls(context, *LAYERS):
-            y = call(*args, **kwargs)
             axis = -2 if getattr(context.module, "transpose_kernel", False) else -1
-            return mark(y, site_of(context, _refuse_layer(context.module), axis=axis).put_out)
+            site = site_of(context, _refuse_layer(context.module), axis=axis)
+            return mark(call(*args, **kwargs), site.put_out)
         if calls_batch_norm(context):
             given = _arguments(*args, **kwargs)
             site = site_of(context, _refuse_norm(context.module, **given), epsilon=context.module.epsilon)
-            return call(**given | {"x": mark(given["x"], site.take_in)})
+            return mark(call(**given | {"x": mark(given["x"], site.take_in)}), site.leave)
         return call(*args, **kwargs)
 
     with intercept(interceptor, search):
         jaxpr = jax.make_jaxpr(apply)(variables, batch).jaxpr
-    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
-    inputs = [Leaf(tuple(key.key for key in path), np.ndim(leaf)) for path, leaf in leaves]
+    inputs = [Leaf(path, np.ndim(leaf)) for path, leaf in named_leaves(variables)[0]]
     follow(jaxpr, inputs + [None] * (len(jaxpr.invars) - len(inputs)), marks)
     return [site for (is_norm, _), site in sites.items() if is_norm]
 
@@ -134,8 +145,8 @@ def _norms(apply: Callable[[Any, Any], Any], variables: Any, batch: Any) -> list
 def _refuse_layer(module: Any) -> str | None:
     if not isinstance(module, LAYERS) or type(module).param is not nn.Module.param:
         return f"{type(module).__name__} before it is not a plain Dense, Conv or ConvTranspose"
-    for name in ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls"):
-        if getattr(module, name, None) is not None:
+    for name in _ARITHMETIC:
+        if getattr(module, name, None) not in (None, promote_dtype):
             return f"the layer before it has a {name} of its own"
     return None
 

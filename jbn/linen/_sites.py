@@ -25,11 +25,13 @@ class Site:
     outputs: list[Output] = field(default_factory=list)  # of a layer
     epsilon: float = 0.0  # of a norm
     sources: list["Site | None"] = field(default_factory=list)  # of a norm: the layers before it
+    _begun: list[tuple[Leaf, int]] = field(default_factory=list)  # in the call that is followed now
 
     def __str__(self) -> str:
         return f"'{self.path}'"
 
     def put_out(self, _: Value) -> Output:
+        self.leave(None)
         self.outputs.append(Output(self))
         return self.outputs[-1]
 
@@ -41,6 +43,14 @@ class Site:
     def use(self, path: tuple[str, ...], ndim: int, value: Value) -> None:
         leaf = value.leaf if isinstance(value, View) else None
         self.variables.append(UsedVariable(path, leaf, leaf.ndim - ndim if leaf else 0))
+        if leaf:
+            leaf.own_reads += 1  # by this mark
+            self._begun.append((leaf, leaf.reads))
+
+    def leave(self, _: Value) -> None:
+        for leaf, reads in self._begun:
+            leaf.own_reads += leaf.reads - reads
+        self._begun.clear()
 
 
 def refusal(norm: Site) -> str | None:
@@ -57,17 +67,16 @@ def refusal(norm: Site) -> str | None:
     readers = [reader for output in layer.outputs for reader in output.readers]
     if others := dict.fromkeys(str(reader) for reader in readers if reader is not norm):
         return f"what {layer} puts out is also read by {', '.join(others)}"
-    if len(readers) != len(layer.outputs):
-        return f"what {layer} puts out goes into it more than once, or not in every call"
     variables = layer.variables + norm.variables
     for path, leaf, _ in variables:
+        name = "/".join(path)
         if leaf is None or leaf.path != path:
-            name = "/".join(path)
-            return f"'{name}' is not used as it stands in the variables, or `nn.jit` shares its module"
-    for leaf in {variable.leaf for variable in layer.variables if variable.leaf}:
-        marks = sum(variable.leaf is leaf for variable in layer.variables)
-        if leaf.reads != marks + len(layer.outputs):
-            return f"'{'/'.join(leaf.path)}' is read by more than its layer"
+            return (
+                f"'{name}' is not used as it stands in the variables, or they are stacked over another axis "
+                "than the first, or `nn.jit` shares its module"
+            )
+        if leaf.reads != leaf.own_reads and path[0] == "params":  # `mutable` puts out statistics
+            return f"'{name}' is read by more than its module"
     if len({variable.stacked for variable in variables}) > 1:
         return f"its variables and those of {layer} are not stacked over the same axes"
     return None

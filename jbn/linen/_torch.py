@@ -60,7 +60,7 @@ def load_torch(
       The variables with PyTorch's values, in their structure and dtypes.
 
     Raises:
-      TypeError: `state` is not a mapping of arrays.
+      TypeError: `state` is not a mapping of arrays, or `names` not one of names.
       ValueError: a key is not used, or twice; a variable gets no values, or of another shape, or such as are
         not finite. The message has all faults, with keys and shapes on both sides.
 

@@ -33,7 +33,7 @@ def load_torch(
       transposed: paths of other modules that have the kernel of a transposed convolution.
 
     Raises:
-      TypeError: `state` is not a mapping of arrays.
+      TypeError: `state` is not a mapping of arrays, or `names` not one of names.
       ValueError: a key is not used, or twice; a variable gets no values, or of another shape, or such as are
         not finite. The message has all faults, with keys and shapes on both sides.
 
@@ -48,6 +48,8 @@ def load_torch(
     >>> print(model(jnp.ones((1, 2))).round(3))
     [[5.]]
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model: expected an nnx.Module, got a {type(model).__name__}.")
     leaves, structure = named_leaves(nnx.state(model, nnx.Not(_TRANSIENT)))
     found = [Variable("/".join(path[:-1]), path[-1], leaf) for path, leaf in leaves]
     given = (transposed,) if isinstance(transposed, str) else transposed

@@ -1,5 +1,7 @@
 """Linen networks give the same outputs without their norms: which norms are found, folded, and left out."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,7 +33,7 @@ def drawn(model, x, **options):
     """Draw trained variables of a model, all of them other than those that it starts from."""
 
     def values(path, leaf):
-        name = path[-1].key
+        name = getattr(path[-1], "key", None)
         value = np.exp(draw(*leaf.shape)) if name == "var" else draw(*leaf.shape)
         return jnp.asarray(
             value / np.sqrt(np.prod(leaf.shape[:-1])) if name == "kernel" else value, leaf.dtype
@@ -178,6 +180,16 @@ def tied(x):
     return y @ layer.variables["params"]["kernel"].T
 
 
+def penalized(x):
+    layer = norm()
+    return layer(nn.Dense(4, use_bias=False)(x)), jnp.sum(jnp.abs(layer.variables["params"]["scale"]))
+
+
+def also_without_layer(x):
+    shared = norm()
+    return shared(nn.Dense(4)(x)) + shared(x)
+
+
 def two_sources(x):
     shared = norm()
     return shared(nn.Dense(4)(x)) + shared(nn.Dense(4)(x))
@@ -209,11 +221,13 @@ NOT_FOUND = {
         lambda x: nn.Dense(4)(norm()(x)),
         lambda x: norm()(nn.relu(nn.Dense(4)(x))),
         lambda x: norm()(nn.DenseGeneral(4)(x)),
+        also_without_layer,
     ],
     "'Dense_0' puts out is also read by add": [residual],
     "'Dense_0' puts out is also read by dot_general in .*Dense_1": [other_layer],
     "'Dense_0' puts out is also read by 'BatchNorm_1'": [two_norms],
-    "'params/Dense_0/kernel' is read by more than its layer": [tied],
+    "'params/Dense_0/kernel' is read by more than its module": [tied],
+    "'params/BatchNorm_0/scale' is read by more than its module": [penalized],
     "several layers: 'Dense_0', 'Dense_1'": [two_sources],
     "kernel' is not used as it stands": [
         lambda x: norm()(nn.WeightNorm(nn.Dense(4))(x)),
@@ -226,6 +240,9 @@ NOT_FOUND = {
     "ConvLocal before it": [lambda x: norm()(nn.ConvLocal(4, (2,))(x))],
     "has a dot_general of its own": [
         lambda x: norm()(nn.Dense(4, dot_general=lambda *a, **k: jnp.cbrt(jax.lax.dot_general(*a, **k)))(x))
+    ],
+    "has a promote_dtype of its own": [
+        lambda x: norm()(nn.Dense(4, promote_dtype=lambda *leaves, **_: map(jnp.round, leaves))(x))
     ],
     "expected its axis to be -1, that of the features, got 0": [lambda x: norm(axis=0)(nn.Dense(4)(x))],
     "its call gives mask": [lambda x: ours()(nn.Dense(4)(x), mask=x > 0)],
@@ -250,6 +267,19 @@ def test_a_norm_that_trains_or_whose_input_is_put_out_is_not_found():
     see_all = partial(MODEL.apply, capture_intermediates=True)
     with pytest.raises(ValueError, match="'layers_0' puts out is also read by what the model puts out"):
         jbn.linen.find_pairs(see_all, VARIABLES, X, strict=True)
+    other = MODEL.clone(layers=[MODEL.layers[0], norm(epsilon=1.0), *MODEL.layers[2:]])
+    with pytest.raises(ValueError, match="'layers_1' has another epsilon in another call"):
+        both = lambda variables, x: MODEL.apply(variables, x) + other.apply(variables, x)
+        jbn.linen.find_pairs(both, VARIABLES, X, strict=True)
+    mapped = Net(lambda x: (y := nn.Dense(4)(x), norm()(y)))
+    carried = Net(lambda x: norm()(nn.Dense(4)(x)))
+    loop = lambda state, _: ((jax.tree.map(jnp.square, state[0]), carried.apply(*state)), None)
+    for model, apply, reason in (
+        (mapped, lambda v, x: jax.lax.map(partial(mapped.apply, v), x), "puts out is also read by scan"),
+        (carried, lambda v, x: jax.lax.scan(loop, (v, x), length=2)[0][1], "is not used as it stands"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            jbn.linen.find_pairs(apply, drawn(model, X), X, strict=True)
     trains_nothing = jbn.linen.BatchNorm(use_running_average=False, frozen=True)
     frozen = Net(lambda x: trains_nothing.copy(name="BatchNorm_0")(nn.Dense(4)(x)))
     apply = partial(frozen.apply, mutable=["batch_stats"])
@@ -278,6 +308,32 @@ def test_pairs_by_hand_need_an_epsilon_and_no_norm_is_folded_with_another_than_i
         jbn.linen.fold(VARIABLES, PAIRS, epsilon=1e-5)
 
 
+class Activated(nn.BatchNorm):
+    """A norm with a parameter of its own, and a loss beside its output."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = super().__call__(x, use_running_average=True)
+        self.sow("losses", "mean", jnp.mean(y))
+        return jnp.where(y > 0, y, self.param("slope", nn.initializers.ones, (4,)) * y)
+
+
+def test_variables_may_be_in_tuples_and_what_a_subclass_of_the_norm_adds_stays():
+    model = nn.Sequential([nn.Dense(4), Activated()])
+    variables = drawn(model, X)
+    assert isinstance(variables["losses"]["layers_1"]["mean"], tuple)
+    pairs = jbn.linen.find_pairs(model.apply, variables, X, strict=True)
+    folded = jbn.linen.fold(variables, pairs)
+    whole = model.apply(variables, X)
+    with jbn.linen.without_norms(pairs):
+        assert_allclose(model.apply(folded, X), whole, rtol=0, atol=1e-5)
+
+
+def test_pairs_are_copied_with_what_they_know():
+    for same in (copy.deepcopy(PAIRS), pickle.loads(pickle.dumps(PAIRS))):
+        assert same == PAIRS and [(path.epsilon, path.axis) for path in same.values()] == [(1e-3, -1)]
+
+
 def test_all_faults_of_pairs_are_in_one_message():
     pairs = {
         "layers_0": "layers_1",
@@ -294,10 +350,18 @@ def test_all_faults_of_pairs_are_in_one_message():
         "layers_9, layers_1/deeper: expected a layer",
     ):
         assert part in str(caught.value)
+    for use in (partial(jbn.linen.fold, VARIABLES), lambda pairs: jbn.linen.without_norms(pairs).__enter__()):
+        for pairs in (None, [("layers_0", "layers_1")], {("layers_0",): "layers_1"}):
+            with pytest.raises(TypeError, match="pairs: expected {path of the layer: path of its norm}"):
+                use(pairs)
+    with pytest.raises(ValueError, match='variables: expected {"params": ...'):
+        jbn.linen.fold(VARIABLES["params"], PAIRS)
 
 
 def test_folded_variables_keep_their_kind_their_metadata_and_their_dtype():
-    folded = jbn.linen.fold(freeze(VARIABLES | {"cache": {"a": jnp.zeros(1)}}), PAIRS)
+    counted = VARIABLES["batch_stats"]["layers_1"] | {"count": jnp.ones(4)}
+    variables = VARIABLES | {"batch_stats": {"layers_1": counted}, "cache": {"a": jnp.zeros(1)}}
+    folded = jbn.linen.fold(freeze(variables), PAIRS)
     assert isinstance(folded, FrozenDict) and set(folded) == {"params", "cache"}
     assert jax.tree.map(jnp.shape, folded["params"].unfreeze()) == {
         "layers_0": {"kernel": (4, 4), "bias": (4,)},
@@ -308,6 +372,12 @@ def test_folded_variables_keep_their_kind_their_metadata_and_their_dtype():
     assert jbn.linen.find_pairs(MODEL.apply, boxed, X) == PAIRS
     layer = jbn.linen.fold(boxed, PAIRS)["params"]["layers_0"]
     assert layer["kernel"].names == ("in", "out") and layer["bias"].names == ("out",)
+    kernel = nn.Partitioned(jnp.ones((3, 2, 4)), names=("layers", "in", "out"))
+    stacked = {"params": {"a": {"kernel": kernel}}, "batch_stats": {"b": {"mean": X[:3], "var": X[:3] ** 2}}}
+    assert jbn.linen.fold(stacked, {"a": "b"}, epsilon=1.0)["params"]["a"]["bias"].names == ("layers", "out")
+    stacked["params"]["b"] = {"scale": jnp.ones(4)}
+    with pytest.raises(ValueError, match=r"stacked over to be the first of all, got .* scale \(4,\)"):
+        jbn.linen.fold(stacked, {"a": "b"}, epsilon=1.0)
     narrow = jbn.linen.fold(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), VARIABLES), PAIRS)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(narrow)} == {"bfloat16"}
 
@@ -318,17 +388,20 @@ def test_context_leaves_out_its_norms_only_inside_and_wants_folded_variables():
     whole = apply(VARIABLES, X)
     with jbn.linen.without_norms(PAIRS):
         assert_allclose(apply(folded, X), whole, atol=1e-5)
-        with pytest.raises(ValueError, match="expected those that jbn.linen.fold .* a bias at 'layers_0'"):
+        with pytest.raises(ValueError, match="expected those that fold .* a bias at 'layers_0'"):
             apply(VARIABLES, X)
         half = {"params": folded["params"], "batch_stats": VARIABLES["batch_stats"]}
         with pytest.raises(ValueError, match="no running statistics at 'layers_1'"):
             apply(half, X)
+    with jbn.linen.without_norms({"layers_3": "layers_1"}):  # is compiled anew, without the bias
+        assert not np.allclose(apply(folded, X), whole, atol=0.1)
     assert jnp.array_equal(apply(VARIABLES, X), whole)
 
 
 def test_network_without_norms_has_the_dtypes_that_it_had():
     for options in ({}, {"dtype": jnp.bfloat16}, {"use_bias": False, "use_scale": False}):
-        model = nn.Sequential([nn.Dense(4, dtype=jnp.bfloat16), norm(**options), nn.Dense(4)])
+        first = nn.Dense(4, dtype=jnp.bfloat16, use_bias="dtype" in options)
+        model = nn.Sequential([first, norm(**options), nn.Dense(4)])
         variables = jax.eval_shape(model.init, jax.random.key(0), X)
         pairs = jbn.linen.find_pairs(model.apply, variables, X)
 

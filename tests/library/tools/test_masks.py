@@ -99,6 +99,9 @@ def test_roots_and_empty_trees():
     beside = {"scale": {"scale": scale, "bias": scale}, "bias": scale}
     assert mask(beside) == {"scale": {"scale": True, "bias": True}, "bias": False}
     assert (mask({}), mask({"a": {}}), mask(scale)) == ({}, {"a": {}}, False)
+    assert mask({"dense": {"kernel": None, "bias": scale}}) == {"dense": {"kernel": None, "bias": False}}
+    flat = {("dense", "kernel"): scale, ("dense", "bias"): scale, ("norm", "bias"): scale}
+    assert list(mask(flat).values()) == [False, False, True]
     assert mask({"posterior": {"mean": scale, "var": scale}}) == {"posterior": {"mean": False, "var": False}}
 
 
@@ -124,6 +127,15 @@ def test_optax_decays_all_but_the_norms_and_trains_them_alone_in_linen_and_nnx()
     others = lambda params: jax.tree.map(operator.not_, jbn.linen.batch_norm_mask(params))
     assert is_decayed(params, others) == is_decayed(params, others(params)) == [True, True, False, False]
     assert is_decayed(params, jbn.linen.batch_norm_mask) == [False, False, True, True]
+
+    # Optimizers for parts of the parameters do not see the others: a bias alone is still that of its layer.
+    parts = optax.multi_transform(
+        {name: optax.adamw(1.0, weight_decay=0.5, mask=others) for name in (1, 2)},
+        jax.tree.map(jnp.ndim, params),
+    )
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = parts.update(zeros, parts.init(params), params)
+    assert [bool(leaf.any()) for leaf in jax.tree.leaves(updates)] == [True, True, False, False]
 
     model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), jbn.nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
     norms_alone = optax.multi_transform(

@@ -87,6 +87,25 @@ def test_linear_layers_and_norms_compute_what_pytorchs_do_and_their_moments_are_
     assert load({"params": {"cls": np.zeros(2)}}, {"cls": np.ones(2)}, {"": ""})["params"]["cls"].sum() == 2
 
 
+def test_attention_takes_linear_layers_as_the_documentation_shapes_them():
+    like = {
+        "query": {"kernel": np.zeros((4, 2, 2)), "bias": np.zeros((2, 2))},
+        "out": {"kernel": np.zeros((2, 2, 4))},
+    }
+    weights = {"q": draw(4, 4), "o": draw(4, 4)}
+    state = {
+        "q.weight": weights["q"].T.reshape(4, 2, 2).T,
+        "q.bias": np.arange(4.0).reshape(2, 2),
+        "o.weight": weights["o"].T.reshape(2, 2, 4).T,
+    }
+    loaded, x = load({"params": like}, state, {"query": "q", "out": "o"})["params"], draw(3, 4)
+    y = x @ weights["q"].T + np.arange(4.0)
+    heads = np.einsum("ni,ihd->nhd", x, loaded["query"]["kernel"]) + loaded["query"]["bias"]
+    assert_allclose(heads.reshape(3, 4), y, rtol=0, atol=1e-5)
+    out = np.einsum("nhd,hdo->no", heads, loaded["out"]["kernel"])
+    assert_allclose(out, y @ weights["o"].T, rtol=0, atol=1e-5)
+
+
 def test_variables_keep_their_dtypes_whatever_the_weights_have():
     class Tensor:
         """A tensor of bfloat16, as PyTorch has them."""
@@ -133,7 +152,7 @@ def test_all_faults_are_in_one_message_with_keys_and_shapes_of_both_sides():
         "body.1.running_mean: expected (3,) for norm/mean (3,), got no such key",
         "body.1.running_var: expected finite float32 >= 0, got other values",
         "0.weight: expected (3, 2) for linear/kernel (2, 3), got (3, 4)",
-        "body.1.bias: expected floating-point numbers, got int64",
+        "body.1.bias: expected floating-point numbers on both sides, got int64 for norm/bias",
         "body.1.weight: expected finite float32, got other values",
         "fc.bias: expected no such key, got one of shape (9,)",
         "head: expected a module with variables, got none",
@@ -179,11 +198,37 @@ def test_faults_say_what_to_do_about_other_names_and_kernels():
     )
     with pytest.raises(ValueError, match=f"^{re.escape('; '.join(faults))}$"):
         load(like, state, names, transposed=("up", "up2", "ConvTranspose_0"))
-    prefixed = {f"module.{key}": value for key, value in STATE.items()}
-    with pytest.raises(
-        ValueError, match=r"^every key begins with 'module\.': expected names that do, or keys"
+    with pytest.raises(ValueError, match=r"^a.weight: expected \(2, 3, 4\) .*, got \(3, 3, 4\)$"):
+        load(
+            {"params": {"up": like["params"]["up"]}},
+            {"a.weight": draw(3, 3, 4)},
+            {"up": "a"},
+            transposed="up",
+        )
+    # A shape that can be of one order only needs no word, and `()` is one.
+    square = {"params": {"ConvTranspose_0": {"kernel": np.zeros((4, 3, 3))}}}
+    load(square, {"a.weight": draw(3, 3, 4)}, {"ConvTranspose_0": "a"}, transposed=())
+    state = {"a.weight": draw(2, 3, 4)}
+    load({"params": {"ConvTranspose_0": {"kernel": np.zeros((4, 3, 2))}}}, state, {"ConvTranspose_0": "a"})
+    # Also where all keys have more in common, and where not all have the prefix.
+    like, state = {"params": {"kernel": np.zeros((3, 3))}}, {"fc.weight": draw(3, 3)}
+    for given, names, message in (
+        ({"module.fc.weight": draw(3, 3)}, "fc", "keys begin with 'module.', and names do not"),
+        ({"epoch": draw(1), "a.b.fc.weight": draw(3, 3)}, "fc", "keys begin with 'a.b.', and names do not"),
+        (state, "module.fc", "names begin with 'module.', and keys do not"),
     ):
-        load(VARIABLES, prefixed, NAMES)
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}: expected both alike; "):
+            load(like, given, {"": names})
+    for wrong, message in (
+        (None, "names: expected a mapping of paths to PyTorch's names, got a NoneType"),
+        ({"": [0]}, r"names\[''\]: expected PyTorch's name, or a list of names, got \[0\]"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            load(like, state, wrong)
+    with pytest.raises(
+        ValueError, match="fc.weight: expected floating-point numbers .* got int64 for kernel"
+    ):
+        load({"params": {"kernel": np.zeros((3, 3), np.int64)}}, state, {"": "fc"})
     with pytest.raises(
         ValueError, match="^variables: expected what init returns, .* got a tree of linear, norm"
     ):
@@ -193,6 +238,9 @@ def test_faults_say_what_to_do_about_other_names_and_kernels():
 def test_boxes_and_layers_that_are_stacked_by_scan_are_filled():
     layer = nn.Dense(3, kernel_init=nn.with_partitioning(nn.initializers.zeros, (None, "model")))
     boxed = jax.eval_shape(layer.init, jax.random.key(0), np.zeros((1, 2), np.float32))
+    last = jax.sharding.SingleDeviceSharding(jax.devices()[-1])
+    placed = {"params": {"cls": jax.device_put(np.zeros(2), last)}}
+    assert load(placed, {"cls": np.ones(2)}, {"": ""})["params"]["cls"].sharding == last
     loaded = load(boxed, {"weight": STATE["0.weight"], "bias": STATE["0.bias"]}, {"": ""})["params"]
     assert isinstance(loaded["kernel"], nn.Partitioned) and loaded["kernel"].names == (None, "model")
     assert_array_equal(loaded["kernel"].value, STATE["0.weight"].T)

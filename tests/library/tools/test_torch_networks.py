@@ -102,7 +102,16 @@ class NNXOne(nnx.Module):
 
 def test_nnx_networks_know_their_transposed_layers_and_may_be_of_shapes_alone():
     model = nnx.eval_shape(lambda: NNXOne(nnx.Rngs(0)))
+    with pytest.raises(TypeError, match="model: expected an nnx.Module, got a State"):
+        jbn.nnx.load_torch(nnx.state(model), layers("one"), ONE)
     assert jbn.nnx.load_torch(model, layers("one"), ONE) is None
+    dropped = nnx.Sequential(
+        nnx.Linear(2, 2, use_bias=False, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    )
+    jbn.nnx.load_torch(dropped, {"fc.weight": np.ones((2, 2))}, {"layers/0": "fc"})
+    turned = nnx.ConvTranspose(3, 3, (2,), transpose_kernel=True, use_bias=False, rngs=nnx.Rngs(0))
+    jbn.nnx.load_torch(turned, {"up.weight": np.arange(18.0).reshape(3, 3, 2)}, {"": "up"})
+    assert_array_equal(turned.kernel[...], np.arange(18.0).reshape(3, 3, 2).T)
     model.eval()
     x = images(*LAYERS["one"][0])
     assert_allclose(nnx.jit(lambda model, x: model(x))(model, x), expected("one"), rtol=0, atol=1e-5)

@@ -74,7 +74,9 @@ def test_what_is_no_batch_norm_is_said():
             "bn",
             "bn.bias: expected (3,), the shape of bn.running_mean, got (2,).",
         ),
-        (STATE | {"bn.running_var": -np.ones(3)}, "bn", "bn.running_var: expected finite numbers >= 0, got"),
+        (STATE | {"bn.running_var": -np.ones(3)}, "bn", "bn.running_var: expected finite float32 >= 0, got"),
+        (STATE | {"bn.weight": np.full(3, 1e300)}, "bn", "bn.weight: expected finite float32, got others."),
+        (STATE | {"bn.running_mean": np.ones(())}, "bn", "bn.running_mean: expected (features,)"),
         (
             STATE | {"bn.weight": np.ones(3, int)},
             "bn",
@@ -87,5 +89,13 @@ def test_what_is_no_batch_norm_is_said():
             jbn.from_torch(state, prefix)
     with pytest.raises(TypeError, match="state is a list; expected a mapping"):
         jbn.from_torch([STATE])
+    with pytest.raises(TypeError, match="state has the key 1; expected PyTorch's names"):
+        jbn.from_torch({1: np.ones(3)})
     with pytest.raises(ValueError, match=r"running.mean has shape \(2, 2\); expected \(features,\)"):
         jbn.to_torch(*jbn.init((2, 2)))
+    params, running = jbn.init(3)
+    with pytest.raises(TypeError, match="params, running: expected .*, got Moments and Params"):
+        jbn.to_torch(running, params)
+    for wrong in (jnp.ones(2), jnp.ones(3, "complex64")):
+        with pytest.raises(ValueError, match=r"scale: expected real numbers, \(3,\) as running.mean, got"):
+            jbn.to_torch(jbn.Params(wrong, None), running)
