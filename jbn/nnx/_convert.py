@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import jax.numpy as jnp
 from flax import nnx
 
-from jbn._flax import check_options
+from jbn._flax import check_options, counts
 from jbn._spelling import check_option_names
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._measuring import batch_norms
@@ -84,6 +84,6 @@ def _convert(layer: Any, options: dict[str, Any]) -> None:
         layer.count = nnx.data(None)
     for name, value in options.items():
         setattr(layer, name, value)
-    if layer.update is not None and layer.count is None:
+    if counts(layer.update) and layer.count is None:
         count = jnp.full(layer.mean.shape, layer.initial_count, jnp.real(layer.mean[...]).dtype)
         layer.count = nnx.BatchStat(count)
