@@ -3,13 +3,13 @@
 Flax users import `jbn.linen` or `jbn.nnx`.
 """
 
-from jbn._folding import as_affine, fold
 from jbn._functional import batch_norm, init, normalize
 from jbn._normalization import Params
 from jbn._running import cumulative, ema, keep, pooled
 from jbn._statistics import Moments, merge, moments
-from jbn._torch import from_torch, to_torch
-from jbn._trees import merge_trees
+from jbn._tools.folding import as_affine, fold
+from jbn._tools.torch import from_torch, to_torch
+from jbn._tools.trees import merge_trees
 from jbn._warnings import OneValueWarning
 
 __version__ = "0.1.0"

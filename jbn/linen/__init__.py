@@ -3,12 +3,12 @@
 It needs Flax: `pip install "jbn[flax]"`.
 """
 
-from jbn._masks import batch_norm_mask
+from jbn._tools.masks import batch_norm_mask
 from jbn.linen._batch_norm import BatchNorm
 from jbn.linen._diagnosis import diagnose
-from jbn.linen._folding import fold, without_norms
+from jbn.linen._folding.folding import fold, without_norms
+from jbn.linen._folding.pairs import find_pairs
 from jbn.linen._override import override
-from jbn.linen._pairs import find_pairs
 from jbn.linen._recalibration import recalibrate
 from jbn.linen._torch import load_torch
 

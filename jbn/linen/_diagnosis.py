@@ -8,7 +8,8 @@ import jax
 from flax.core import meta, unfreeze
 
 from jbn._normalization import Params
-from jbn._observing import (
+from jbn._statistics import Moments
+from jbn._tools.observing import (
     Loss,
     Passes,
     Seen,
@@ -19,8 +20,7 @@ from jbn._observing import (
     nothing_seen,
     replaced,
 )
-from jbn._pooling import Measured
-from jbn._statistics import Moments
+from jbn._tools.pooling import Measured
 from jbn.inspection import Diagnosis
 from jbn.linen._measuring import Apply, measure
 

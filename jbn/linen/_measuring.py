@@ -11,7 +11,7 @@ from flax.core import Scope, meta, tracers, unfreeze
 from flax.core.scope import in_filter, union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jbn._pooling import (
+from jbn._tools.pooling import (
     Measured,
     Options,
     add,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
-from jbn._pooling import Measured, add_measured, new_statistics, sweep_over
+from jbn._tools.pooling import Measured, add_measured, new_statistics, sweep_over
 from jbn.linen._measuring import Apply, measure
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from jbn._paths import named_leaves
-from jbn._torch_layers import Names, Variable, fill
+from jbn._tools.paths import named_leaves
+from jbn._tools.torch_layers import Names, Variable, fill
 
 
 def load_torch(

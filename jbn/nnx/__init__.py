@@ -3,7 +3,7 @@
 It needs Flax: `pip install "jbn[flax]"`.
 """
 
-from jbn._masks import batch_norm_mask
+from jbn._tools.masks import batch_norm_mask
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._convert import convert
 from jbn.nnx._diagnosis import diagnose

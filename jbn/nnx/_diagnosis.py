@@ -8,7 +8,8 @@ import jax
 from flax import nnx
 
 from jbn._normalization import Params
-from jbn._observing import (
+from jbn._statistics import Moments
+from jbn._tools.observing import (
     Loss,
     Passes,
     Seen,
@@ -19,8 +20,7 @@ from jbn._observing import (
     nothing_seen,
     replaced,
 )
-from jbn._pooling import Measured
-from jbn._statistics import Moments
+from jbn._tools.pooling import Measured
 from jbn.inspection import Diagnosis
 from jbn.nnx._measuring import Call, batch_norms, measure
 from jbn.nnx._recalibration import _call

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn._pooling import Measured, add, input_moments, no_samples, options_of, warn_of_unmeasured
+from jbn._tools.pooling import Measured, add, input_moments, no_samples, options_of, warn_of_unmeasured
 from jbn.nnx._batch_norm import BatchNorm
 
 Call = Callable[[Any, Any], Any]

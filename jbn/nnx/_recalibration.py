@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jbn._pooling import Measured, add_measured, new_statistics, sweep_over
+from jbn._tools.pooling import Measured, add_measured, new_statistics, sweep_over
 from jbn.nnx._measuring import Call, batch_norms, measure
 
 

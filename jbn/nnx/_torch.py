@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jbn._paths import named_leaves
-from jbn._torch_layers import Names, Variable, fill
+from jbn._tools.paths import named_leaves
+from jbn._tools.torch_layers import Names, Variable, fill
 
 _TRANSIENT = nnx.Any(nnx.RngState, nnx.Cache, nnx.Intermediate)
 

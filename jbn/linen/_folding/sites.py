@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jbn.linen._flow import Leaf, Output, Value, View
+from jbn.linen._folding.flow import Leaf, Output, Value, View
 
 
 class UsedVariable(NamedTuple):

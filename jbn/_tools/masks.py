@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jbn._paths import Path, named_leaves
+from jbn._tools.paths import Path, named_leaves
 
 _AFFINE, _RUNNING = {"scale", "bias"}, {"mean", "var"}
 

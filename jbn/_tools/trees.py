@@ -10,8 +10,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbn._dtypes import arithmetic_dtype
-from jbn._paths import Path, named_leaves
 from jbn._statistics import Moments, merge
+from jbn._tools.paths import Path, named_leaves
 
 _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 _NEEDED, _NAMES = {"mean", "var"}, set(Moments._fields)

@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._flax import Layer, as_inexact
-from jbn._progress import with_progress
 from jbn._running import UpdateRule, apply_update_rule, cumulative, pooled
 from jbn._statistics import Moments, merge_rows_of, moments
+from jbn._tools.progress import with_progress
 
 
 class Options(NamedTuple):

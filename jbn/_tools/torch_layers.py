@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn._torch import as_array, check_state
+from jbn._tools.torch import as_array, check_state
 
 # Flax's name of a leaf -> PyTorch's; others are the same in both.
 _LEAVES = {

@@ -12,10 +12,10 @@ from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from jbn._axes import feature_axes
-from jbn._paths import named_leaves
+from jbn._tools.paths import named_leaves
 from jbn.linen._calls import calls, calls_batch_norm, intercept
-from jbn.linen._flow import Leaf, Value, follow
-from jbn.linen._sites import Site, refusal
+from jbn.linen._folding.flow import Leaf, Value, follow
+from jbn.linen._folding.sites import Site, refusal
 
 LAYERS = nn.Dense, nn.Conv, nn.ConvTranspose
 _VARIABLES = (

@@ -13,12 +13,12 @@ import numpy as np
 from flax.core import FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-import jbn._folding as pure
+import jbn._tools.folding as pure
 from jbn._dtypes import promote
 from jbn._normalization import Params
 from jbn._statistics import Moments
 from jbn.linen._calls import calls, calls_batch_norm, intercept
-from jbn.linen._pairs import LAYERS, NormPath
+from jbn.linen._folding.pairs import LAYERS, NormPath
 
 _OF_NORM = "scale", "bias", "mean", "var", "count"  # a subclass may have more, which stay
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn._normalization import Params
-from jbn._pooling import Measured, add_measured, no_samples
 from jbn._statistics import Moments
+from jbn._tools.pooling import Measured, add_measured, no_samples
 from jbn.inspection import Diagnosis, LayerRecord, Losses, diagnose
 from jbn.inspection._diagnosis.records import Batches, add_batch, no_batches
 
