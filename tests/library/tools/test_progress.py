@@ -3,7 +3,7 @@
 import io
 import sys
 
-from jbn import _progress
+from jbn._tools import progress as _progress
 
 
 class Stderr(io.StringIO):
