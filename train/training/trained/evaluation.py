@@ -68,6 +68,9 @@ class TrainedRun(NamedTuple):
                 f"trained, got {norm!r}; export it without."
             )
         network, variables = self.trained.network.fold(self.trained.variables, inputs)
+        expected = jax.eval_shape(network.init, jax.random.key(0), inputs)
+        # A norm that was left unfolded would be missing, and the outputs wrong.
+        assert jax.tree.map(jnp.shape, expected) == jax.tree.map(jnp.shape, variables)
         return self._replace(trained=self.trained._replace(network=network, variables=variables))
 
 
