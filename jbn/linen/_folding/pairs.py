@@ -94,8 +94,8 @@ def find_pairs(
             pairs[layer.path] = NormPath(norm.path, norm.epsilon, layer.axis)
     if strict and refused:
         raise ValueError(
-            "expected norms that the layer before them can absorb, got others: "
-            + "; ".join(f"'{path}': {reason}" for path, reason in refused.items())
+            "expected norms that the layer before them can absorb, got others:\n"
+            + "\n".join(f"'{path}': {reason}" for path, reason in refused.items())
         )
     return pairs
 
