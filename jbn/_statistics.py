@@ -21,7 +21,8 @@ class Moments(NamedTuple):
     """Mean, biased variance and total weight of a set of samples, feature by feature.
 
     One type for the statistics of a mini-batch and for running statistics. What a running `count` counts is
-    up to the update rule (`jbn.ema`, `jbn.cumulative`, `jbn.pooled`).
+    up to the update rule (`jbn.ema`, `jbn.cumulative`, `jbn.pooled`). A count of 0, the default, is that of
+    no samples: to merge moments from elsewhere, give them one.
     """
 
     mean: jax.Array  # (features...), float32 or wider; complex for complex samples

@@ -50,7 +50,7 @@ def fill(
 
     Raises:
       TypeError: `state` is not a mapping of arrays, or `names` not one of names.
-      ValueError: what does not fit, all in one message.
+      ValueError: what does not fit, all in one message, a line each: there may be hundreds.
     """
     check_state(state)
     _check_names(names)
@@ -104,7 +104,7 @@ def fill(
     unknown = [module for module in transposed if module not in modules]
     faults += [f"transposed: expected modules with variables, got '{module}'" for module in unknown]
     if faults:
-        raise ValueError("; ".join(faults))
+        raise ValueError("\n".join(faults))
     return filled
 
 

@@ -106,7 +106,8 @@ class BatchNorm(nn.Module):
       mean_init, var_init: initializers of the running mean and variance; None for 0 and 1.
       initial_count: what the running count starts from.
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
-        and bias no gradient, whatever `use_running_average` is.
+        and bias no gradient, whatever `use_running_average` is. An optimizer with weight decay, or with
+        momentum from before, moves them all the same: docs/override_and_convert.md.
 
     Raises:
       ValueError: `use_running_average` is missing or given twice; scale or bias is both learnt and given; or

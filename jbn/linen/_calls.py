@@ -35,6 +35,15 @@ def intercept(interceptor: Interceptor, key: str) -> Iterator[None]:
         _keys.reset(entered)
 
 
+def check_apply(apply: Any) -> None:
+    """Raise a TypeError unless `apply` is a function, and not the model or its variables."""
+    if isinstance(apply, nn.Module) or not callable(apply):
+        raise TypeError(
+            f"apply is a {type(apply).__name__}; expected a function that runs the model, such as "
+            "lambda variables, x: model.apply(variables, x, train=False)."
+        )
+
+
 def is_batch_norm(module: nn.Module) -> bool:
     """Return whether a module is Flax's BatchNorm or ours, or of a subclass."""
     return isinstance(module, (nn.BatchNorm, BatchNorm))

@@ -22,6 +22,7 @@ from jbn._tools.observing import (
 )
 from jbn._tools.pooling import Measured
 from jbn.inspection import Diagnosis
+from jbn.linen._calls import check_apply
 from jbn.linen._measuring import Apply, measure
 
 
@@ -47,6 +48,7 @@ def diagnose(apply: Apply, variables: Any, batches: Iterable[Any], *, loss: Loss
     Raises:
       ValueError: there are no batches, or no batch norm was called; or with a loss, `batches` can be gone
         through only once.
+      TypeError: `apply` is no function.
 
     Reference: docs/diagnose.md.
 
@@ -58,6 +60,7 @@ def diagnose(apply: Apply, variables: Any, batches: Iterable[Any], *, loss: Loss
     >>> print([(finding.kind, finding.layers) for finding in diagnosis.findings])
     [('never updated', ('layers_1',))]
     """
+    check_apply(apply)
 
     def variables_of(path):
         params, stats = (_at(variables.get(name, {}), path) for name in ("params", "batch_stats"))

@@ -8,6 +8,7 @@ import jax
 from flax.core import FrozenDict, freeze, meta, unfreeze
 
 from jbn._tools.pooling import Measured, add_measured, new_statistics, sweep_over
+from jbn.linen._calls import check_apply
 from jbn.linen._measuring import Apply, measure
 
 
@@ -49,7 +50,7 @@ def recalibrate(apply: Apply, variables: Any, batches: Iterable[Any], *, sweeps:
       ValueError: no batches, an iterator for several sweeps; `apply` calls no batch norm with the variables,
         or one in training mode, or where none of its statistics can be collected (inside `jax.vmap`, or a
         transform that broadcasts "batch_stats").
-      TypeError: `batches` is one array.
+      TypeError: `apply` is no function, or `batches` is one array.
 
     Warns:
       UserWarning: a layer is of a subclass that does not call `super().__call__`, and keeps its statistics.
@@ -65,6 +66,7 @@ def recalibrate(apply: Apply, variables: Any, batches: Iterable[Any], *, sweeps:
     >>> print(variables["batch_stats"]["mean"], variables["batch_stats"]["var"])
     [4.] [6.5]
     """
+    check_apply(apply)
     done = 0
 
     def add_batch(sweep, measured, batch):

@@ -37,7 +37,8 @@ def diagnose(
     Args:
       model: a module, or any graph of them, in training or evaluation mode.
       batches: any iterable of pytrees of arrays, such as (x, label), whose first axes are examples.
-      call: `call(model, batch)` runs the model. Given again, it is not compiled again.
+      call: `call(model, batch)` runs the model: `lambda model, batch: model(batch[0])` if batches are
+        (x, label). Given again, it is not compiled again.
       loss: `loss(outputs, batch)` is the mean loss of a batch, ().
 
     Returns:

@@ -1,6 +1,6 @@
 """Running statistics from a pass over data, for any NNX model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,16 @@ from jbn.nnx._measuring import Call, batch_norms, measure
 
 
 def _call(model: Any, x: Any) -> Any:
-    return model(x)
+    try:
+        return model(x)
+    except Exception as error:
+        if isinstance(x, list | tuple | Mapping):
+            kind = type(x).__name__
+            error.add_note(
+                f"The model was called with a whole batch, a {kind}; if it takes a part of it, say which by "
+                "call=lambda model, batch: model(batch[0])."
+            )
+        raise
 
 
 def recalibrate(model: Any, batches: Iterable[Any], *, call: Call = _call, sweeps: int = 1) -> None:
@@ -30,8 +39,9 @@ def recalibrate(model: Any, batches: Iterable[Any], *, call: Call = _call, sweep
       model: a module, or what holds one.
       batches: an iterable of what `call` takes: arrays or pytrees of arrays, of any sizes, on one device or
         sharded. In several processes each gives the same global arrays.
-      call: `call(model, batch)` runs the model that it is given; what it returns is not used. The model is
-        traced anew for each new function and shape of a batch, so define it once.
+      call: `call(model, batch)` runs the model that it is given; what it returns is not used. If batches are
+        (x, label), `lambda model, batch: model(batch[0])`. The model is traced anew for each new function and
+        shape of a batch, so define it once.
       sweeps: how often to go through the batches, which must then be more than an iterator.
 
     Raises:

@@ -177,7 +177,10 @@ def _read(path: Path, name: str, remedy: str) -> Any:
         raise UserError(f"'{path}' does not exist; expected a run directory.")
     if not (path / name).is_file():
         runs = sorted(found.parent for found in path.glob("*/config.json"))
-        if runs:  # as in the folder of a study
+        if path.is_file():
+            trained = path.suffix == ".toml"
+            remedy = "Give the folder that training it made." if trained else "Give the folder of a run."
+        elif runs:  # as in the folder of a study
             remedy = f"Give one of the runs in it, such as '{runs[0]}'."
         raise UserError(f"'{path}' is not a run directory: it has no {name}. {remedy}")
     try:

@@ -43,7 +43,7 @@ def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = No
     Raises:
       TypeError: `pairs` is no such mapping.
       ValueError: a path has no such layer or norm, shapes differ, two layers have one norm, or an epsilon
-        is missing or another than the norm's. The message has all faults.
+        is missing or another than the norm's. The message has all faults, a line each.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
     >>> model = nn.Sequential([nn.Dense(4, use_bias=False), nn.BatchNorm(use_running_average=True)])
@@ -77,7 +77,7 @@ def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = No
         except (TypeError, ValueError) as fault:
             faults.append(f"{layer}, {norm}: {fault}")
     if faults:
-        raise ValueError("; ".join(faults))
+        raise ValueError("\n".join(faults))
     gone = {(*_keys(norm), name) for norm in pairs.values() for name in _OF_NORM}
     folded = dict(variables)
     for name, flat in (("params", params | new), ("batch_stats", stats)):

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jbn._axes import feature_axes
 from jbn._tools.paths import named_leaves
-from jbn.linen._calls import calls, calls_batch_norm, intercept
+from jbn.linen._calls import calls, calls_batch_norm, check_apply, intercept
 from jbn.linen._folding.flow import Leaf, Value, follow
 from jbn.linen._folding.sites import Site, refusal
 
@@ -74,6 +74,7 @@ def find_pairs(
       The paths of norms are strings that also know `epsilon` and `axis`, for `jbn.linen.fold`.
 
     Raises:
+      TypeError: `apply` is no function.
       ValueError: `strict`, and a norm cannot be folded.
 
     >>> import flax.linen as nn, jax, jax.numpy as jnp, jbn.linen
@@ -83,6 +84,7 @@ def find_pairs(
     >>> jbn.linen.find_pairs(model.apply, variables, x)
     {'layers_0': 'layers_1'}
     """
+    check_apply(apply)
     pairs, refused = {}, {}
     for norm in _norms(apply, variables, batch):
         if reason := refusal(norm):
@@ -92,8 +94,8 @@ def find_pairs(
             pairs[layer.path] = NormPath(norm.path, norm.epsilon, layer.axis)
     if strict and refused:
         raise ValueError(
-            "expected norms that the layer before them can absorb, got others: "
-            + "; ".join(f"'{path}': {reason}" for path, reason in refused.items())
+            "expected norms that the layer before them can absorb, got others:\n"
+            + "\n".join(f"'{path}': {reason}" for path, reason in refused.items())
         )
     return pairs
 

@@ -240,3 +240,19 @@ def test_mistakes_are_errors_before_any_work(api):
     ):
         with pytest.raises(error, match=expected):
             net.recalibrate(batches, **options)
+
+
+def notes(error):
+    return getattr(error.value, "__notes__", ())
+
+
+def test_examples_with_labels_need_a_call_that_takes_them_apart():
+    model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    for tool in jbn.nnx.recalibrate, jbn.nnx.diagnose:
+        with pytest.raises(Exception) as error:
+            tool(model, [(X, X[:, 0])])
+        assert any("a tuple; if it takes a part of it, say which by call=" in note for note in notes(error))
+        tool(model, [(X, X[:, 0])], call=lambda model, batch: model(batch[0]))
+        with pytest.raises(Exception) as error:
+            tool(model, [X[:, :2]])
+        assert not any("if it takes a part of it" in note for note in notes(error))

@@ -145,3 +145,19 @@ def test_what_does_not_merge_is_named():
     ):
         with pytest.raises(TypeError, match=f"^{re.escape(message)}"):
             jbn.merge_trees(wrong, counts=[1])
+
+
+def test_layers_of_one_shape_share_a_program_and_many_trees_need_none(monkeypatch):
+    traced = []
+    merge = lambda *parts: traced.append(len(parts)) or jbn.merge(*parts)
+    monkeypatch.setattr("jbn._tools.trees.merge", merge)
+    monkeypatch.setattr("jbn._tools.trees._COMPILED", 4)
+    x = RNG.normal(size=(5, 6, 7))
+    trees = [{"a": stats(rows), "b": stats(rows + 1)} for rows in x]
+    for number, calls in ((4, 1), (5, 2)):
+        traced.clear()
+        merged = jbn.merge_trees(*trees[:number], counts=[6] * number)
+        assert traced == [number] * calls
+        whole = x[:number].reshape(-1, 7)
+        for name, mean in (("a", whole.mean(0)), ("b", whole.mean(0) + 1)):
+            check(merged[name], mean, whole.var(0))

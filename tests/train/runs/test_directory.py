@@ -160,7 +160,13 @@ def test_config_that_cannot_be_read_is_named(make_config, tmp_path):
         (tmp_path / "empty").mkdir()
         directory.read_config(tmp_path / "empty")
     study = Path(config.run_dir).parent
-    for path, message in ((study, f"such as '{config.run_dir}'"), (study / "no", "no' does not exist; exp")):
+    (study / "job.toml").touch()
+    for path, message in (
+        (study, f"such as '{config.run_dir}'"),
+        (study / "no", "no' does not exist; exp"),
+        (study / "job.toml", "Give the folder that training it made."),
+        (Path(config.run_dir) / "config.json", "Give the folder of a run."),
+    ):
         with pytest.raises(UserError, match=message):
             directory.read_config(path)
 

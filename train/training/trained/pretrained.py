@@ -116,7 +116,7 @@ def _of_file(path: Path, model: Model, initial: Variables, head: str) -> Variabl
     try:
         return jbn.linen.load_torch(initial._replace(params=params), state, names)
     except ValueError as error:
-        faults = _few(str(error).split("; "))
+        faults = _few(str(error).splitlines())
         raise UserError(f"init_from: '{path}' does not fit model.name = '{model.name}': {faults}.") from None
 
 
