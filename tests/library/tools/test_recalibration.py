@@ -132,6 +132,21 @@ def test_statistics_are_those_of_all_batches_together(api):
 
 
 @both
+def test_nothing_is_lost_in_many_small_batches_with_a_large_mean(api):
+    x = (1e4 + RNG.normal(size=(2000, 4))).astype("float32")
+    norm = nn.BatchNorm(use_running_average=True)
+    if api is Linen:
+        variables = norm.init(jax.random.key(0), x[:2])
+        stats = jbn.linen.recalibrate(norm.apply, variables, np.split(x, 1000))["batch_stats"]
+    else:
+        model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+        jbn.nnx.recalibrate(model, np.split(x, 1000))
+        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    assert_allclose(stats["mean"], x.mean(0, dtype=float), rtol=1e-7)
+    assert_allclose(stats["var"], x.var(0, dtype=float), rtol=1e-5)
+
+
+@both
 def test_as_many_sweeps_as_layers_are_independent_of_the_batch_size(api):
     net, whole = api(), reference([{"x": X}])
     for parts in PARTS, TENS:
