@@ -113,8 +113,8 @@ def add(old: Inputs, new: Inputs) -> Inputs:
     pairs = [jnp.stack([a, b.astype(a.dtype)]) for a, b in zip(old[:4], new)]
     both = merge_rows(Part(*pairs))[:4]
     usable = jnp.isfinite(both[0]) & jnp.isfinite(both[2])  # their difference may overflow
-    kept = [jnp.where(usable, merged, leaf) for merged, leaf in zip(both, old)]
-    return Inputs(*kept, old.nonfinite | new.nonfinite | ~usable)
+    mean, mean_low, var, count = (jnp.where(usable, merged, leaf) for merged, leaf in zip(both, old))
+    return Inputs(mean, mean_low, var, count, old.nonfinite | new.nonfinite | ~usable)
 
 
 def add_measured(old: Measured | None, new: Measured) -> Measured:

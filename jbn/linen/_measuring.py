@@ -45,8 +45,8 @@ def measure(apply: Apply, variables: Any, batch: Any, *, by_batch: bool) -> tupl
     """
     if not isinstance(variables, Mapping) or "batch_stats" not in variables:
         raise ValueError(
-            f"variables is a {type(variables).__name__} without 'batch_stats'; expected what apply takes, such as "
-            "{'params': state.params, 'batch_stats': state.batch_stats}."
+            f"variables is a {type(variables).__name__} without 'batch_stats'; expected what apply takes, "
+            "such as {'params': state.params, 'batch_stats': state.batch_stats}."
         )
     while isinstance(apply, jax.stages.Wrapped):  # jitted, which would hide what is inside
         apply = apply.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]

@@ -93,8 +93,8 @@ class _Measuring(nnx.Module):
             self.inputs.set_value(add(self.inputs.get_value(), found))
         except TraceContextError as error:
             raise ValueError(
-                f"'{self.path}' is called inside a transform of JAX, such as jax.vmap, or call ignores the model "
-                "that it is given; expected nnx.vmap or likewise, with the model as an argument."
+                f"'{self.path}' is called inside a transform of JAX, such as jax.vmap, or call ignores the "
+                "model that it is given; expected nnx.vmap or likewise, with the model as an argument."
             ) from error
         old = self.mean.get_value(), self.var.get_value()
         if self.calls.by_batch:

@@ -194,8 +194,12 @@ def test_what_nnx_jit_has_compiled_in_one_measurement_is_measured_in_others():
         jbn.nnx.recalibrate(model, [scale * ROWS], call=lambda model, x: call_model(model, x), sweeps=2)
         assert_allclose(model.first.var[...], scale**2 * FIRST[1], rtol=1e-5)
         assert_allclose(model.second.var[...], np.full(4, 9), rtol=1e-4)
-        diagnosis = jbn.nnx.diagnose(model, [scale * ROWS], call=lambda model, x: call_model(model, x))
+        call = lambda model, x: call_model(model, x)
+        diagnosis = jbn.nnx.diagnose(model, [scale * ROWS], call=call, loss=lambda y, _: (y**2).mean())
         assert diagnosis.layers[0].kl < 1e-6
+        # In training dropout would double it.
+        means = diagnosis.losses.means()
+        assert_allclose([means["running"], means["recalibrated"]], [1, 1], rtol=1e-4)
 
 
 def test_subclasses():
