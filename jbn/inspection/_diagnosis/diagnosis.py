@@ -83,7 +83,7 @@ def diagnose(
 
     in nats and averaged over features: 0.05 is a mean that is off by a third of a standard deviation, or a
     standard deviation off by a quarter. Findings are what such differences have in common over layers and
-    features; how each is recognized, and from which size on, is in `jbn/inspection/_diagnosis/differences.py`.
+    features; `jbn/inspection/_diagnosis/differences.py` says how each is recognized, and from which size on.
 
     `jbn.linen.diagnose` and `jbn.nnx.diagnose` do all of it for models of Flax.
 
