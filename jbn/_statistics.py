@@ -132,6 +132,12 @@ def multiply_by_unit(m: Moments, unit: jax.Array | None) -> Moments:
     return m._replace(count=jnp.minimum(count, jnp.finfo(count.dtype).max))
 
 
+def in_units_of_1(part: Part) -> Part:
+    """Count the samples of a part in units of 1."""
+    count = multiply_by_unit(_moments(part), part.unit).count
+    return part._replace(count=count, unit=None)
+
+
 def merge(*parts: Moments) -> Moments:
     """Merge the moments of disjoint sets of samples into the moments of their union, exactly.
 

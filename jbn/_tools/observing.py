@@ -37,7 +37,7 @@ class Passes(NamedTuple):
 def add_observed(seen: Seen, measured: Measured, batch: Any) -> Seen:
     """Add what was measured in one batch."""
     batches = {
-        path: add_batch(old, Moments(*measured.inputs[path][:3]), measured.inputs[path].nonfinite)
+        path: add_batch(old, measured.inputs[path].moments, measured.inputs[path].nonfinite)
         for path, old in seen.batches.items()
     }
     leaves = [leaf for leaf in jax.tree.leaves(batch) if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)]
@@ -60,7 +60,7 @@ def losses_of(loss: Loss | None, running: Any, own: Any, batch: Any) -> jax.Arra
 def nothing_seen(measured: Measured) -> Seen:
     """Return the start for `add_observed`, for layers like these."""
     inputs = {path: no_samples(found.mean) for path, found in measured.inputs.items()}
-    batches = {path: no_batches(Moments(*none[:3])) for path, none in inputs.items()}
+    batches = {path: no_batches(none.moments) for path, none in inputs.items()}
     return Seen(Measured(inputs, measured.options), batches, jnp.array(True))
 
 
@@ -124,7 +124,7 @@ def _records(seen: Seen, variables_of) -> Mapping[str, LayerRecord]:
         has_count = running.count is not None
         records[path] = LayerRecord(
             running=running if has_count else running._replace(count=np.zeros(())),
-            population=Moments(*inputs[:3]),
+            population=inputs.moments,
             batches=seen.batches[path],
             params=params,
             epsilon=options.epsilon,
@@ -139,7 +139,7 @@ def _records(seen: Seen, variables_of) -> Mapping[str, LayerRecord]:
 def replaced(found: Measured, path: str, old: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     """Return the running mean and variance of a layer with the moments that were found."""
     inputs = found.inputs[path]
-    new = {"mean": inputs.mean, "var": inputs.var}
+    new = {"mean": inputs.moments.mean, "var": inputs.var}
     return {name: jnp.where(inputs.count > 0, new[name], old[name]).astype(old[name].dtype) for name in new}
 
 

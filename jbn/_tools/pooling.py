@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +11,15 @@ import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.typing import ArrayLike
 
+from jbn._axes import feature_axes, other_axes
+from jbn._checks import as_samples, as_weights
+from jbn._collectives import named_axes
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._flax import Layer, as_inexact
-from jbn._running import UpdateRule, apply_update_rule, cumulative, pooled
-from jbn._statistics import Moments, merge_rows_of, moments
+from jbn._merging import Part, merge_named, merge_rows
+from jbn._running import UpdateRule, cumulative, pooled
+from jbn._samples import measure_samples
+from jbn._statistics import Moments, in_units_of_1
 from jbn._tools.progress import with_progress
 
 
@@ -32,11 +36,15 @@ class Inputs(NamedTuple):
     """The moments of what a layer was called with, in the shape of its mean."""
 
     mean: jax.Array
+    mean_low: jax.Array  # what the mean was rounded by, or thousands of batches would round it away
     var: jax.Array
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    nonfinite: (
-        jax.Array
-    )  # Boolean: whether there were samples whose moments are not finite; they count as none
+    nonfinite: jax.Array  # Boolean: whether there were samples that are not finite; they count as none
+
+    @property
+    def moments(self) -> Moments:
+        """The moments, with the mean rounded to one number."""
+        return Moments(self.mean + self.mean_low, self.var, self.count)
 
 
 @jax.tree_util.register_dataclass
@@ -59,10 +67,11 @@ def no_samples(mean: jax.Array) -> Inputs:
     """Return the identity of `jbn.merge` in the shape of a running mean, in float32 at least."""
     dtype = arithmetic_dtype(mean)
     real = jnp.zeros(mean.shape, real_dtype(dtype))
-    return Inputs(jnp.zeros(mean.shape, dtype), real, real, jnp.zeros(mean.shape, bool))
+    zeros = jnp.zeros(mean.shape, dtype)
+    return Inputs(zeros, zeros, real, real, jnp.zeros(mean.shape, bool))
 
 
-def input_moments(layer: Layer, mean: jax.Array, x: ArrayLike, mask: ArrayLike | None) -> Moments:
+def measure_inputs(layer: Layer, mean: jax.Array, x: ArrayLike, mask: ArrayLike | None) -> Inputs:
     """Measure what a layer is called with, over all that share its running mean.
 
     Those are the members of the axes of its `axis_name` that are bound, and where the mean is not mapped, the
@@ -70,19 +79,21 @@ def input_moments(layer: Layer, mean: jax.Array, x: ArrayLike, mask: ArrayLike |
     """
     names: Any = layer.axis_name or ()
     bound = tuple(name for name in ((names,) if isinstance(names, str) else names) if _is_bound(name))
-    measure = partial(
-        moments,
-        axis=layer.axis,
-        axis_name=bound or None,
-        axis_index_groups=layer.axis_index_groups if bound else None,
-    )
+    over = named_axes(bound or None, layer.axis_index_groups if bound else None)
     x = jax.lax.stop_gradient(as_inexact(jnp.asarray(x)))
-    if bound:
-        return measure(x, mask=mask)
-    return _over_maps(lambda mean, x, mask: measure(x, mask=mask))(mean, x, mask)
+
+    def measure(_, x, mask):
+        x = as_samples(x)
+        weights, axes = as_weights(mask, x), feature_axes(x.ndim, layer.axis)
+        return in_units_of_1(merge_named(measure_samples(x, weights, other_axes(x.ndim, axes)), over))
+
+    part = (measure if bound else _over_maps(measure))(mean, x, mask)
+    finite = jnp.isfinite(part.mean) & jnp.isfinite(part.var)
+    count = jnp.where(finite, part.count, 0)
+    return Inputs(part.mean, part.mean_low, part.var, count, (part.count > 0) & ~finite)
 
 
-def _over_maps(measure: Callable[..., Moments]) -> Callable[..., Moments]:
+def _over_maps(measure: Callable[..., Part]) -> Callable[..., Part]:
     """Let a function of a running mean, `x` and mask merge the members of a `vmap` that share the mean."""
     measure_mapped = custom_vmap(measure)
 
@@ -91,19 +102,19 @@ def _over_maps(measure: Callable[..., Moments]) -> Callable[..., Moments]:
         axes = jax.tree.map(lambda is_mapped: 0 if is_mapped else None, tuple(are_mapped))
         members = jax.vmap(measure, axes)
         has_own = are_mapped[0]
-        whole = members if has_own else lambda *values: merge_rows_of(members(*values))
-        return _over_maps(whole)(*values), Moments(has_own, has_own, has_own)
+        whole = members if has_own else lambda *values: merge_rows(members(*values))
+        return _over_maps(whole)(*values), Part(*4 * (has_own,))
 
     return measure_mapped
 
 
-def add(old: Inputs, new: Inputs | Moments) -> Inputs:
-    """Merge two sets of samples; a feature of the new one that is not finite counts as none."""
-    nonfinite = (new.count > 0) & ~(jnp.isfinite(new.mean) & jnp.isfinite(new.var))
-    if isinstance(new, Inputs):
-        nonfinite |= new.nonfinite
-    both = apply_update_rule(pooled(), Moments(*old[:3]), Moments(*new[:3]))
-    return Inputs(*both, old.nonfinite | nonfinite)
+def add(old: Inputs, new: Inputs) -> Inputs:
+    """Merge two sets of samples."""
+    pairs = [jnp.stack([a, b.astype(a.dtype)]) for a, b in zip(old[:4], new)]
+    both = merge_rows(Part(*pairs))[:4]
+    usable = jnp.isfinite(both[0]) & jnp.isfinite(both[2])  # their difference may overflow
+    mean, mean_low, var, count = (jnp.where(usable, merged, leaf) for merged, leaf in zip(both, old))
+    return Inputs(mean, mean_low, var, count, old.nonfinite | new.nonfinite | ~usable)
 
 
 def add_measured(old: Measured | None, new: Measured) -> Measured:
@@ -126,7 +137,7 @@ def new_statistics(
     rules have, is what they average by: of samples for `jbn.pooled()`, of batches for `jbn.cumulative()`, and
     else what it was, but at least 1, which marks the others as complete for `jbn.ema(debias=True)`.
     """
-    new = found._asdict()
+    new = found.moments._asdict()
     if isinstance(options.update, cumulative):
         new["count"] = jnp.full_like(found.count, batches)
     elif not isinstance(options.update, pooled) and "count" in old:

@@ -31,7 +31,7 @@ def diagnose(apply: Apply, variables: Any, batches: Iterable[Any], *, loss: Loss
 
     It works with every model that has `flax.linen.BatchNorm` or ours. The data are gone through once, and
     with a loss twice; each batch is run with the running statistics and with its own, then with those of all
-    batches. Batches of the size of training tell most: the variance within a batch depends on it.
+    batches. Batches of the size of training, in random order, tell most: what is within one depends on both.
 
     Args:
       apply: `apply(variables, batch)` runs the model as for evaluation, as in

@@ -1,7 +1,7 @@
 """Run a Linen model and measure what its batch norms are called with, inside lifted transforms too."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from jbn._tools.pooling import (
     Options,
     add,
     add_measured,
-    input_moments,
+    measure_inputs,
     no_samples,
     options_of,
     warn_of_unmeasured,
@@ -43,6 +43,11 @@ def measure(apply: Apply, variables: Any, batch: Any, *, by_batch: bool) -> tupl
       ValueError: no batch norm was called with these variables, or one in training mode, or one that a
         transform hides.
     """
+    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
+        raise ValueError(
+            f"variables is a {type(variables).__name__} without 'batch_stats'; expected what apply takes, "
+            "such as {'params': state.params, 'batch_stats': state.batch_stats}."
+        )
     while isinstance(apply, jax.stages.Wrapped):  # jitted, which would hide what is inside
         apply = apply.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
     run = lambda **how: _Measurement(variables, by_batch, **how).run(apply, batch)
@@ -181,10 +186,10 @@ class _Measurement:
         run.options[scope.path] = options_of(layer)
         old = {name: scope.get_variable("batch_stats", name) for name in ("mean", "var")}
         x = args[0] if args else kwargs["x"]
-        found = input_moments(layer, meta.unbox(old["mean"]), x, kwargs.get("mask"))
+        found = measure_inputs(layer, meta.unbox(old["mean"]), x, kwargs.get("mask"))
         if self.by_batch:
             for name in old:
-                scope.put_variable("batch_stats", name, getattr(found, name))
+                scope.put_variable("batch_stats", name, getattr(found.moments, name))
         y = call(*args, **kwargs)
         new = old | {INPUTS: add(scope.get_variable("batch_stats", INPUTS), found)}
         for name, value in new.items():

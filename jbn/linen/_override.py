@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -18,7 +19,6 @@ OPTIONS = tuple(field.name for field in fields(BatchNorm) if field.name not in (
 _options: ContextVar[dict[str, Any] | None] = ContextVar("_options", default=None)
 _IS_REPLACEMENT = "_jbn_is_replacement"  # an attribute
 _numbers = itertools.count()
-_keys: dict[frozenset, str] = {}
 
 
 @contextmanager
@@ -96,9 +96,14 @@ def will_replace(module: nn.Module) -> bool:
 def _key(options: dict[str, Any]) -> str:
     """Name options so that equal ones have equal names; what has no hash equals only itself."""
     try:
-        return _keys.setdefault(frozenset(options.items()), f"override {next(_numbers)}")
+        return _name(frozenset(options.items()))
     except TypeError:
         return f"override {next(_numbers)}"
+
+
+@lru_cache(maxsize=256)  # or options that hold arrays would be kept for ever
+def _name(_: frozenset) -> str:
+    return f"override {next(_numbers)}"
 
 
 def _refusal(layer: nn.Module) -> str:

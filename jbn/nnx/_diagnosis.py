@@ -91,7 +91,9 @@ def _observe(
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _loss_of(call: Call, loss: Loss, graph: Any, state: Any, measured: Measured, batch: Any) -> jax.Array:
     model = nnx.merge(graph, state)
-    for path, layer in batch_norms(model).items():
+    layers = batch_norms(model)
+    for path, _ in measured.options:
+        layer = layers[path]
         old = {"mean": layer.mean[...], "var": layer.var[...]}
         for name, value in replaced(measured, path, old).items():
             getattr(layer, name)[...] = value

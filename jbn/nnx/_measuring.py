@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.errors import TraceContextError
 
-from jbn._tools.pooling import Measured, add, input_moments, no_samples, options_of, warn_of_unmeasured
+from jbn._tools.pooling import Measured, add, measure_inputs, no_samples, options_of, warn_of_unmeasured
 from jbn.nnx._batch_norm import BatchNorm
 
 Call = Callable[[Any, Any], Any]
@@ -29,7 +30,7 @@ def measure(call: Call, model: Any, batch: Any, *, by_batch: bool) -> tuple[Any,
       by_batch: normalize with the moments of the inputs themselves, as in training, and not with the running.
 
     Raises:
-      ValueError: no batch norm was called, or one in training mode.
+      ValueError: no batch norm was called, or one in training mode, in a copy, or in a transform of JAX.
     """
     while isinstance(call, jax.stages.Wrapped):  # jitted, which would hide what is inside
         call = call.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
@@ -41,10 +42,12 @@ def measure(call: Call, model: Any, batch: Any, *, by_batch: bool) -> tuple[Any,
     kinds = {path: type(layer) for path, layer in layers.items()}
     calls = _Calls(by_batch)
     for path, layer in layers.items():
-        # A BatchStat, because every transform around a batch norm passes these on.
-        layer.inputs = nnx.BatchStat(no_samples(layer.mean[...]))
+        # A BatchStat, because every transform around a batch norm passes these on; by name, because a
+        # variable that is a `jax.Ref` holds one array.
+        layer.inputs = nnx.BatchStat(no_samples(layer.mean[...]), ref=False)
         layer.calls, layer.path = calls, path
         object.__setattr__(layer, "__class__", _measuring(type(layer)))
+    starts = {path: layer.inputs.get_value().count for path, layer in layers.items()}
     outputs = call(model, batch)
     for path in calls.of_subclasses - calls.measured.keys():
         warn_of_unmeasured(path, kinds[path].__name__)
@@ -54,6 +57,12 @@ def measure(call: Call, model: Any, batch: Any, *, by_batch: bool) -> tuple[Any,
             "lambda model, x: model(x), or likewise."
         )
     inputs = {path: layers[path].inputs.get_value() for path in calls.measured}
+    for path, found in inputs.items():
+        if found.count is starts[path]:
+            raise ValueError(
+                f"'{path}' was called in a copy of the model that call was given, such as nnx.merge makes; "
+                "expected a call of the model itself, as in lambda model, x: model(x)."
+            )
     return outputs, Measured(inputs, tuple((path, options_of(layers[path])) for path in calls.measured))
 
 
@@ -79,11 +88,17 @@ class _Measuring(nnx.Module):
                 "expected a call that runs the model as for evaluation, which leaves that to model.eval()."
             )
         self.calls.measured[self.path] = None
-        found = input_moments(self, self.mean[...], x, options.get("mask"))
-        self.inputs.set_value(add(self.inputs.get_value(), found))
+        found = measure_inputs(self, self.mean[...], x, options.get("mask"))
+        try:
+            self.inputs.set_value(add(self.inputs.get_value(), found))
+        except TraceContextError as error:
+            raise ValueError(
+                f"'{self.path}' is called inside a transform of JAX, such as jax.vmap, or call ignores the "
+                "model that it is given; expected nnx.vmap or likewise, with the model as an argument."
+            ) from error
         old = self.mean.get_value(), self.var.get_value()
         if self.calls.by_batch:
-            self.mean.set_value(found.mean)
+            self.mean.set_value(found.moments.mean)
             self.var.set_value(found.var)
         y = super().__call__(x, True, **options)  # pyright: ignore[reportAttributeAccessIssue]
         for variable, value in zip((self.mean, self.var), old):

@@ -56,7 +56,10 @@ def find_differences(
     differing = [layer for layer in layers if layer.typical_kl > allowed + slack.get(layer.name, 0)]
     if not differing:
         return [], None
-    if losses is not None and losses.works() and _is_large(differing):
+    # A network may also stand other data, where all but the first layer agree.
+    deeper = _typical_of(layers[1:]) > FIRST * layers[0].typical_kl
+    works = losses is not None and losses.works() and (deeper or losses.is_worse("recalibrated", "running"))
+    if works and _is_large(differing):
         return [say.frozen_otherwise(differing)], None
     share = _lag(layers, allowed)
     if share:
@@ -100,6 +103,13 @@ def _lag(layers: Sequence[LayerDiagnosis], allowed: float) -> float:
         return 0.0
     fit = lag([_fitted(layer) for layer in judged])
     if fit.left > EXPLAINED * before:
+        return 0.0
+    # That share of the initial variance is in every layer, whatever its data are; and no layer that agrees
+    # with its data would do so with it.
+    if any(np.quantile(_fitted(layer)[0].var, 0.25) < 0.9 * fit.share for layer in able):
+        return 0.0
+    agreeing = [layer for layer in able if layer.typical_kl <= allowed]
+    if any(lag([_fitted(a)], [fit.share]).left > a.typical_kl + allowed / 5 for a in agreeing):
         return 0.0
     # Of a single layer either may explain much.
     is_scaled = judged == able and scaling(*_fitted(able[0])).left < fit.left
@@ -164,10 +174,14 @@ def _are_of_small_batches(differing: Sequence[LayerDiagnosis], layers: Sequence[
     scaled = scaling(running, population, epsilon)
     if others and _typical_of(others) < 0.05 * first.typical_kl or not scaled.shifted and scaled.left < left:
         return False
+    # The means of such batches are noisy: a variance that is too small while they are not is of other data.
+    # A tenth of what is expected, because few directions of the data may be behind all features.
+    momentum = first.momentum or 0.0
+    if moved < 0.1 * (1 - momentum) / (1 + momentum) * (1 - ratio):
+        return False
     # From 1/2, for batches of 2, to 7/8, with room for their own noise.
     # Averages over few batches have no other reason; those over many may be of weights that have moved.
-    is_short = first.momentum is not None and first.momentum <= SHORT
-    return 0.3 < ratio < 0.9 and moved < 0.1 and (is_short or left < 0.6 * first.typical_kl)
+    return 0.3 < ratio < 0.9 and moved < 0.1 and (momentum <= SHORT or left < 0.6 * first.typical_kl)
 
 
 def _is_noise(layer: LayerDiagnosis) -> bool:

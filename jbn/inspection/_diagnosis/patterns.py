@@ -46,7 +46,11 @@ class Lag(NamedTuple):
     left: float  # the divergence that this does not explain
 
 
-def lag(layers: Sequence[tuple[Gaussians, Gaussians, float]]) -> Lag:
+# Finer towards 1, where the decay is slow and the batches few.
+SHARES = tuple(np.concatenate([np.linspace(0, 0.9, 46), 1 - np.geomspace(0.1, 1e-4, 40)]))
+
+
+def lag(layers: Sequence[tuple[Gaussians, Gaussians, float]], shares: Sequence[float] = SHARES) -> Lag:
     """Fit one share of the initial mean 0 and variance 1 to several layers: (running, population, epsilon).
 
     An exponential average of decay m has m^n of them after n batches, the same in every layer.
@@ -57,8 +61,6 @@ def lag(layers: Sequence[tuple[Gaussians, Gaussians, float]]) -> Lag:
             layers, lambda running, p: (running, Gaussians((1 - share) * p.mean, share + (1 - share) * p.var))
         )
 
-    # Finer towards 1, where the decay is slow and the batches few.
-    shares = np.concatenate([np.linspace(0, 0.9, 46), 1 - np.geomspace(0.1, 1e-4, 40)])
     best = min(shares, key=left)
     return Lag(float(best), left(best))
 

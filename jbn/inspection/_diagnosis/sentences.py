@@ -193,7 +193,8 @@ def other_statistics(layers: Layers, *, suffers: bool | None) -> Finding:
         _names(layers),
         f"The running statistics of {_named(layers)} are not those of the data{loss}: they are of other "
         "weights or other data.",
-        "Recalibrate, as after averaging weights or on new data; or train with a faster momentum.",
+        "Recalibrate, as after averaging weights or on new data, or train with a faster momentum; if the "
+        "recalibrated loss is bad too, look at the preprocessing.",
     )
 
 

@@ -136,6 +136,8 @@ def test_converted_models_are_models_of_ours_in_all_that_nnx_does():
     counting = jbn.nnx.convert(model, update=jbn.ema(0.9, debias=True), initial_count=1)
     assert counting.stacked.count.shape == (2, 4) and np.all(counting.norm.count[...] == 1)
     apply(counting, X)
+    jbn.nnx.convert(counting, update=jbn.pooled(), initial_count=0)  # again: it goes on counting
+    assert np.all(counting.norm.count[...] == 1)
 
 
 def test_what_cannot_be_is_refused_before_anything_is_changed():

@@ -16,7 +16,7 @@ from sklearn.datasets import load_digits
 import jbn
 import jbn.linen
 import jbn.nnx
-from jbn import inspection
+from jbn import Moments, inspection
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 NAN = np.float32(np.nan)
@@ -359,6 +359,40 @@ def test_table_of_a_deep_network_is_short_and_has_the_worst_layers_first():
     assert any(line.startswith("and 48 more layers, all with KL of ") for line in lines)
     with pytest.raises(ValueError, match="records is empty"):
         inspection.diagnose({})
+
+
+def test_what_looks_like_another_illness_in_one_layer_is_told_from_it_by_the_others():
+    """From records alone, as networks other than the above have them."""
+    draw = np.random.RandomState(0)
+    x = jnp.asarray(draw.randn(5, 64, 16) * draw.uniform(0.4, 0.8, 16) + draw.randn(16), "float32")
+    statistics = jbn.moments(x.reshape(-1, 16))
+    rule = jbn.ema(0.9)
+
+    def kinds_of(layers, losses=None):
+        records = {
+            str(i): inspection.layer_record(x, Moments(*running), update=rule)
+            for i, (x, running) in enumerate(layers)
+        }
+        return [f.kind for f in inspection.diagnose(records, losses=losses, examples=320).findings]
+
+    healthy = (x, statistics)
+    noise = jnp.asarray(draw.randn(*x.shape) * 0.5, "float32")
+    lagging = statistics._replace(mean=0.9 * statistics.mean, var=0.1 + 0.9 * statistics.var)
+    # Divided by 255 twice: below epsilon, so that the second layer gets next to nothing as well.
+    second = jnp.asarray(draw.randn(5, 64, 16), "float32")
+    running = Moments(jnp.zeros(16), jnp.linspace(0.5, 0.6, 16))
+    assert kinds_of([(x / 255, statistics), (0.1 * second, running)]) == ["other data"]
+    # Of too small a variance, but without the noise of small batches.
+    moved = statistics._replace(mean=statistics.mean + 0.1 * statistics.var**0.5)
+    assert kinds_of([(x + noise, statistics), (x, moved)]) == ["other data"]
+    # Were it lag, all layers would have it.
+    narrow = (0.3 * x, Moments(0.27 * statistics.mean, 0.1 + 0.9 * 0.09 * statistics.var, 0))
+    assert kinds_of([healthy, narrow]) == ["other statistics"]
+    assert kinds_of([(x, lagging), narrow]) == ["lag"]
+    # A network that stands other data was not trained with frozen statistics.
+    as_good = inspection.Losses([0.1] * 5, [0.11] * 5, [0.11] * 5, [2.0] * 5, [64] * 5)
+    assert kinds_of([(3 * x, statistics), healthy], as_good) == ["other data"]
+    assert kinds_of([(3 * x, statistics), (3 * x, statistics)], as_good) == ["frozen"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
 import jbn.linen
-from tests.library.tools.test_recalibrate_linen import EACH, Doubled
+from tests.library.tools.test_recalibrate_linen import EACH, Doubled, Own
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 X = np.random.RandomState(0).normal(2, 3, (8, 4)).astype("float32")
@@ -169,7 +169,29 @@ def test_recalibration_of_an_overridden_model():
     assert_equal(jbn.linen.recalibrate(apply, variables, [X])["batch_stats"]["norm"], new)
 
 
+class Called(nn.Module):
+    """Gives the mode in the call, by name or not."""
+
+    by_name: bool
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.BatchNorm(name="norm")
+        return layer(x, use_running_average=False) if self.by_name else layer(x, False)
+
+
+def test_mode_that_is_given_in_the_call_is_overridden():
+    for by_name in True, False:
+        model = Called(by_name)
+        variables = model.init(jax.random.key(0), X)
+        with jbn.linen.override(use_running_average=True):
+            assert_allclose(model.apply(variables, X), X, rtol=1e-4)
+
+
 def test_what_cannot_be_is_refused():
+    model = Net(lambda **options: Own(name="norm"))
+    with pytest.raises(TypeError, match="'norm' is a Own; expected"), jbn.linen.override():
+        model.apply(VARIABLES, X, mutable=["batch_stats"])
     model = Net(Doubled)
     for options, error, expected in (
         ({}, TypeError, "'norm' is a Doubled; expected flax.linen.BatchNorm or jbn.linen.BatchNorm itself"),

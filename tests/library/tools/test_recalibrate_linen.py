@@ -196,6 +196,19 @@ def test_ways_to_call_a_model():
     assert_array_equal(new["batch_stats"]["a"]["first"]["mean"], np.zeros(4))
 
 
+def test_what_nn_jit_has_compiled_in_one_measurement_is_measured_in_others():
+    Jitted = nn.jit(Net)
+    model = Case(lambda module, x: Jitted(name="net")(x))
+    variables = model.init(jax.random.key(0), ROWS)
+    for scale in 1, 2:
+        apply = lambda v, x: model.apply(v, x)  # another function
+        new = jbn.linen.recalibrate(apply, variables, [scale * ROWS])
+        mean, var = EXPECTED["first"]
+        net = {"batch_stats": new["batch_stats"]["net"]}
+        assert_recalibrated(net, EXPECTED | {"first": (scale * mean, scale**2 * var)})
+        assert jbn.linen.diagnose(apply, new, [scale * ROWS]).layers[0].kl < 1e-6
+
+
 class TrainsWhereMutable(nn.Module):
     """As in jax-resnet, where layers are also made before the model is called."""
 
@@ -264,7 +277,8 @@ def test_what_cannot_be_measured_is_an_error():
         (vmapped, VARIABLES, "inside a transform of JAX, such as"),
         (nn.remat(Net)().apply, VARIABLES, r"such as nn.remat\(Net\); expected neither"),
         (lambda v, x: x, VARIABLES, "apply called no flax.linen.BatchNorm or jbn.linen.BatchNorm"),
-        (nn.Dense(3).apply, nn.Dense(3).init(key, ROWS), "apply called no flax.linen.BatchNorm"),
+        (model.apply, VARIABLES["params"], "variables is a dict without 'batch_stats'; expected what apply"),
+        (nn.Dense(3).apply, nn.Dense(3).init(key, ROWS), "variables is a dict without 'batch_stats'"),
         (broadcast.apply, broadcast.init(key, ROWS), "'step/bn' is in a transform that broadcasts"),
         (Case(while_loop).apply, Case(while_loop).init(key, ROWS), "'bn' is in a transform that broadcasts"),
     ):

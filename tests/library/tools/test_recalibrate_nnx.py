@@ -146,7 +146,7 @@ def test_ways_to_call_a_model():
     for call, batch in (
         (lambda model, x: model(x), ROWS),
         (nnx.jit(lambda model, x: model(x)), ROWS),
-        (lambda model, x: nnx.jit(call_model)(model, x), ROWS),
+        (lambda model, x: call_model(model, x), ROWS),
         (lambda model, x: call_model(model, x["image"]), {"image": ROWS, "label": np.arange(8)}),
         (lambda model, x: model.embed(model.first(x)), ROWS),
         (lambda model, x: nnx.view(model, deterministic=True)(x), ROWS),
@@ -175,8 +175,31 @@ def test_trees_in_place_of_graphs():
     assert_allclose(model.layers[0].mean[...], FIRST[0], rtol=1e-5)
 
 
+def test_variables_that_are_references():
+    for how in {"ref": True}, {"hijax": True}:
+        with nnx.var_defaults(**how):
+            model = Net()
+            jbn.nnx.recalibrate(model, [ROWS])
+            assert_recalibrated(model)
+
+
+@nnx.jit
 def call_model(model, x):
     return model(x)
+
+
+def test_what_nnx_jit_has_compiled_in_one_measurement_is_measured_in_others():
+    model = Net()
+    for scale in 1, 2:
+        jbn.nnx.recalibrate(model, [scale * ROWS], call=lambda model, x: call_model(model, x), sweeps=2)
+        assert_allclose(model.first.var[...], scale**2 * FIRST[1], rtol=1e-5)
+        assert_allclose(model.second.var[...], np.full(4, 9), rtol=1e-4)
+        call = lambda model, x: call_model(model, x)
+        diagnosis = jbn.nnx.diagnose(model, [scale * ROWS], call=call, loss=lambda y, _: (y**2).mean())
+        assert diagnosis.layers[0].kl < 1e-6
+        # In training dropout would double it.
+        means = diagnosis.losses.means()
+        assert_allclose([means["running"], means["recalibrated"]], [1, 1], rtol=1e-4)
 
 
 def test_subclasses():
@@ -189,6 +212,11 @@ def test_subclasses():
     assert_recalibrated(model, second=1)
 
 
+def call_copy(model, x):
+    graph, state = nnx.split(model)
+    return jax.jit(lambda state, x: nnx.merge(graph, state)(x))(state, x)
+
+
 def test_what_cannot_be_measured_is_an_error():
     model = Net()
     other = Net()
@@ -199,6 +227,11 @@ def test_what_cannot_be_measured_is_an_error():
             lambda model, x: model.first(x, use_running_average=False),
             "'first' is called with .*=False, as in",
         ),
+        (
+            call_copy,
+            "'first' was called in a copy of the model that call was given, such as nnx.merge makes",
+        ),
+        (lambda model, x: jax.vmap(model.first)(x), "'first' is called inside a transform of JAX, such as"),
     ):
         other.eval()
         with pytest.raises(ValueError, match=expected):

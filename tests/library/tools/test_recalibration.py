@@ -132,6 +132,21 @@ def test_statistics_are_those_of_all_batches_together(api):
 
 
 @both
+def test_nothing_is_lost_in_many_small_batches_with_a_large_mean(api):
+    x = (1e4 + RNG.normal(size=(2000, 4))).astype("float32")
+    norm = nn.BatchNorm(use_running_average=True)
+    if api is Linen:
+        variables = norm.init(jax.random.key(0), x[:2])
+        stats = jbn.linen.recalibrate(norm.apply, variables, np.split(x, 1000))["batch_stats"]
+    else:
+        model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+        jbn.nnx.recalibrate(model, np.split(x, 1000))
+        stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    assert_allclose(stats["mean"], x.mean(0, dtype=float), rtol=1e-7)
+    assert_allclose(stats["var"], x.var(0, dtype=float), rtol=1e-5)
+
+
+@both
 def test_as_many_sweeps_as_layers_are_independent_of_the_batch_size(api):
     net, whole = api(), reference([{"x": X}])
     for parts in PARTS, TENS:
@@ -162,6 +177,8 @@ def test_layers_of_ours_count_what_their_rule_averages_by(api):
         norm = partial(api.ours, update=rule, virtual_batch_size=5, frozen=True, initial_count=start)
         stats = api(norm).recalibrate(batches)
         assert_moments(stats, expected)
+        if rule == jbn.cumulative():
+            assert_array_equal(api(norm).recalibrate(batches, sweeps=2)["norm0"]["count"], np.full(4, 5))
         assert_array_equal(stats["norm0"]["count"], np.full(4, count, "float32"))
 
 
@@ -172,6 +189,10 @@ def test_what_is_not_finite_or_has_no_samples_keeps_its_statistics(api):
     x[:10] = np.nan
     assert_moments(net.recalibrate(batches_of(x, parts=TENS)), reference(batches_of(parts=TENS[1:])))
     per_feature = np.broadcast_to(np.arange(4) < 2, X.shape)
+    x[:10] = 1e25  # finite, but so far from the others that the variance is not
+    assert_moments(
+        net.recalibrate(batches_of(x, parts=TENS[::-1])), reference(batches_of(parts=TENS[1:]), order=(0,))
+    )
     stats = net.recalibrate(batches_of(mask=per_feature, parts=TENS))
     assert_array_equal(stats["norm0"]["var"][2:], [1, 1])
     assert_moments({"norm0": jax.tree.map(lambda leaf: leaf[:2], stats["norm0"])}, FIRST_TWO)

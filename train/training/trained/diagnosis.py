@@ -1,5 +1,6 @@
 """Whether the running statistics of a trained run are those of its data."""
 
+import shlex
 from pathlib import Path
 
 import jax
@@ -12,6 +13,18 @@ from train.runs import directory, processes
 from train.runs.files import write_json
 from train.training.trained.evaluation import load_best
 from train.training.trained.serving import test_split
+
+# What to do, in the keys of a config, where the library says it in calls; of a kind of finding.
+REMEDIES = {
+    "one value": "Train with a larger batch_size.",
+    "never updated": "{now}",
+    "lag": "{now} Next time: model.norm = 'batch' with model.norm_debias = true, a lower "
+    "model.norm_momentum, or more epochs.",
+    "noise": "{now} Next time: a larger batch_size, a model.norm_momentum nearer to 1, or "
+    "recalibrate = true.",
+    "other statistics": "{now} Next time: recalibrate = true, or a lower model.norm_momentum. With "
+    "--data.path, look at the preprocessing first.",
+}
 
 
 def diagnose(run_dir: Path, path: str | None = None) -> Diagnosis:
@@ -47,9 +60,13 @@ def diagnose(run_dir: Path, path: str | None = None) -> Diagnosis:
                 place = processes.replicate if size % mesh.size else processes.shard
                 yield place(mesh, (preprocessing(jax.device_put(inputs)), labels))
 
-    return network.diagnose(
+    found = network.diagnose(
         variables, Batches(), loss=lambda logits, batch: loss.per_example(logits, batch[1]).mean()
     )
+    now = f"Recalibrate: python -m train recalibrate {shlex.quote(str(run_dir))}."
+    remedies = {kind: remedy.format(now=now) for kind, remedy in REMEDIES.items()}
+    findings = (f._replace(remedy=remedies.get(f.kind, f.remedy)) for f in found.findings)
+    return found._replace(findings=tuple(findings))
 
 
 def write(run_dir: Path, found: Diagnosis) -> Path:

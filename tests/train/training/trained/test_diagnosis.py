@@ -44,6 +44,8 @@ def test_flax_layers_and_nnx_models_are_diagnosed_likewise(make_config, capsys, 
         fit(config)
         printed, found, kinds = diagnosed(config, capsys)
         assert kinds == ["lag"] and found["layers"][0]["name"] == layer, printed
+        remedy = found["findings"][0]["remedy"]
+        assert f"python -m train recalibrate {config.run_dir}. Next time: model.norm = 'batch'" in remedy
 
 
 def test_run_without_running_statistics_is_refused(make_config, capsys):
