@@ -44,6 +44,7 @@ def convert(model: Model, **options: Any) -> Model:
     Raises:
       TypeError: `jbn.nnx.BatchNorm` has no such option, or a layer is of a subclass of Flax's, whose own code
         would not run.
+      ValueError: the model has no batch norm.
       ValueError, TypeError: an option has a value that it cannot have.
       In every case the model is as it was.
 
@@ -56,6 +57,11 @@ def convert(model: Model, **options: Any) -> Model:
     """
     check_option_names(options, OPTIONS)
     layers = batch_norms(model)
+    if not layers:
+        raise ValueError(
+            f"model is a {type(model).__name__} without batch norms; expected a module that has a "
+            "flax.nnx.BatchNorm or a jbn.nnx.BatchNorm."
+        )
     for path, layer in layers.items():
         if type(layer) not in (nnx.BatchNorm, BatchNorm):
             raise TypeError(

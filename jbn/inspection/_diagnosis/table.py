@@ -89,7 +89,7 @@ def rows(layers: Sequence[LayerDiagnosis]) -> list[tuple[str, ...]]:
 
 
 def _lines(cells: Sequence[tuple[str, ...]]) -> list[str]:
-    cells = [("layer", "KL", "worst features", "constant", ""), *cells]
+    cells = [("layer", "KL", "worst features", "constant", "remarks"), *cells]
     widths = [max(len(row[i]) for row in cells) for i in range(4)]
     lines = []
     for name, kl, worst, share, said in cells:

@@ -158,3 +158,6 @@ def test_what_cannot_be_is_refused_before_anything_is_changed():
         with pytest.raises(error, match=expected):
             jbn.nnx.convert(model, **options)
         assert nnx.graphdef(model) == before
+    for without in (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.state(model)):
+        with pytest.raises(ValueError, match="without batch norms; expected a module that has"):
+            jbn.nnx.convert(without, frozen=True)
