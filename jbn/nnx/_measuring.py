@@ -42,9 +42,13 @@ def measure(call: Call, model: Any, batch: Any, *, by_batch: bool) -> tuple[Any,
     kinds = {path: type(layer) for path, layer in layers.items()}
     calls = _Calls(by_batch)
     for path, layer in layers.items():
-        # A BatchStat, because every transform around a batch norm passes these on; by name, because a
-        # variable that is a `jax.Ref` holds one array.
-        layer.inputs = nnx.BatchStat(no_samples(layer.mean[...]), ref=False)
+        # BatchStats, because every transform around a batch norm passes these on; and of the plain kind,
+        # because a `jax.Ref` holds one array, and a hijax variable cannot be set inside `jax.jit`.
+        layer.inputs = nnx.BatchStat(no_samples(layer.mean[...]), ref=False, hijax=False)
+        if getattr(layer.mean, "hijax", False):
+            layer.mean, layer.var = (
+                nnx.BatchStat(stat[...], ref=False, hijax=False) for stat in (layer.mean, layer.var)
+            )
         layer.calls, layer.path = calls, path
         object.__setattr__(layer, "__class__", _measuring(type(layer)))
     starts = {path: layer.inputs.get_value().count for path, layer in layers.items()}
