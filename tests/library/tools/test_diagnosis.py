@@ -145,6 +145,7 @@ def changed(variables, path, value, at=...):
 HEALTHY = MLP()
 
 
+@pytest.mark.slow
 def test_healthy_network_has_nothing_however_few_the_data():
     variables = trained(HEALTHY)
     for count in (5, 1):

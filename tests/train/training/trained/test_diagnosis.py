@@ -21,6 +21,7 @@ def diagnosed(config, capsys, *flags):
     return capsys.readouterr().out, found, [finding["kind"] for finding in found["findings"]]
 
 
+@pytest.mark.slow
 def test_run_is_healthy_on_its_test_split_and_other_data_are_named(copied, capsys, tmp_path):
     config, _ = copied
     printed, found, kinds = diagnosed(config, capsys)
