@@ -25,10 +25,11 @@ from jbn._collectives import AxisName, NamedAxes, named_axes, split_devices
 from jbn._conditional import split_affine
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._normalization import Options, Params, normalize_batch, normalize_batch_by_autodiff, normalize_by
-from jbn._running import UpdateRule, apply_update_rule, ema
+from jbn._running import UpdateRule, ema
 from jbn._sharding import shard_like
 from jbn._spelling import explain_names
 from jbn._statistics import Moments, merge_stacked, multiply_by_unit, select, with_count_per_feature
+from jbn._update import apply_update_rule
 from jbn._virtual_batches import count_parts, map_parts
 from jbn._warnings import warn_if_single_value
 

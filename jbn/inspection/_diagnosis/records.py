@@ -10,8 +10,9 @@ from jax.typing import ArrayLike
 
 from jbn._axes import Axes
 from jbn._normalization import Params
-from jbn._running import UpdateRule, apply_update_rule, pooled
+from jbn._running import UpdateRule, pooled
 from jbn._statistics import Moments, moments
+from jbn._update import apply_update_rule
 
 
 class Batches(NamedTuple):

@@ -203,8 +203,7 @@ def constant(layers: Layers) -> Finding:
         "constant",
         _names(layers),
         "Features are the same in all examples, so that only the bias comes out: "
-        + "; ".join(f"{_features(layer, layer.constant)} of {layer.name}" for layer in layers[:4])
-        + (f"; and in {len(layers) - 4} more layers." if len(layers) > 4 else "."),
+        f"{_where(layers, 'constant')}.",
         "Dead units before the layer (weights of 0, ReLUs that are never active) or constant inputs: remove "
         "them, or train with a lower learning rate.",
     )
@@ -214,9 +213,7 @@ def near_zero_scale(layers: Layers) -> Finding:
     return Finding(
         "scale near 0",
         _names(layers),
-        "Features are scaled to nothing (|scale| <= 1e-4): "
-        + "; ".join(f"{_features(layer, layer.near_zero_scale)} of {layer.name}" for layer in layers[:4])
-        + (f"; and in {len(layers) - 4} more layers." if len(layers) > 4 else "."),
+        f"Features are scaled to nothing (|scale| <= 1e-4): {_where(layers, 'near_zero_scale')}.",
         "Weight decay on scales does that, as does an initial 0 that was not trained: mask it, or prune.",
     )
 
@@ -230,6 +227,12 @@ def _named(layers: Layers, most: int = 3) -> str:
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} more"
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _where(layers: Layers, mark: str, most: int = 4) -> str:
+    shown = [f"{_features(layer, layer.marks()[mark])} of {layer.name}" for layer in layers[:most]]
+    more = [f"and in {len(layers) - most} more layers"] * (len(layers) > most)
+    return "; ".join(shown + more)
 
 
 def _features(layer: LayerDiagnosis, mark: np.ndarray, most: int = 5) -> str:
