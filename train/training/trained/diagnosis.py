@@ -21,9 +21,9 @@ REMEDIES = {
     "lag": "{now} Next time: model.norm = 'batch' with model.norm_debias = true, a lower "
     "model.norm_momentum, or more epochs.",
     "noise": "{now} Next time: a larger batch_size, a model.norm_momentum nearer to 1, or "
-    "recalibrate = true.",
-    "other statistics": "{now} Next time: recalibrate = true, or a lower model.norm_momentum. With "
-    "--data.path, look at the preprocessing first.",
+    "model.norm = 'batch' with recalibrate = true.",
+    "other statistics": "{now} Next time: model.norm = 'batch' with recalibrate = true, or a lower "
+    "model.norm_momentum. With --data.path, look at the preprocessing first.",
 }
 
 
@@ -63,7 +63,9 @@ def diagnose(run_dir: Path, path: str | None = None) -> Diagnosis:
     found = network.diagnose(
         variables, Batches(), loss=lambda logits, batch: loss.per_example(logits, batch[1]).mean()
     )
-    now = f"Recalibrate: python -m train recalibrate {shlex.quote(str(run_dir))}."
+    now = "Train again: the statistics of this norm cannot be pooled anew."
+    if NORMS[config.model.norm].pools:
+        now = f"Recalibrate: python -m train recalibrate {shlex.quote(str(run_dir))}."
     remedies = {kind: remedy.format(now=now) for kind, remedy in REMEDIES.items()}
     findings = (f._replace(remedy=remedies.get(f.kind, f.remedy)) for f in found.findings)
     return found._replace(findings=tuple(findings))
