@@ -57,13 +57,15 @@ def promoted_dtype(layer: Layer, *values: Any) -> np.dtype:
 
 
 def check_options(layer: Layer) -> None:
-    """Check what is known in a constructor: the mode, and the momentum unless `update` replaces it.
+    """Check what is known in a constructor: the modes, and the momentum unless `update` replaces it.
 
     Raises:
-      TypeError: the mode is not a Boolean, or the momentum is not a number.
+      TypeError: a mode is not a Boolean, or the momentum is not a number.
       ValueError: the momentum is outside [0, 1].
     """
     check_mode(layer.use_running_average)
+    if not isinstance(layer.frozen, bool | np.bool_):
+        raise TypeError(f"frozen={layer.frozen!r}; expected True or False.")
     if layer.momentum is not None or layer.update is None:
         as_decay("momentum", layer.momentum)
 

@@ -23,9 +23,8 @@ IF_LOSS_SUFFERS = 0.5
 SAMPLING = 6.0
 # A pattern explains a difference if it leaves less than this part of it.
 EXPLAINED = 1 / 3
-# The samples of a batch below which its own loss says nothing of the network; and those whose variance is
-# a quarter below the whole or more.
-SMALL, TINY = 8, 4
+# The samples of a batch below which its own loss says nothing of the network.
+SMALL = 8
 # A momentum that averages over at most 40 batches, in which weights move little.
 SHORT = 0.95
 # Nats times samples by which layers differ then: 0.11 in batches of 2, and twice that to be sure.
@@ -162,7 +161,7 @@ def _are_of_small_batches(differing: Sequence[LayerDiagnosis], layers: Sequence[
     """
     if any(layer.momentum is None for layer in differing):
         return False
-    if 2 * sum(map(_is_noise, differing)) > len(differing) or min(layer.samples for layer in layers) <= TINY:
+    if 2 * sum(map(_is_noise, differing)) > len(differing):
         return True
     first, *others = layers
     if not any(first is layer for layer in differing):

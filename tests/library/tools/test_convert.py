@@ -138,6 +138,7 @@ def test_converted_models_are_models_of_ours_in_all_that_nnx_does():
     apply(counting, X)
     jbn.nnx.convert(counting, update=jbn.pooled(), initial_count=0)  # again: it goes on counting
     assert np.all(counting.norm.count[...] == 1)
+    assert jbn.nnx.convert(trained(), update=jbn.keep()).norm.count is None
 
 
 def test_what_cannot_be_is_refused_before_anything_is_changed():
@@ -150,6 +151,7 @@ def test_what_cannot_be_is_refused_before_anything_is_changed():
         ),
         (nnx.BatchNorm, {"momentum": 2}, ValueError, "momentum=2.0 is outside"),
         (nnx.BatchNorm, {"use_running_average": "no"}, TypeError, "use_running_average='no'; expected True"),
+        (nnx.BatchNorm, {"frozen": "no"}, TypeError, "frozen='no'; expected True or False"),
         (nnx.BatchNorm, {"eps": 1}, TypeError, "option 'eps', .* does not have; expected epsilon"),
         (nnx.BatchNorm, {"use_bias": False}, TypeError, "option 'use_bias', which"),
     ):

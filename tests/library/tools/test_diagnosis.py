@@ -237,9 +237,14 @@ def test_one_value_per_feature_is_named():
 
 @pytest.mark.slow
 def test_healthy_network_has_nothing_whatever_the_sizes_of_batches():
-    for model, steps, of_training in ((HEALTHY, 300, 8), (HEALTHY, 200, 256), (MLP(after=True), 300, 64)):
+    few, many = ((32, 1),), ((8, 40), (32, 1), (2, 100))
+    for model, steps, of_training, sizes in (
+        (HEALTHY, 300, 8, many),
+        (HEALTHY, 200, 256, many),  # which compiles nothing more
+        (MLP(after=True), 300, 64, few),
+    ):
         variables = trained(model, steps, of_training)
-        for size, count in ((8, 40), (32, 1), (2, 100)):
+        for size, count in sizes:
             found = diagnose(model, variables, test_batches(size=size, count=count))
             assert set(kinds(found)) <= ({"constant"} if model.after else set()), (
                 of_training,
@@ -386,10 +391,19 @@ def test_what_looks_like_another_illness_in_one_layer_is_told_from_it_by_the_oth
     # Of too small a variance, but without the noise of small batches.
     moved = statistics._replace(mean=statistics.mean + 0.1 * statistics.var**0.5)
     assert kinds_of([(x + noise, statistics), (x, moved)]) == ["other data"]
+    # Nor are small batches at the diagnosis those of training.
+    in_fours = x.reshape(80, 4, 16)
+    assert kinds_of([(2 * in_fours, statistics), (in_fours, statistics)]) == ["other data"]
     # Were it lag, all layers would have it.
     narrow = (0.3 * x, Moments(0.27 * statistics.mean, 0.1 + 0.9 * 0.09 * statistics.var, 0))
     assert kinds_of([healthy, narrow]) == ["other statistics"]
     assert kinds_of([(x, lagging), narrow]) == ["lag"]
+    # What is too small to say of itself is said where the loss suffers.
+    signs = draw.choice([-1.0, 1.0], 16)
+    off = statistics._replace(mean=statistics.mean + 0.33 * signs * statistics.var**0.5)
+    suffering = inspection.Losses([0.5] * 5, [0.1] * 5, [0.1] * 5, [2.0] * 5, [64] * 5)
+    assert kinds_of([(x, off), (x, off)]) == []
+    assert kinds_of([(x, off), (x, off)], suffering) == ["other statistics"]
     # A network that stands other data was not trained with frozen statistics.
     as_good = inspection.Losses([0.1] * 5, [0.11] * 5, [0.11] * 5, [2.0] * 5, [64] * 5)
     assert kinds_of([(3 * x, statistics), healthy], as_good) == ["other data"]
