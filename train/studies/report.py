@@ -23,7 +23,7 @@ from train.studies.runner import Outcome
 from train.studies.sections import CLAIMS, sweep
 from train.studies.sections.section import Section, listed
 
-TEMPLATES = Path(__file__).parent
+TEMPLATES = Path(__file__).parent / "page"
 IN_TERMINAL = (
     "best of the test curve",
     "steps to the baseline's best",

@@ -9,7 +9,6 @@ import numpy as np
 
 from jbn._running import cumulative, ema, pooled
 from jbn.inspection._diagnosis.layers import LayerDiagnosis
-from jbn.inspection._diagnosis.losses import MeanLosses
 from jbn.inspection._diagnosis.patterns import Gaussians, divergence
 from jbn.inspection._diagnosis.picture import draw_layers, draw_losses, save
 from jbn.inspection._diagnosis.records import LayerRecord, Losses
@@ -28,7 +27,7 @@ class Diagnosis(NamedTuple):
     """What was found. It prints as a table with the verdict."""
 
     layers: tuple[LayerDiagnosis, ...]  # in the order of their calls
-    losses: MeanLosses | None
+    losses: Losses | None
     findings: tuple[Finding, ...]  # the verdict, worst first; empty for a healthy network
     examples: int
 
@@ -115,8 +114,8 @@ def diagnose(
     largest = max(float(np.max(record.population.count, initial=0)) for record in records.values())
     examples = int(largest) if examples is None else examples
     layers = tuple(_layer(name, record, examples) for name, record in records.items())
-    means = None if losses is None else MeanLosses(*(np.asarray(loss, np.float64) for loss in losses))
-    return Diagnosis(layers, means, find(Evidence(layers, means, examples, data_are_finite)), examples)
+    losses = None if losses is None else Losses(*(np.asarray(loss, np.float64) for loss in losses))
+    return Diagnosis(layers, losses, find(Evidence(layers, losses, examples, data_are_finite)), examples)
 
 
 def _layer(name: str, record: LayerRecord, examples: int) -> LayerDiagnosis:

@@ -6,8 +6,8 @@ import numpy as np
 
 from jbn.inspection._diagnosis import sentences as say
 from jbn.inspection._diagnosis.layers import LayerDiagnosis
-from jbn.inspection._diagnosis.losses import MeanLosses
 from jbn.inspection._diagnosis.patterns import Gaussians, Scaling, divergence, lag, scaling, typical
+from jbn.inspection._diagnosis.records import Losses
 from jbn.inspection._diagnosis.sentences import Finding
 
 # Nats of a typical feature, from which on a layer's statistics are called wrong: a mean that is off by a
@@ -37,7 +37,7 @@ FIRST = 0.1
 
 
 def find_differences(
-    layers: list[LayerDiagnosis], entry: LayerDiagnosis, losses: MeanLosses | None, examples: int
+    layers: list[LayerDiagnosis], entry: LayerDiagnosis, losses: Losses | None, examples: int
 ) -> tuple[list[Finding], LayerDiagnosis | None]:
     """Say in which way running statistics differ from the population's; and which layer's data are others.
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jbn.inspection._diagnosis.layers import LayerDiagnosis
-from jbn.inspection._diagnosis.losses import MeanLosses
+from jbn.inspection._diagnosis.records import Losses
 from jbn.inspection._diagnosis.sentences import Finding
 from jbn.inspection._diagnosis.table import shortened, worst_first
 
@@ -20,7 +20,7 @@ NAMES = {"running": "running", "batch": "each batch's own", "recalibrated": "rec
 def save(
     path: Any,
     layers: Sequence[LayerDiagnosis],
-    losses: MeanLosses | None,
+    losses: Losses | None,
     findings: Sequence[Finding],
 ) -> None:
     """Draw the divergences of the worst layers in the order of their calls, the losses and the verdict."""
@@ -62,7 +62,7 @@ def draw_layers(axes: Any, layers: Sequence[LayerDiagnosis], color: str = "#0c6c
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_losses(axes: Any, losses: MeanLosses, color: str = "#b43c00") -> None:
+def draw_losses(axes: Any, losses: Losses, color: str = "#b43c00") -> None:
     """Draw the three losses."""
     means = losses.means()
     for row, value in enumerate(means[name] for name in NAMES):

@@ -14,6 +14,9 @@ from jbn._running import UpdateRule, pooled
 from jbn._statistics import Moments, moments
 from jbn._update import apply_update_rule
 
+# A loss is clearly worse if it is by a fifth, and by three standard errors of the difference over batches.
+WORSE, ERRORS = 0.2, 3.0
+
 
 class Batches(NamedTuple):
     """How the moments of batches differ from each other. Each batch counts once."""
@@ -45,6 +48,26 @@ class Losses(NamedTuple):
     recalibrated: ArrayLike  # those of all batches together
     mismatched: ArrayLike  # the running ones, but the outputs of other examples: that of a network by chance
     sizes: ArrayLike  # examples of each batch, by which its losses are weighed
+
+    def works(self) -> bool:
+        """Return whether the network is as good with its running statistics as it gets, and not by chance."""
+        means = self.means()
+        best = min(means["batch"], means["recalibrated"])
+        return means["running"] < best + 0.1 * abs(best) and self.is_worse("mismatched", "running", by=0.5)
+
+    def means(self) -> dict[str, float]:
+        """Return the losses over all examples."""
+        return {name: float(np.average(getattr(self, name), weights=self.sizes)) for name in self._fields[:4]}
+
+    def is_worse(self, name: str, other: str, by: float = WORSE) -> bool:
+        """Return whether a loss is clearly higher than another; what is not finite is."""
+        a, b = self.means()[name], self.means()[other]
+        if not np.isfinite(a) or not np.isfinite(b):
+            return np.isfinite(b).item()
+        differences = np.subtract(getattr(self, name), getattr(self, other))
+        count = len(differences)
+        error = differences.std(ddof=1) / np.sqrt(count) if count > 2 else 0.0
+        return a - b > max(by * abs(b), ERRORS * error)
 
 
 def no_batches(like: Moments) -> Batches:

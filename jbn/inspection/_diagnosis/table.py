@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Sequence
 
 from jbn.inspection._diagnosis.layers import LayerDiagnosis
-from jbn.inspection._diagnosis.losses import MeanLosses
+from jbn.inspection._diagnosis.records import Losses
 from jbn.inspection._diagnosis.sentences import Finding
 
 WIDTH = 100
@@ -21,7 +21,7 @@ FLAGS = {
 
 def table(
     layers: Sequence[LayerDiagnosis],
-    losses: MeanLosses | None,
+    losses: Losses | None,
     findings: Sequence[Finding],
     examples: int,
 ) -> str:
@@ -64,7 +64,7 @@ def worst_features(layer: LayerDiagnosis) -> str:
     return ", ".join(f"{layer.feature(i)} ({layer.divergence[i]:.2g})" for i in layer.worst(2))
 
 
-def _losses(losses: MeanLosses | None) -> list[str]:
+def _losses(losses: Losses | None) -> list[str]:
     if losses is None:
         return []
     means = losses.means()

@@ -8,7 +8,7 @@ import numpy as np
 from jbn.inspection._diagnosis import sentences as say
 from jbn.inspection._diagnosis.differences import find_differences
 from jbn.inspection._diagnosis.layers import LayerDiagnosis
-from jbn.inspection._diagnosis.losses import MeanLosses
+from jbn.inspection._diagnosis.records import Losses
 from jbn.inspection._diagnosis.sentences import Finding
 
 
@@ -16,7 +16,7 @@ class Evidence(NamedTuple):
     """All that a verdict is made from."""
 
     layers: Sequence[LayerDiagnosis]  # in the order of their calls
-    losses: MeanLosses | None
+    losses: Losses | None
     examples: int
     data_are_finite: bool
 
