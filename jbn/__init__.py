@@ -3,8 +3,10 @@
 Flax users import `jbn.linen` or `jbn.nnx`.
 """
 
-from jbn._functional import batch_norm, init, normalize
-from jbn._normalization import Params
+from jbn._batch_norm import batch_norm, batch_renorm
+from jbn._functional import init, normalize
+from jbn._params import Params
+from jbn._renorm import renorm_limits
 from jbn._running import cumulative, ema, keep, pooled
 from jbn._statistics import Moments, merge, moments
 from jbn._tools.folding import as_affine, fold
@@ -20,6 +22,7 @@ __all__ = [
     "Params",
     "as_affine",
     "batch_norm",
+    "batch_renorm",
     "cumulative",
     "ema",
     "fold",
@@ -31,5 +34,6 @@ __all__ = [
     "moments",
     "normalize",
     "pooled",
+    "renorm_limits",
     "to_torch",
 ]

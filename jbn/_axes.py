@@ -48,3 +48,8 @@ def other_axes(ndim: int, axes: tuple[int, ...]) -> tuple[int, ...]:
 def expand(values: jax.Array, ndim: int, axes: tuple[int, ...]) -> jax.Array:
     """Insert an axis of size 1 for each reduced axis, so that per-feature values broadcast to `x`."""
     return jnp.expand_dims(values, other_axes(ndim, axes))
+
+
+def batch_axis(ndim: int, axes: tuple[int, ...]) -> int:
+    """Return the axis of the examples: the first that is not a feature axis."""
+    return other_axes(ndim, axes)[0]

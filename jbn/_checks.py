@@ -171,11 +171,12 @@ def check_features(
     kind: type,
     *,
     may_broadcast: bool = False,
+    domains: int | None = None,
 ) -> None:
     """Check that an argument is of a type and each leaf has the shape of the features of `x`.
 
     A count may be a scalar. If `may_broadcast`, a leaf may be None or a scalar, or have all axes of `x` and
-    broadcast to it.
+    broadcast to it. With `domains`, a leaf has a leading axis of as many, or, if `may_broadcast`, may have.
 
     Raises:
       TypeError: it is of another type.
@@ -191,22 +192,51 @@ def check_features(
                 raise TypeError(f"{name}.{field} is None; expected an array in the shape of the features.")
         elif not (field == "count" and np.shape(leaf) == ()):
             fix = f"pass {name} made for these features (jbn.init), or another axis"
-            check_shape(x, axes, f"{name}.{field}", leaf, fix, may_broadcast=may_broadcast)
+            check_shape(x, axes, f"{name}.{field}", leaf, fix, may_broadcast=may_broadcast, domains=domains)
 
 
 def check_shape(
-    x: jax.Array, axes: tuple[int, ...], name: str, value: Any, fix: str, *, may_broadcast: bool
+    x: jax.Array,
+    axes: tuple[int, ...],
+    name: str,
+    value: Any,
+    fix: str,
+    *,
+    may_broadcast: bool,
+    domains: int | None = None,
 ) -> None:
-    """Raise a ValueError for a value in another shape than the features of `x`.
+    """Raise a ValueError for a value in another shape than the features of `x`, after an axis of `domains`.
 
-    If `may_broadcast`, it may be a scalar, or have all axes of `x` and broadcast to it.
+    If `may_broadcast`, the domains may share it, it may be a scalar, or have all axes of `x` and broadcast to
+    it.
     """
     shape, features = np.shape(value), feature_shape(x, axes)
-    if shape == features or (may_broadcast and (shape == () or _broadcasts(shape, x.shape))):
+    by_domain = features if domains is None else (domains, *features)
+    if shape == by_domain:
+        return
+    if may_broadcast and (shape in (features, ()) or _broadcasts(shape, x.shape)):
         return
     or_all_axes = f" To differ by position, give it all {x.ndim} axes of x." if may_broadcast else ""
     axis = axes[0] if len(axes) == 1 else axes
+    which = "that of" if domains is None else f"that of {domains} domains and"
     raise ValueError(
-        f"{name} has shape {shape}; expected {features}, that of the features of x of shape {x.shape} on "
+        f"{name} has shape {shape}; expected {by_domain}, {which} the features of x of shape {x.shape} on "
         f"axis {axis}: {fix}.{or_all_axes}"
     )
+
+
+def count_domains(domain: Any, axes: tuple[int, ...], running: Any) -> int | None:
+    """Return how many domains the running moments have, if `domain` is given; the shapes are checked later.
+
+    Raises:
+      ValueError: they have no axis of domains.
+    """
+    if domain is None:
+        return None
+    shape = np.shape(getattr(running, "mean", ()))
+    if len(shape) != len(axes) + 1:
+        raise ValueError(
+            f"domain is given, and running.mean has shape {shape}; expected a leading axis of domains before "
+            "the features, as jbn.init((domains, features)) makes it."
+        )
+    return shape[0]

@@ -14,11 +14,12 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._axes import Axes, feature_axes
+from jbn._batch_norm import batch_norm
 from jbn._checks import as_decay, check_shape
 from jbn._collectives import AxisName
 from jbn._dtypes import promote
-from jbn._functional import batch_norm, init
-from jbn._normalization import Params
+from jbn._functional import init
+from jbn._params import Params
 from jbn._running import UpdateRule, ema, keep
 from jbn._statistics import Moments
 

@@ -9,23 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jbn._axes import expand, other_axes
+from jbn._axes import other_axes
 from jbn._collectives import NamedAxes, group_sum
+from jbn._domains import add_up, at_samples
 from jbn._dtypes import arithmetic_dtype
+from jbn._params import Params
+from jbn._renorm import Limits, renormalize
 from jbn._sharding import shard_like, vary_like
 from jbn._statistics import Moments, cast, divide_by_unit, measure, select, zero_mean_where_var_is_inf
 from jbn._weights import share_of, weigh, where_counted
 from jbn._xla import prefers_spread, spread, unshared_on_cpu
-
-
-class Params(NamedTuple):
-    """The learnt affine map that follows normalization; either leaf may be None.
-
-    For conditional normalization a leaf has all axes of `x` and broadcasts to it.
-    """
-
-    scale: jax.Array | None  # (features...), gamma; None scales by 1
-    bias: jax.Array | None  # (features...), beta; None adds 0
 
 
 def normalize_by(
@@ -35,19 +28,22 @@ def normalize_by(
     dtype: np.dtype,
     x: jax.Array,
     params: Params,
-    weights: jax.Array | None,
+    weights: jax.Array | None = None,
+    domain: jax.Array | None = None,
 ) -> jax.Array:
     """Normalize with given moments. A sample that has weight 0 and is not finite acts as the mean."""
     wide = arithmetic_dtype(x, *jax.tree.leaves((used, params)))
     used = zero_mean_where_var_is_inf(cast(used, wide))
-    return _normalize(used.mean, inverse_sd(epsilon, used.var).astype(wide), axes, dtype, x, params, weights)
+    inv = inverse_sd(epsilon, used.var).astype(wide)
+    return _normalize(used.mean, inv, axes, dtype, x, params, weights, domain)
 
 
-def _normalize(mean, inv, axes, dtype, x, params, weights):
+def _normalize(mean, inv, axes, dtype, x, params, weights, domain):
+    per_sample = lambda values: at_samples(values, x.ndim, axes, domain)
     multiplier = inv if params.scale is None else inv * params.scale.astype(inv.dtype)
-    y = _centred(x, expand(mean, x.ndim, axes), weights) * expand(multiplier, x.ndim, axes)
+    y = _centred(x, per_sample(mean), weights) * per_sample(multiplier)
     if params.bias is not None:
-        y = y + expand(params.bias.astype(inv.dtype), x.ndim, axes)
+        y = y + per_sample(params.bias.astype(inv.dtype))
     return y.astype(dtype)
 
 
@@ -73,25 +69,36 @@ class Options(NamedTuple):
     dtype: np.dtype  # of the result
 
 
+class Context(NamedTuple):
+    """What a batch is normalized in; nothing here gets a gradient."""
+
+    running: Moments
+    weights: jax.Array | None = None  # as many axes as x
+    train: jax.Array | None = None  # (), Boolean; None for true
+    limits: Limits | None = None  # of batch renormalization; None for batch normalization
+    domain: jax.Array | None = None  # () or (N,), from `as_domain`
+
+
 def normalize_batch_by_autodiff(
-    options: Options,
-    x: jax.Array,
-    params: Params,
-    running: Moments,
-    weights: jax.Array | None,
-    train: jax.Array | None,
+    options: Options, x: jax.Array, params: Params, context: Context
 ) -> tuple[jax.Array, Moments, jax.Array | None]:
     """Return the normalized samples, the moments used, and the unit of the batch's count.
 
     The moments used are the batch's if `train` is None or true, else the running ones.
     """
-    used, unit = _moments_to_use(options, x, running, weights, train)
-    return normalize_by(used, options.axes, options.epsilon, options.dtype, x, params, weights), used, unit
+    axes, _, epsilon, _, dtype = options
+    running, weights, train, limits, domain = context
+    used, unit = _moments_to_use(options, x, context)
+    params = renormalize(params, used, running, limits, train, epsilon)
+    return normalize_by(used, axes, epsilon, dtype, x, params, weights, domain), used, unit
 
 
-def _moments_to_use(options, x, running, weights, train):
+def _moments_to_use(options, x, context):
     axes, over, epsilon, exact, _ = options
-    batch, unit = measure(x, axes, weights, over, shift=running.mean, exact=exact, epsilon=epsilon)
+    running, weights, train, _, domain = context
+    batch, unit = measure(
+        x, axes, weights, over, shift=running.mean, exact=exact, epsilon=epsilon, domain=domain
+    )
     wide = arithmetic_dtype(batch.mean, running.mean)
     batch = cast(batch, wide)
     if train is None:
@@ -115,39 +122,47 @@ def _normalize_batch_jvp(options, primals, tangents):
     collective, which yield the gradients of scale and bias too. The rule is plain JAX code, and `used` keeps
     the derivative of `measure`, so that every higher derivative is right.
     """
-    x, params, running, weights, train = primals
-    dx, dparams, *_ = tangents
-    used, unit = _moments_to_use(options, x, running, weights, train)
+    x, params, context = primals
+    dx, dparams, _ = tangents
+    used, unit = _moments_to_use(options, x, context)
     # A policy of `jax.checkpoint` that saves this name recomputes y from the moments without measuring again.
     used = checkpoint_name(used, "batch_norm_moments")
+    correct = lambda params: renormalize(
+        params, used, context.running, context.limits, context.train, options.epsilon
+    )
+    params, dparams = jax.jvp(correct, (params,), (dparams,))
     wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
     finite = zero_mean_where_var_is_inf(cast(used, wide))
     inv = inverse_sd(options.epsilon, finite.var).astype(wide)
-    y = _normalize(finite.mean, inv, options.axes, options.dtype, x, params, weights)
+    y = _normalize(finite.mean, inv, options.axes, options.dtype, x, params, context.weights, context.domain)
     # Recomputed in the backward pass, so that the residual is x in its own dtype and not x - mean in float32.
     tangent = jax.checkpoint(_tangent, prevent_cse=False, static_argnums=0)
-    dy, dused = tangent(options, x, params, finite, inv, weights, unit, train, dx, dparams)
+    dy, dused = tangent(options, x, params, finite, inv, unit, context, dx, dparams)
     return (y, used, unit), (dy, cast(dused, used.mean.dtype), None if unit is None else jnp.zeros_like(unit))
 
 
-def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
+def _tangent(options, x, params, used, inv, unit, context, dx, dparams):
     axes, over, epsilon, _, dtype = options
+    _, weights, train, _, domain = context
     wide, reduced = inv.dtype, other_axes(x.ndim, axes)
-    mean_of_x, inv_of_x = (expand(values, x.ndim, axes) for values in (used.mean, inv))
+    per_sample = lambda values: at_samples(values, x.ndim, axes, domain)
+    mean_of_x, inv_of_x = per_sample(used.mean), per_sample(inv)
 
-    def add_up(samples):
-        return jnp.sum(weigh(where_counted(samples, weights), divide_by_unit(weights, unit, axes)), reduced)
+    def total(samples):
+        weighed = weigh(where_counted(samples, weights), divide_by_unit(weights, unit, axes, domain))
+        return add_up(weighed, axes, domain, len(inv) if inv.ndim else 1)
 
     def or_constant(leaf, value):
         return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)
 
     dx = _where_usable(x, weights, dx.astype(wide))
     normal = _centred(x, mean_of_x, weights) * inv_of_x
-    sums = add_up(dx), add_up(jnp.real(jnp.conj(normal) * dx).astype(wide))
+    sums = total(dx), total(jnp.real(jnp.conj(normal) * dx).astype(wide))
     if over.names:
         sums = group_sum(jnp.stack(sums), over)
     size = math.prod(x.shape[axis] for axis in reduced)
-    share = share_of(size if weights is None and not over.names else used.count, dx)
+    is_whole = weights is None and domain is None and not over.names
+    share = share_of(size if is_whole else used.count, dx)
     mean_dx, mean_ndx = (part * share for part in sums)
     if train is not None:  # the moments depend on x in training only
         mean_dx, mean_ndx = jnp.where(train, mean_dx, 0), jnp.where(train, mean_ndx, 0)
@@ -161,9 +176,8 @@ def _tangent(options, x, params, used, inv, weights, unit, train, dx, dparams):
     else:
         again = _centred(x, unshared_on_cpu(mean_of_x), unshared_on_cpu(weights))
     again = again * unshared_on_cpu(inv_of_x)
-    per_sample = lambda values: expand(values, x.ndim, axes)
     Q, minus_mean = dscale - a * mean_ndx, -mean_dx
-    if prefers_spread(x.shape, reduced, dtype):
+    if domain is None and prefers_spread(x.shape, reduced, dtype):
         minus_mean, Q, P = vary_like((minus_mean, Q, dbias), x)
         (scale,) = vary_like((a,), x)  # by itself, because it is not a tangent
         centring = spread(minus_mean, scale, shape=x.shape, new_axes=reduced)

@@ -49,6 +49,18 @@ def measure_samples(
     return Part(mean, mean_low, var, zero + count, None if unit is None else zero + unit)
 
 
+def single_samples(x: jax.Array, weights: jax.Array | None) -> Part:
+    """Return each sample as a set of its own, in the shape of `x`."""
+    mean = widen(where_counted(x, weights))
+    zero, count, unit = jnp.zeros_like(jnp.real(mean)), jnp.ones_like(jnp.real(mean)), None
+    if weights is not None:
+        count = jnp.broadcast_to(weights, x.shape).astype(count.dtype)
+        if weights.dtype != bool:
+            unit = _unit(count)
+            count = count / unit
+    return Part(mean, jnp.zeros_like(mean), zero, count, unit)
+
+
 class Options(NamedTuple):
     """What is known while tracing."""
 

@@ -1,16 +1,17 @@
 """Moments: measuring the mean and the variance of a set of samples, and merging those of several sets."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jbn._axes import Axes, expand, feature_axes, other_axes
+from jbn._axes import Axes, feature_axes, other_axes
 from jbn._checks import as_samples, as_weights
 from jbn._collectives import AxisName, NamedAxes, named_axes
+from jbn._domains import at_samples, measure_domains
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._merging import Part, merge_named, merge_rows
 from jbn._samples import measure_samples
@@ -103,25 +104,35 @@ def measure(
     shift: jax.Array | None = None,
     exact: bool = True,
     epsilon: float = 0.0,
+    domain: jax.Array | None = None,
 ) -> tuple[Moments, jax.Array | None]:
     """Measure moments from checked arguments, with the options of `measure_samples`.
 
+    With `domain`, an index from `as_domain`, those of each domain, in the shape of `shift`.
+
     Returns:
-      The moments, whose count is that of `divide_by_unit(weights, unit, axes)`, and this unit in the
-      features' shape; None for 1.
+      The moments, whose count is that of `divide_by_unit(weights, unit, axes, domain)`, and this unit in the
+      shape of the moments; None for 1.
     """
-    part = measure_samples(x, weights, other_axes(x.ndim, axes), shift=shift, exact=exact, epsilon=epsilon)
+    options: Any = dict(shift=shift, exact=exact, epsilon=epsilon)
+    if domain is None:
+        part = measure_samples(x, weights, other_axes(x.ndim, axes), **options)
+    else:
+        part = measure_domains(x, weights, axes, domain, **options)
     part = merge_named(part, over)
     return _moments(part), part.unit
 
 
 def divide_by_unit(
-    weights: jax.Array | None, unit: jax.Array | None, axes: tuple[int, ...]
+    weights: jax.Array | None,
+    unit: jax.Array | None,
+    axes: tuple[int, ...],
+    domain: jax.Array | None = None,
 ) -> jax.Array | None:
     """Divide weights by their unit, a power of two per feature."""
     if weights is None or unit is None:
         return weights
-    return weights * expand(1 / unit, weights.ndim, axes)
+    return weights * at_samples(1 / unit, weights.ndim, axes, domain)
 
 
 def multiply_by_unit(m: Moments, unit: jax.Array | None) -> Moments:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jbn._axes import expand, other_axes
-from jbn._normalization import Params
+from jbn._axes import batch_axis, other_axes
+from jbn._normalization import Context
+from jbn._params import Params
 from jbn._sharding import replicate_unless_divisible, shard_axis_like, shard_like
 from jbn._statistics import Moments
 from jbn._xla import for_each_part
@@ -36,22 +37,15 @@ def count_parts(x: jax.Array, axes: tuple[int, ...], virtual_batch_size: int | N
     return max(-(-x.shape[batch_axis(x.ndim, axes)] // size), 1)
 
 
-def batch_axis(ndim: int, axes: tuple[int, ...]) -> int:
-    """Return the axis of the examples: the first that is not a feature axis."""
-    return other_axes(ndim, axes)[0]
-
-
 def map_parts(
     f: Callable[..., tuple],
     parts: int,
     axes: tuple[int, ...],
     x: jax.Array,
     params: Params,
-    running: Moments,
-    weights: jax.Array | None,
-    train: jax.Array | None,
+    context: Context,
 ) -> tuple[jax.Array, Moments, jax.Array | None]:
-    """Map `f(x, params, running, weights, train)` over consecutive parts of the batch.
+    """Map `f(x, params, context)` over consecutive parts of the batch.
 
     The sizes of the parts differ by one at most, as in `numpy.array_split`. Parts of one size are computed
     together: the batch is reshaped to (parts, size), so that a batch that is sharded into whole parts is not
@@ -60,48 +54,52 @@ def map_parts(
     Returns:
       `y` in the shape of `x`, and the other results of `f` for each part, along a new first axis.
     """
-    axis, hidden = batch_axis(x.ndim, axes), None
+    axis, weights, domain = batch_axis(x.ndim, axes), context.weights, context.domain
     if weights is not None and jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue]
-        # It checks every array, including the parts of x, so that hidden values are replaced first.
-        hidden = ~(weights.astype(bool) | jnp.isfinite(x))
-        x = jnp.where(hidden, 0, x)
+        # It checks every array, including the parts of x. Infinity is hidden as well as NaN.
+        x = jnp.where(jnp.isnan(x) & ~weights.astype(bool), jnp.inf, x)
+    if domain is not None and domain.ndim == 1:
+        domain = jnp.expand_dims(domain, [a for a in range(x.ndim) if a != axis])
     given = x
     x = replicate_unless_divisible(given, axis, parts)
-    weights_axis = None
-    if weights is not None and weights.shape[axis] != 1:
-        weights, weights_axis = shard_axis_like(weights, x, axis), axis
+    # Weights and domains that differ from example to example are split as x is.
+    rows = {name: leaf for name, leaf in (("weights", weights), ("domain", domain)) if leaf is not None}
+    rows = {name: leaf for name, leaf in rows.items() if leaf.ndim == x.ndim and leaf.shape[axis] != 1}
+    rows = {name: shard_axis_like(leaf, x, axis) for name, leaf in rows.items()}
     # Under explicit sharding, repeated parameters would have to be sharded like the parts.
     params_axis = None if jax.typeof(x).sharding.spec[axis] else 0
-    f_of_parts = jax.vmap(f, (axis, params_axis, None, weights_axis, None), (axis, 0, 0))
 
-    def of_one_size(parts, x, weights):
-        if weights_axis is not None:
-            weights = _split(weights, parts, axis)
+    def of_part(x, params, rows):
+        rows = dict(weights=weights, domain=domain) | rows
+        if rows["domain"] is not None and rows["domain"].ndim:
+            rows["domain"] = rows["domain"].reshape(-1)
+        return f(x, params, context._replace(**rows))
+
+    f_of_parts = jax.vmap(of_part, (axis, params_axis, axis), (axis, 0, 0))
+
+    def of_one_size(parts, x, rows):
+        rows = {name: _split(leaf, parts, axis) for name, leaf in rows.items()}
         of_parts = params
         if params_axis == 0:
             of_parts = jax.tree.map(lambda leaf: for_each_part(leaf, parts), params)
-        y, *moments = f_of_parts(_split(x, parts, axis), of_parts, running, weights, train)
+        y, *moments = f_of_parts(_split(x, parts, axis), of_parts, rows)
         return y.reshape(x.shape), moments
 
     longer = x.shape[axis] % parts
     if not longer:
-        y, moments = of_one_size(parts, x, weights)
+        y, moments = of_one_size(parts, x, rows)
     else:
-        cut = [longer * (x.shape[axis] // parts + 1)]
-        if weights is None or weights_axis is None:
-            two_weights = [weights, weights]
-        else:
-            two_weights = jnp.split(weights, cut, axis)
-        sizes = zip((longer, parts - longer), jnp.split(x, cut, axis), two_weights)
-        y, moments = zip(*(of_one_size(*size) for size in sizes))
-        moments = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *moments)
-        y = jnp.concatenate(y, axis)
-    y = shard_like(y, given)
-    if hidden is not None:
-        bias = jnp.zeros((), y.dtype) if params.bias is None else expand(params.bias, x.ndim, axes)
-        y = jnp.where(hidden, bias.astype(y.dtype), y)
+        cut = longer * (x.shape[axis] // parts + 1)
+        end = x.shape[axis]
+        cut_out = lambda start, stop: jax.tree.map(
+            lambda leaf: jax.lax.slice_in_dim(leaf, start, stop, axis=axis), (x, rows)
+        )
+        first = of_one_size(longer, *cut_out(0, cut))
+        second = of_one_size(parts - longer, *cut_out(cut, end))
+        y = jnp.concatenate([first[0], second[0]], axis)
+        moments = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), first[1], second[1])
     used, unit = moments
-    return y, used, unit
+    return shard_like(y, given), used, unit
 
 
 def _split(x: jax.Array, parts: int, axis: int) -> jax.Array:

@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from jbn._checks import as_array, as_epsilon
 from jbn._dtypes import arithmetic_dtype
-from jbn._normalization import Params, inverse_sd
+from jbn._normalization import inverse_sd
+from jbn._params import Params
 from jbn._spelling import explain_names
 from jbn._statistics import Moments, cast, zero_mean_where_var_is_inf
 

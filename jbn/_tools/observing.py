@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jbn._normalization import Params
+from jbn._params import Params
 from jbn._statistics import Moments
 from jbn._tools.pooling import Measured, add_measured, no_samples
 from jbn.inspection import Diagnosis, LayerRecord, Losses, diagnose

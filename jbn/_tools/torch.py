@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn._dtypes import arithmetic_dtype
-from jbn._normalization import Params
+from jbn._params import Params
 from jbn._statistics import Moments
 
 

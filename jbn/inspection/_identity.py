@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from jbn._checks import as_epsilon
 from jbn._dtypes import arithmetic_dtype
-from jbn._normalization import Params
+from jbn._params import Params
 from jbn._statistics import Moments, cast
 
 

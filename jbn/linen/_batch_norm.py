@@ -36,7 +36,7 @@ from jbn._flax import (
     updates,
 )
 from jbn._functional import normalize
-from jbn._normalization import Params
+from jbn._params import Params
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
 from jbn._statistics import cast, moments

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax.core import meta, unfreeze
 
-from jbn._normalization import Params
+from jbn._params import Params
 from jbn._statistics import Moments
 from jbn._tools.observing import (
     Loss,

@@ -39,7 +39,7 @@ from jbn._flax import (
     running_moments,
     updates,
 )
-from jbn._normalization import Params
+from jbn._params import Params
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
 

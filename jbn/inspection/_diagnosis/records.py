@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jbn._axes import Axes
-from jbn._normalization import Params
+from jbn._params import Params
 from jbn._running import UpdateRule, pooled
 from jbn._statistics import Moments, moments
 from jbn._update import apply_update_rule

@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import jbn._tools.folding as pure
 from jbn._dtypes import promote
-from jbn._normalization import Params
+from jbn._params import Params
 from jbn._statistics import Moments
 from jbn.linen._calls import calls, calls_batch_norm, intercept
 from jbn.linen._folding.pairs import LAYERS, NormPath

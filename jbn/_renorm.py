@@ -1,0 +1,146 @@
+"""Batch renormalization: the correction of a batch's moments towards the running ones, and its limits."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jbn._dtypes import arithmetic_dtype, real_dtype
+from jbn._params import Params
+from jbn._statistics import Moments
+
+
+class Limits(NamedTuple):
+    """How far batch renormalization may correct; with `r_max` 1 and `d_max` 0 it is batch normalization."""
+
+    r_max: ArrayLike  # (), >= 1: of the ratio of standard deviations
+    d_max: ArrayLike  # (), >= 0: of the distance of the means, in running standard deviations
+
+
+Schedule = Callable[[jax.Array], tuple[ArrayLike, ArrayLike]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class renorm_limits:  # in lower case, like the rules, because users call it as a function
+    """A schedule of the limits of batch renormalization: from batch normalization to the full correction.
+
+        r_max(n) = 1 + (r_max - 1) * clip((n - plain) / r_steps, 0, 1)
+        d_max(n) = d_max * clip((n - plain) / d_steps, 0, 1)
+
+    n is the number of updates so far. The defaults are those of the paper, whose r_max reaches 3 after 40,000
+    updates and whose d_max reaches 5 after 25,000. With `plain=100_000, r_steps=0, d_steps=0` it is that of
+    CrossQ: batch normalization for 100,000 updates, and then the full correction.
+
+    Args:
+      r_max: the limit of r at last, >= 1.
+      d_max: the limit of d at last, >= 0.
+      plain: how many updates are batch normalization.
+      r_steps, d_steps: in how many updates after that r_max and d_max grow to the full; 0 for at once.
+
+    Returns:
+      A function of the number of updates, a scalar that may be traced, to `(r_max, d_max)`, for `renorm` in
+      the modules.
+
+    Raises:
+      ValueError: `r_max` is below 1, or another of them is negative.
+
+    Reference: Ioffe 2017, "Batch Renormalization", section 4.1; Bhatt et al. 2024, "CrossQ", appendix.
+
+    >>> import jbn
+    >>> limits = jbn.renorm_limits()
+    >>> [tuple(map(float, limits(n))) for n in (0, 5_000, 15_000, 25_000, 40_000)]
+    [(1.0, 0.0), (1.0, 0.0), (1.5714285373687744, 2.5), (2.142857074737549, 5.0), (3.0, 5.0)]
+    """
+
+    r_max: float = 3.0
+    d_max: float = 5.0
+    plain: int = 5_000
+    r_steps: int = 35_000
+    d_steps: int = 20_000
+
+    def __post_init__(self):
+        as_limits(self.r_max, self.d_max)
+        for name in ("plain", "r_steps", "d_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}; expected a number of updates >= 0.")
+
+    def __call__(self, num_updates: ArrayLike) -> tuple[jax.Array, jax.Array]:
+        after = jnp.asarray(num_updates).astype(jnp.float32) - self.plain
+
+        def grown(steps):
+            # Without steps, all at the first update after the plain ones.
+            return jnp.clip(after / steps, 0, 1) if steps else jnp.where(after < 0, 0.0, 1.0)
+
+        return 1 + (self.r_max - 1) * grown(self.r_steps), self.d_max * grown(self.d_steps)
+
+
+def as_limits(r_max: Any, d_max: Any) -> Limits | None:
+    """Check limits, each a number or a traced scalar; return None if they allow no correction.
+
+    Raises:
+      TypeError: one is not a number.
+      ValueError: one is out of range, or an array of several.
+    """
+    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
+        if np.shape(value) != ():
+            raise ValueError(f"{name} has shape {np.shape(value)}; expected one number for all features.")
+        if isinstance(value, jax.core.Tracer):
+            continue
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}={value!r}; expected a number >= {least}.") from None
+        if not number >= least:
+            at_least = "the reciprocal is the lower limit of r" if least else "0 for no shift"
+            raise ValueError(f"{name}={number}; expected a number >= {least}: {at_least}.")
+    known = not any(isinstance(value, jax.core.Tracer) for value in (r_max, d_max))
+    if known and (float(r_max), float(d_max)) == (1, 0):
+        return None
+    return Limits(r_max, d_max)
+
+
+def renormalize(
+    params: Params,
+    batch: Moments,
+    running: Moments,
+    limits: Limits | None,
+    train: jax.Array | None,
+    epsilon: float,
+) -> Params:
+    """Make the correction of normalized samples part of the scale and bias that follow.
+
+        r = clip(sd_B / sd, 1 / r_max, r_max);  d = clip((mean_B - mean) / sd, -d_max, d_max)
+        (normal * r + d) * scale + bias = normal * (r * scale) + (d * scale + bias)
+
+    r and d are constants: they carry no gradient. They are 1 and 0 where the batch's variance is infinite,
+    and where `train` is false.
+    """
+    if limits is None:
+        return params
+    wide = arithmetic_dtype(batch.mean, running.mean, *jax.tree.leaves(params))
+    real = real_dtype(wide)
+    batch, running, limits = jax.lax.stop_gradient((batch, running, limits))
+    r_max, d_max = (jnp.asarray(limit, real) for limit in limits)
+    sd = lambda moments: jnp.sqrt(moments.var.astype(real) + epsilon)
+    r = jnp.clip(sd(batch) / sd(running), 1 / r_max, r_max)
+    d = (batch.mean.astype(wide) - running.mean.astype(wide)) / sd(running).astype(wide)
+    d = _clip(d, d_max)
+    applies = batch.var < math.inf if train is None else (batch.var < math.inf) & train
+    r, d = jnp.where(applies, r, 1).astype(wide), jnp.where(applies, d, 0)
+    scale = r if params.scale is None else r * params.scale.astype(wide)
+    # Adding -0.0 changes no bit, 0.0 those of -0.0.
+    shift = jnp.where(d == 0, -0.0, d if params.scale is None else d * params.scale.astype(wide))
+    return Params(scale, shift if params.bias is None else shift + params.bias.astype(wide))
+
+
+def _clip(d: jax.Array, most: jax.Array) -> jax.Array:
+    if not jnp.iscomplexobj(d):
+        return jnp.clip(d, -most, most)
+    size = jnp.abs(d)
+    return jnp.where(size > most, d * (most / jnp.where(size > most, size, 1)).astype(d.dtype), d)
