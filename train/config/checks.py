@@ -76,7 +76,8 @@ def _check_domains(config: Config) -> None:
         raise UserError(f"data.renderings: expected each once, got {renderings}.")
     if adversarial and len(renderings) > 1:
         raise UserError(
-            f"optimizer.adversarial: expected 0 with several data.renderings, {renderings}, got {adversarial:g}."
+            f"optimizer.adversarial: expected 0 with several data.renderings, {renderings}, got "
+            f"{adversarial:g}."
         )
     number = 2 if adversarial else max(1, len(renderings))
     kinds = "clean and adversarial examples" if adversarial else f"data.renderings = {renderings}"

@@ -87,10 +87,10 @@ class Model:
     norm_d_max: NonNegativeFloat = 5.0
     """Likewise its mean: at most by so many running standard deviations (Ioffe 2017: 5)."""
     norm_plain: Share = 0.04
-    """The fraction of the job in which norm = "renorm" is still plain batch norm (Ioffe 2017: 5,000 steps)."""
+    """The fraction of the job in which norm = "renorm" is plain batch norm (Ioffe 2017: 5,000 steps)."""
     norm_ramp: Share = 0.27
-    """The fraction of the job in which its limits then grow, that of the mean in 4/7 of it (Ioffe 2017: 35,000
-    steps and 20,000); 0 is at once."""
+    """The fraction of the job in which its limits then grow, that of the mean in 4/7 of it (Ioffe 2017:
+    35,000 steps and 20,000); with 0 they are there at once."""
     domains: Count = 1
     """With 2 or more, each of data.renderings, or clean and adversarial examples, are normalized with
     statistics of their own; with 1 all share theirs."""

@@ -26,7 +26,7 @@ def _blur(image: jax.Array) -> jax.Array:
     return image
 
 
-# A key and an image, (height, width, channels), of numbers from 0 to 1 -> another one; what goes beyond is cut.
+# A key and an image, (height, width, channels), of numbers from 0 to 1 -> another one, which is cut to that.
 RENDERINGS: dict[RenderingName, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "original": lambda key, image: image,
     "inverted": lambda key, image: 1 - image,
@@ -86,5 +86,6 @@ def check_range(what: str, images: np.ndarray) -> None:
     low, high = float(images.min()), float(images.max())
     if images.dtype != np.uint8 and not 0 <= low <= high <= 1:
         raise UserError(
-            f"{what}: expected images of bytes, or of numbers from 0 to 1, got numbers from {low:g} to {high:g}."
+            f"{what}: expected images of bytes, or of numbers from 0 to 1, got numbers from {low:g} to "
+            f"{high:g}."
         )

@@ -33,7 +33,7 @@ LOGITS, CLASSES = RNG.randn(6, 4), np.array([0, 3, 1, 1, 2, 0])
 class Linear:
     """A network that is one linear map."""
 
-    def apply(self, variables, inputs, *, train):
+    def apply(self, variables, inputs, *, train, domain):
         assert not train
         return inputs @ variables.params, variables.batch_stats
 
