@@ -94,7 +94,7 @@ class TrainedRun(NamedTuple):
         """Leave out the batch norms, which the layers before them absorb; one of the inputs stays.
 
         Raises:
-          UserError: the network has none.
+          UserError: the network has none, or several for each layer.
         """
         norm, inputs = self.config.model.norm, jnp.zeros((1, *self.data.shape))
         if not NORMS[norm].over_batch:
@@ -102,6 +102,11 @@ class TrainedRun(NamedTuple):
             raise UserError(
                 f"--fold: expected a run with model.norm = {' or '.join(foldable)}, affine maps once "
                 f"trained, got {norm!r}; export it without."
+            )
+        if (domains := self.config.model.domains) > 1:
+            raise UserError(
+                f"--fold: expected a run with model.domains = 1, one affine map for each norm, got {domains}; "
+                "export it without."
             )
         network, variables = self.trained.network.fold(self.trained.variables, inputs)
         expected = jax.eval_shape(network.init, jax.random.key(0), inputs)
