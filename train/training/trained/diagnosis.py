@@ -58,7 +58,9 @@ def diagnose(run_dir: Path, path: str | None = None) -> Diagnosis:
         def __iter__(self):
             for start in range(0, size * count, size):
                 inputs, labels = split.take(order[start : start + size])
-                x, domain = render_mixed(config.data.renderings, jax.random.key(start), jax.device_put(inputs))
+                x, domain = render_mixed(
+                    config.data.renderings, jax.random.key(start), jax.device_put(inputs)
+                )
                 place = processes.replicate if size % mesh.size else processes.shard
                 yield place(mesh, (preprocessing(x), labels, domain))
 

@@ -105,8 +105,8 @@ class TrainedRun(NamedTuple):
             )
         if (domains := self.config.model.domains) > 1:
             raise UserError(
-                f"--fold: expected a run with model.domains = 1, one affine map for each norm, got {domains}; "
-                "export it without."
+                "--fold: expected a run with model.domains = 1, one affine map for each norm, got "
+                f"{domains}; export it without."
             )
         network, variables = self.trained.network.fold(self.trained.variables, inputs)
         expected = jax.eval_shape(network.init, jax.random.key(0), inputs)
