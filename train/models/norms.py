@@ -45,7 +45,7 @@ class NormKind(NamedTuple):
     pools: bool = False  # jbn's own: statistics can be those of several batches, by domain, and blended
 
 
-def _identity(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array, domain: Domain = None) -> jax.Array:
     return x
 
 
