@@ -50,7 +50,7 @@ def build(
     *,
     rule: Rule | None = None,
     steps: int = 1,
-    blend: float | None = None,
+    blend: Any = None,
 ) -> Network:
     """Build the network that a job names, for inputs of shape (n, *input_shape).
 

@@ -110,7 +110,7 @@ class Norm:
     config: Model
     rule: Rule  # for the running statistics of jbn's layers
     steps: int = 1  # of the whole job, of which the limits of renorm are a function
-    blend: float | None = None  # in inference: the weight, in examples, of the running statistics
+    blend: Any = None  # in inference: how many examples the running statistics count for, (); None for all
     folded: bool = False  # into the layers before them: there are none, but that of the inputs
 
     @property
