@@ -63,8 +63,9 @@ def fill(
         if module not in names:
             faults.append(f"{variable.path} {like.shape}: expected PyTorch's name of '{module}', got none")
             continue
-        if name == "count" and module in norms:
-            filled.append(_place(np.ones(like.shape, like.dtype), like))
+        if name in ("count", "num_updates") and module in norms:
+            # Complete, for a debiased rule; and a schedule of renorm starts anew.
+            filled.append(_place(np.full(like.shape, name == "count", like.dtype), like))
             continue
         layers, rows = names[module], []
         layers, stacked = ([layers], False) if isinstance(layers, str) else ([*layers], True)

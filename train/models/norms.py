@@ -125,7 +125,8 @@ class Norm:
         return jbn.renorm_limits(
             r_max=config.norm_r_max,
             d_max=config.norm_d_max,
-            plain=round(self.steps * config.norm_plain),
+            # At the first step there is nothing yet to correct towards.
+            plain=max(1, round(self.steps * config.norm_plain)),
             r_steps=round(ramp),
             d_steps=round(ramp * D_RAMP),
         )

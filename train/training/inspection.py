@@ -73,7 +73,7 @@ def _measure(config: StepConfig, state: TrainState, batch: StepInputs, examples:
     measured |= _of_gradients(config, state, following, of_batch, rate)
     for name in OF_THE_STEP:
         measured[name] = jax.tree.map(lambda value: jnp.where(rate > 0, value, jnp.nan), measured[name])
-    return measured, _gap(config, state, fixed)
+    return measured, _gap(config, state, batch, examples)
 
 
 class _Inputs(NamedTuple):
@@ -137,8 +137,9 @@ def _of_gradients(config, state, following, given, rate):
     }
 
 
-def _gap(config, state, given):
+def _gap(config, state, batch, examples):
     """Return the sums of the scores of some examples, with their own statistics and with the running ones."""
+    given = _as_trained(config, batch, examples)
     return {
         name: add_up(_scores(config, state.variables, given, train=train))
         for name, train in (("batch_statistics", True), ("running_statistics", False))
