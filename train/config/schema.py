@@ -93,7 +93,7 @@ class Model:
     35,000 steps and 20,000); with 0 they are there at once."""
     domains: Count = 1
     """With 2 or more, each of data.renderings, or clean and adversarial examples, are normalized with
-    statistics of their own; with 1 all share theirs."""
+    statistics of their own; predict and export have those of the first. With 1 all share theirs."""
     affine_by_domain: bool = False
     """Whether each of the domains has its own scale and bias too."""
     virtual_batch_size: Count = 32
