@@ -4,6 +4,7 @@ Flax users import `jbn.linen` or `jbn.nnx`.
 """
 
 from jbn._batch_norm import batch_norm, batch_renorm
+from jbn._blending import blend
 from jbn._functional import init, normalize
 from jbn._params import Params
 from jbn._renorm import renorm_limits
@@ -23,6 +24,7 @@ __all__ = [
     "as_affine",
     "batch_norm",
     "batch_renorm",
+    "blend",
     "cumulative",
     "ema",
     "fold",

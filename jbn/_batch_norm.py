@@ -26,8 +26,8 @@ from jbn._collectives import AxisName, NamedAxes, named_axes, split_devices
 from jbn._domains import as_domain
 from jbn._normalization import Context, Options, normalize_batch, normalize_batch_by_autodiff, normalize_by
 from jbn._params import Params, split_affine
-from jbn._renorm import Limits, as_limits
-from jbn._running import UpdateRule, ema
+from jbn._renorm import Limits, as_limits, where_known
+from jbn._running import UpdateRule, discards_initial, ema
 from jbn._sharding import shard_like
 from jbn._spelling import explain_names
 from jbn._statistics import Moments, merge_stacked, multiply_by_unit, select, with_count_per_feature
@@ -191,7 +191,8 @@ def batch_renorm(
 
     The running moments have to be near those of the data before they can correct anything. So begin with
     `r_max=1, d_max=0`, and raise the limits later, for example by `jbn.renorm_limits`; the modules' `renorm`
-    takes such a schedule.
+    takes such a schedule. Running moments of no samples, a count of 0 in a rule that discards them, correct
+    nothing.
 
     Args:
       x, params, running, train: those of `jbn.batch_norm`.
@@ -276,6 +277,8 @@ def _batch_norm(
     over = named_axes(axis_name, axis_index_groups)
     warn_if_single_value(x, axes, parts, over)
     traced = None if isinstance(train, bool | np.bool_) else jnp.asarray(train)
+    if limits is not None and discards_initial(update):
+        limits = where_known(limits, running.count > 0)
     context = Context(running, weights, traced, limits, index)
     options = Options(axes, over if parts is None else NamedAxes(), epsilon, exact, dtype)
     f = partial(normalize_batch, options)

@@ -5,7 +5,8 @@ Nothing here imports Flax. `jbn.linen` and `jbn.nnx` keep the variables, each in
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import jax
 import jax.core
@@ -14,12 +15,14 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._axes import Axes, feature_axes
-from jbn._batch_norm import batch_norm
+from jbn._batch_norm import batch_norm, batch_renorm
+from jbn._blending import check_prior, normalize_blended
 from jbn._checks import as_decay, check_shape
 from jbn._collectives import AxisName
 from jbn._dtypes import promote
 from jbn._functional import init
 from jbn._params import Params
+from jbn._renorm import Schedule, as_limits
 from jbn._running import UpdateRule, ema, keep
 from jbn._statistics import Moments
 
@@ -39,6 +42,10 @@ class Layer(Protocol):
     virtual_batch_size: int | None
     initial_count: float
     frozen: bool
+    renorm: tuple[ArrayLike, ArrayLike] | Schedule | None
+    domains: int | None
+    affine_by_domain: bool
+    blend: ArrayLike | None
 
 
 def as_inexact(x: jax.Array) -> jax.Array:
@@ -58,17 +65,27 @@ def promoted_dtype(layer: Layer, *values: Any) -> np.dtype:
 
 
 def check_options(layer: Layer) -> None:
-    """Check what is known in a constructor: the modes, and the momentum unless `update` replaces it.
+    """Check what is known in a constructor: all but what `jbn.batch_norm` checks.
 
     Raises:
-      TypeError: a mode is not a Boolean, or the momentum is not a number.
-      ValueError: the momentum is outside [0, 1].
+      TypeError: a mode is not a Boolean, or another option is not of its type.
+      ValueError: the momentum is outside [0, 1], unless `update` replaces it, a limit of `renorm` or `blend`
+        is out of range, or `domains` is.
     """
     check_mode(layer.use_running_average)
-    if not isinstance(layer.frozen, bool | np.bool_):
-        raise TypeError(f"frozen={layer.frozen!r}; expected True or False.")
+    for name in ("frozen", "affine_by_domain"):
+        if not isinstance(getattr(layer, name), bool | np.bool_):
+            raise TypeError(f"{name}={getattr(layer, name)!r}; expected True or False.")
     if layer.momentum is not None or layer.update is None:
         as_decay("momentum", layer.momentum)
+    if layer.renorm is not None and not callable(layer.renorm):
+        _pair("renorm", layer.renorm)
+    if layer.blend is not None:
+        check_prior("blend", layer.blend)
+    if layer.domains is not None and not (isinstance(layer.domains, int) and layer.domains >= 1):
+        raise ValueError(f"domains={layer.domains!r}; expected a number of domains >= 1, or None.")
+    if layer.affine_by_domain and layer.domains is None:
+        raise ValueError("affine_by_domain=True needs domains, which is None; expected their number.")
 
 
 def check_mode(use_running_average: Any) -> None:
@@ -88,6 +105,15 @@ def check_mode(use_running_average: Any) -> None:
     )
 
 
+def check_domain(layer: Layer, domain: ArrayLike | None) -> None:
+    """Raise a ValueError if a call has an index of domains and the layer has none, or the reverse."""
+    if (domain is None) != (layer.domains is None):
+        raise ValueError(
+            f"domain={domain!r} in a call of a BatchNorm with domains={layer.domains}; expected domain=, the "
+            "index of each example's domain, where the layer was built with domains=, and nowhere else."
+        )
+
+
 def is_training(layer: Layer, use_running_average: ArrayLike) -> bool | jax.Array:
     """Return False if the layer will update nothing, and a traced Boolean if that depends on one."""
     if layer.frozen:
@@ -105,6 +131,22 @@ def counts(update: UpdateRule | None) -> bool:
 def updates(layer: Layer, train: bool | jax.Array) -> bool:
     """Return whether a call may change the running statistics."""
     return train is not False and type(layer.update) is not keep
+
+
+def shapes_of(layer: Layer, features: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the shapes of the running statistics and of scale and bias."""
+    by_domain = features if layer.domains is None else (layer.domains, *features)
+    return by_domain, by_domain if layer.affine_by_domain else features
+
+
+def counts_updates(layer: Layer, train: bool | jax.Array) -> bool:
+    """Return whether a call needs the number of updates, for a schedule of `renorm`."""
+    return callable(layer.renorm) and train is not False
+
+
+def no_updates() -> jax.Array:
+    """Return the number of updates that a schedule of `renorm` starts from."""
+    return jnp.zeros((), jnp.int32)
 
 
 def required_statistics(layer: Layer, train: bool | jax.Array) -> tuple[str, ...]:
@@ -145,7 +187,8 @@ def resolve_affine_param(
     """
     if learnt is None and given is not None:
         given, axes = jnp.asarray(given), feature_axes(x.ndim, layer.axis)
-        check_shape(x, axes, name, given, "give one made for these features", may_broadcast=True)
+        fix = "give one made for these features"
+        check_shape(x, axes, name, given, fix, may_broadcast=True, domains=layer.domains)
         return given
     if learnt is None:
         return None
@@ -157,32 +200,65 @@ def resolve_affine_param(
     return jax.lax.stop_gradient(learnt) if layer.frozen else learnt
 
 
+def _pair(name: str, limits: Any) -> tuple[ArrayLike, ArrayLike]:
+    """Check the limits of renormalization.
+
+    Raises:
+      TypeError, ValueError: they are no pair, or one of them is out of range.
+    """
+    if not isinstance(limits, tuple) or len(limits) != 2:
+        raise TypeError(
+            f"{name}={limits!r}; expected a pair of limits (r_max, d_max), such as (3.0, 5.0), or a function "
+            "of the number of updates that returns one, such as jbn.renorm_limits()."
+        )
+    as_limits(*limits)
+    return limits
+
+
 def apply_layer(
     layer: Layer,
     x: jax.Array,
     params: Params,
     running: Moments,
     *,
-    train: ArrayLike,
+    train: bool | jax.Array,
     mask: ArrayLike | None,
     dtype: DTypeLike,
+    domain: ArrayLike | None = None,
+    num_updates: jax.Array | None = None,
 ) -> tuple[jax.Array, Moments]:
-    """Call `jbn.batch_norm` with the options of a layer; return `y` and the new running moments."""
-    return batch_norm(
+    """Call `jbn.batch_norm` or `jbn.batch_renorm` with a layer's options.
+
+    Args:
+      num_updates: how many there were, for a schedule of `renorm`.
+
+    Returns:
+      `y` and the new running moments.
+    """
+    axes = dict(axis=layer.axis, axis_name=layer.axis_name, axis_index_groups=layer.axis_index_groups)
+    shared: Any = dict(mask=mask, domain=domain, epsilon=layer.epsilon, dtype=dtype, **axes)
+    blended = None
+    if layer.blend is not None and train is not True:
+        blended = normalize_blended(x, params, running, prior=layer.blend, **shared)
+        if train is False:
+            return blended, running
+    if layer.renorm is None or train is False:
+        apply = batch_norm
+    else:
+        limits = layer.renorm(cast(jax.Array, num_updates)) if callable(layer.renorm) else layer.renorm
+        r_max, d_max = _pair("renorm", limits)
+        apply = partial(batch_renorm, r_max=r_max, d_max=d_max)
+    y, new = apply(
         x,
         params,
         running,
         train=train,
-        axis=layer.axis,
-        epsilon=layer.epsilon,
         update=ema(as_decay("momentum", layer.momentum)) if layer.update is None else layer.update,
-        mask=mask,
-        axis_name=layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
         virtual_batch_size=layer.virtual_batch_size,
         exact=not layer.use_fast_variance,
-        dtype=dtype,
+        **shared,
     )
+    return y if blended is None else jnp.where(train, y, blended), new
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from jbn._statistics import Moments
 class Limits(NamedTuple):
     """How far batch renormalization may correct; with `r_max` 1 and `d_max` 0 it is batch normalization."""
 
-    r_max: ArrayLike  # (), >= 1: of the ratio of standard deviations
-    d_max: ArrayLike  # (), >= 0: of the distance of the means, in running standard deviations
+    r_max: ArrayLike  # () or (features...), >= 1: of the ratio of standard deviations
+    d_max: ArrayLike  # () or (features...), >= 0: of the distance of the means, in running sds
 
 
 Schedule = Callable[[jax.Array], tuple[ArrayLike, ArrayLike]]
@@ -103,6 +103,11 @@ def as_limits(r_max: Any, d_max: Any) -> Limits | None:
     if known and (float(r_max), float(d_max)) == (1, 0):
         return None
     return Limits(r_max, d_max)
+
+
+def where_known(limits: Limits, known: jax.Array) -> Limits:
+    """Allow no correction where the running moments are not known."""
+    return Limits(jnp.where(known, limits.r_max, 1.0), jnp.where(known, limits.d_max, 0.0))
 
 
 def renormalize(

@@ -174,6 +174,11 @@ class keep:
         return running
 
 
+def discards_initial(update: UpdateRule) -> bool:
+    """Return whether a rule takes running moments with a count of 0 for those of no samples."""
+    return isinstance(update, cumulative | pooled) or (isinstance(update, ema) and update.debias)
+
+
 class _Share(NamedTuple):
     """The smaller of the relative weights of the running moments and of the batch."""
 

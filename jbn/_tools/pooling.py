@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jbn._axes import feature_axes, other_axes
 from jbn._checks import as_samples, as_weights
 from jbn._collectives import named_axes
+from jbn._domains import as_domain, measure_domains
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._flax import Layer, as_inexact
 from jbn._merging import Part, merge_named, merge_rows
@@ -71,7 +72,13 @@ def no_samples(mean: jax.Array) -> Inputs:
     return Inputs(zeros, zeros, real, real, jnp.zeros(mean.shape, bool))
 
 
-def measure_inputs(layer: Layer, mean: jax.Array, x: ArrayLike, mask: ArrayLike | None) -> Inputs:
+def measure_inputs(
+    layer: Layer,
+    mean: jax.Array,
+    x: ArrayLike,
+    mask: ArrayLike | None,
+    domain: ArrayLike | None = None,
+) -> Inputs:
     """Measure what a layer is called with, over all that share its running mean.
 
     Those are the members of the axes of its `axis_name` that are bound, and where the mean is not mapped, the
@@ -82,12 +89,16 @@ def measure_inputs(layer: Layer, mean: jax.Array, x: ArrayLike, mask: ArrayLike 
     over = named_axes(bound or None, layer.axis_index_groups if bound else None)
     x = jax.lax.stop_gradient(as_inexact(jnp.asarray(x)))
 
-    def measure(_, x, mask):
+    def measure(mean, x, mask, domain):
         x = as_samples(x)
         weights, axes = as_weights(mask, x), feature_axes(x.ndim, layer.axis)
-        return in_units_of_1(merge_named(measure_samples(x, weights, other_axes(x.ndim, axes)), over))
+        if domain is None:
+            part = measure_samples(x, weights, other_axes(x.ndim, axes))
+        else:
+            part = measure_domains(x, weights, axes, as_domain(domain, x, axes, len(mean)), shift=mean)
+        return in_units_of_1(merge_named(part, over))
 
-    part = (measure if bound else _over_maps(measure))(mean, x, mask)
+    part = (measure if bound else _over_maps(measure))(mean, x, mask, domain)
     finite = jnp.isfinite(part.mean) & jnp.isfinite(part.var)
     count = jnp.where(finite, part.count, 0)
     return Inputs(part.mean, part.mean_low, part.var, count, (part.count > 0) & ~finite)

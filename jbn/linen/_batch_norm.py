@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     raise ImportError('jbn.linen needs Flax; install it with: pip install "jbn[flax]"') from error
 
 from jbn._axes import Axes, feature_axes, feature_shape
+from jbn._batch_norm import batch_norm
 from jbn._checks import as_array, check_shape
 from jbn._collectives import AxisName
 from jbn._dtypes import arithmetic_dtype
@@ -25,18 +26,23 @@ from jbn._flax import (
     add_note_to,
     apply_layer,
     as_inexact,
+    check_domain,
     check_mode,
     check_options,
+    counts_updates,
     initial_statistic,
     is_training,
+    no_updates,
     promoted_dtype,
     required_statistics,
     resolve_affine_param,
     running_moments,
+    shapes_of,
     updates,
 )
 from jbn._functional import normalize
 from jbn._params import Params
+from jbn._renorm import Schedule
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
 from jbn._statistics import cast, moments
@@ -108,6 +114,16 @@ class BatchNorm(nn.Module):
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient, whatever `use_running_average` is. An optimizer with weight decay, or with
         momentum from before, moves them all the same: docs/override_and_convert.md.
+      renorm: batch renormalization (`jbn.batch_renorm`): the limits `(r_max, d_max)`, numbers or traced
+        scalars, or a function of the number of updates that returns them, such as `jbn.renorm_limits()`. With
+        a function, the layer has one more variable in "batch_stats",
+        `num_updates`, an int32 scalar.
+      domains: the number of domains, each with running statistics of its own: those have a leading axis of as
+        many, and a call takes `domain=`.
+      affine_by_domain: whether scale and bias have that axis as well; otherwise the domains share them.
+      blend: in inference, normalize with `jbn.blend(running, batch, prior=blend)`, the running statistics
+        blended with those of the batch at hand, for data distributed otherwise than in training; the running
+        ones stay. `axis_name` then has an effect in inference too.
 
     Raises:
       ValueError: `use_running_average` is missing or given twice; scale or bias is both learnt and given; or
@@ -153,6 +169,10 @@ class BatchNorm(nn.Module):
     var_init: Initializer | None = None
     initial_count: float = 0
     frozen: bool = False
+    renorm: tuple[ArrayLike, ArrayLike] | Schedule | None = None
+    domains: int | None = None
+    affine_by_domain: bool = False
+    blend: ArrayLike | None = None
 
     def __post_init__(self):
         check_options(self)
@@ -168,6 +188,7 @@ class BatchNorm(nn.Module):
         mask: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize `x`, and in training update the running statistics in "batch_stats".
 
@@ -179,21 +200,24 @@ class BatchNorm(nn.Module):
           scale: for conditional normalization, the scale of this call, for a layer with `use_scale=False`: in
             the features' shape, or with all axes of `x` and broadcastable to it.
           bias: likewise, for a layer with `use_bias=False`.
+          domain: for a layer with `domains`, the index of each example's, (N,) integers, N being the size of
+            the first axis that is not a feature axis; or that of all, ().
 
         Returns:
           An array of the shape of `x`.
         """
         check_mode(use_running_average)
+        check_domain(self, domain)
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
         train, initializing = is_training(self, use_running_average), self.is_initializing()
         x = as_array(x)
-        shape = feature_shape(x, feature_axes(x.ndim, self.axis))
+        shape, affine_shape = shapes_of(self, feature_shape(x, feature_axes(x.ndim, self.axis)))
         kept = arithmetic_dtype(x, jnp.float32 if self.force_float32_reductions else self.param_dtype)
 
         def param(name, initializer):
-            return self.param(name, initializer, shape, self.param_dtype)
+            return self.param(name, initializer, affine_shape, self.param_dtype)
 
         def statistic(name):
             initializer = {"mean": self.mean_init, "var": self.var_init}.get(name)
@@ -213,21 +237,45 @@ class BatchNorm(nn.Module):
         if train is True and not (updates(self, train) or known):
             needed = ()  # `jbn.keep` in training
         stats = {name: statistic(name) for name in needed}
+        num_updates = None
+        if counts_updates(self, initializing or train):
+            num_updates = self.variable("batch_stats", "num_updates", no_updates)
         dtype = promoted_dtype(self, x, *jax.tree.leaves(params))
         x = as_inexact(x)
-        if initializing and train is not False:
-            # `init` updates nothing, has no axis bound, and does not warn of small batches.
-            batch = moments(x, axis=self.axis, mask=mask)
-            return normalize(x, batch, params, axis=self.axis, epsilon=self.epsilon, dtype=dtype)
         running = running_moments({name: stat.value for name, stat in stats.items()}, shape)
-        axes = feature_axes(x.ndim, self.axis)
-        check_shape(x, axes, '"batch_stats"', running.mean, "pass those of this layer", may_broadcast=False)
+        check_shape(
+            x,
+            feature_axes(x.ndim, self.axis),
+            '"batch_stats"',
+            running.mean,
+            "pass those of this layer",
+            may_broadcast=False,
+            domains=self.domains,
+        )
+        if initializing:
+            # `init` updates nothing, has no axis bound, and does not warn of small batches.
+            options = dict(axis=self.axis, epsilon=self.epsilon, dtype=dtype)
+            if train is not False and self.domains is None:
+                return normalize(x, moments(x, axis=self.axis, mask=mask), params, **options)
+            return batch_norm(x, params, running, train=False, mask=mask, domain=domain, **options)[0]
         running = cast(running, arithmetic_dtype(x, running.mean))
-        y, running = apply_layer(self, x, params, running, train=train, mask=mask, dtype=dtype)
+        y, running = apply_layer(
+            self,
+            x,
+            params,
+            running,
+            train=train,
+            mask=mask,
+            dtype=dtype,
+            domain=domain,
+            num_updates=None if num_updates is None else num_updates.value,
+        )
         if updates(self, train):
             with add_note_to(ModifyScopeVariableError, IMMUTABLE):
                 for name, stat in stats.items():
                     stat.value = getattr(running, name)
+                if num_updates is not None:
+                    num_updates.value += jnp.asarray(train, jnp.int32)
         return y
 
 

@@ -186,7 +186,7 @@ class _Measurement:
         run.options[scope.path] = options_of(layer)
         old = {name: scope.get_variable("batch_stats", name) for name in ("mean", "var")}
         x = args[0] if args else kwargs["x"]
-        found = measure_inputs(layer, meta.unbox(old["mean"]), x, kwargs.get("mask"))
+        found = measure_inputs(layer, meta.unbox(old["mean"]), x, kwargs.get("mask"), kwargs.get("domain"))
         if self.by_batch:
             for name in old:
                 scope.put_variable("batch_stats", name, getattr(found.moments, name))

@@ -28,18 +28,23 @@ from jbn._flax import (
     add_note_to,
     apply_layer,
     as_inexact,
+    check_domain,
     check_mode,
     check_options,
     counts,
+    counts_updates,
     initial_statistic,
     is_training,
+    no_updates,
     promoted_dtype,
     required_statistics,
     resolve_affine_param,
     running_moments,
+    shapes_of,
     updates,
 )
 from jbn._params import Params
+from jbn._renorm import Schedule
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
 
@@ -122,6 +127,16 @@ class BatchNorm(nnx.Module):
         and bias no gradient. `model.set_attributes(frozen=True)` freezes all layers of a model. An
         optimizer with weight decay, or with momentum from before, moves them all the same:
         docs/override_and_convert.md.
+      renorm: batch renormalization (`jbn.batch_renorm`): the limits `(r_max, d_max)`, numbers or traced
+        scalars, or a function of the number of updates that returns them, such as `jbn.renorm_limits()`. With
+        a function, the layer has one more `nnx.BatchStat`,
+        `num_updates`, an int32 scalar.
+      domains: the number of domains, each with running statistics of its own: those have a leading axis of as
+        many, and a call takes `domain=`.
+      affine_by_domain: whether scale and bias have that axis as well; otherwise the domains share them.
+      blend: in inference, normalize with `jbn.blend(running, batch, prior=blend)`, the running statistics
+        blended with those of the batch at hand, for data distributed otherwise than in training; the running
+        ones stay. `axis_name` then has an effect in inference too.
 
     Raises:
       ValueError: `use_running_average` is None here and in the call; scale or bias is both learnt and given;
@@ -173,24 +188,11 @@ class BatchNorm(nnx.Module):
         var_init: Initializer | None = None,
         initial_count: float = 0,
         frozen: bool = False,
+        renorm: tuple[ArrayLike, ArrayLike] | Schedule | None = None,
+        domains: int | None = None,
+        affine_by_domain: bool = False,
+        blend: ArrayLike | None = None,
     ):
-        shape = tuple(num_features) if isinstance(num_features, Sequence) else (operator.index(num_features),)
-
-        def param(initializer, metadata):
-            return nnx.Param(initializer(rngs.params(), shape, param_dtype), **metadata)
-
-        def statistic(name, initializer=None):
-            kept = arithmetic_dtype(param_dtype)
-            return nnx.BatchStat(
-                initial_statistic(self, name, shape, kept, initializer, lambda: rngs.params())
-            )
-
-        self.initial_count = initial_count
-        self.scale = param(scale_init, scale_metadata) if use_scale else nnx.data(None)
-        self.bias = param(bias_init, bias_metadata) if use_bias else nnx.data(None)
-        self.mean = statistic("mean", mean_init)
-        self.var = statistic("var", var_init)
-        self.count = statistic("count") if counts(update) else nnx.data(None)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -206,8 +208,31 @@ class BatchNorm(nnx.Module):
         self.promote_dtype = promote_dtype
         self.update = update
         self.virtual_batch_size = virtual_batch_size
+        self.initial_count = initial_count
         self.frozen = frozen
+        self.renorm = renorm
+        self.domains = domains
+        self.affine_by_domain = affine_by_domain
+        self.blend = blend
         check_options(self)
+        features = num_features if isinstance(num_features, Sequence) else (operator.index(num_features),)
+        shape, affine_shape = shapes_of(self, tuple(features))
+
+        def param(initializer, metadata):
+            return nnx.Param(initializer(rngs.params(), affine_shape, param_dtype), **metadata)
+
+        def statistic(name, initializer=None):
+            kept = arithmetic_dtype(param_dtype)
+            return nnx.BatchStat(
+                initial_statistic(self, name, shape, kept, initializer, lambda: rngs.params())
+            )
+
+        self.scale = param(scale_init, scale_metadata) if use_scale else nnx.data(None)
+        self.bias = param(bias_init, bias_metadata) if use_bias else nnx.data(None)
+        self.mean = statistic("mean", mean_init)
+        self.var = statistic("var", var_init)
+        self.count = statistic("count") if counts(update) else nnx.data(None)
+        self.num_updates = nnx.BatchStat(no_updates()) if callable(renorm) else nnx.data(None)
 
     @explain_names
     def __call__(
@@ -218,6 +243,7 @@ class BatchNorm(nnx.Module):
         mask: ArrayLike | None = None,
         scale: ArrayLike | None = None,
         bias: ArrayLike | None = None,
+        domain: ArrayLike | None = None,
     ) -> jax.Array:
         """Normalize `x`, and in training update the running statistics in place.
 
@@ -229,11 +255,14 @@ class BatchNorm(nnx.Module):
           scale: for conditional normalization, the scale of this call, for a layer with `use_scale=False`: in
             the features' shape, or with all axes of `x` and broadcastable to it.
           bias: likewise, for a layer with `use_bias=False`.
+          domain: for a layer with `domains`, the index of each example's, (N,) integers, N being the size of
+            the first axis that is not a feature axis; or that of all, ().
 
         Returns:
           An array of the shape of `x`.
         """
         check_mode(use_running_average)
+        check_domain(self, domain)
         if use_running_average is None:
             use_running_average = self.use_running_average
         if use_running_average is None:
@@ -244,7 +273,8 @@ class BatchNorm(nnx.Module):
         train = is_training(self, use_running_average)
         x = as_array(x)
         shape = feature_shape(x, feature_axes(x.ndim, self.axis))
-        if shape != self.mean.shape:
+        stats_shape, _ = shapes_of(self, shape)
+        if stats_shape != self.mean.shape:
             raise ValueError(
                 f"num_features={self.num_features}; expected {shape}, that of the features of x of shape "
                 f"{x.shape} on axis={self.axis}: build the layer with num_features={shape}, or another axis."
@@ -260,14 +290,27 @@ class BatchNorm(nnx.Module):
             raise ValueError(
                 f"update={self.update} was set later; expected it in the constructor, which makes its count."
             )
-        running = running_moments({name: stat[...] for name, stat in stats.items()}, shape)
+        running = running_moments({name: stat[...] for name, stat in stats.items()}, stats_shape)
         dtype = promoted_dtype(self, *self._promoted(x, running.mean, running.var, *params))
-        y, running = apply_layer(self, as_inexact(x), params, running, train=train, mask=mask, dtype=dtype)
+        num_updates = self.num_updates if counts_updates(self, train) else None
+        y, running = apply_layer(
+            self,
+            as_inexact(x),
+            params,
+            running,
+            train=train,
+            mask=mask,
+            dtype=dtype,
+            domain=domain,
+            num_updates=None if num_updates is None else num_updates[...],
+        )
         if updates(self, train):
             self._check_that_members_agree(running.mean)
             with add_note_to(TraceContextError, NOT_AN_ARGUMENT):
                 for name, stat in stats.items():
                     stat[...] = getattr(running, name)
+                if num_updates is not None:
+                    num_updates[...] += jnp.asarray(train, jnp.int32)
         return y
 
     def set_view(self, use_running_average: bool | None = None, frozen: bool | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import jax.numpy as jnp
 from flax import nnx
 
-from jbn._flax import check_options, counts
+from jbn._flax import check_options, counts, no_updates
 from jbn._spelling import check_option_names
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._measuring import batch_norms
@@ -20,7 +20,7 @@ PARAMETERS = {
     if name != "self"
 }
 # What is in the variables of a layer that is already made.
-_MADE = {"num_features", "use_bias", "use_scale", "param_dtype", "rngs"}
+_MADE = {"num_features", "use_bias", "use_scale", "param_dtype", "domains", "affine_by_domain", "rngs"}
 OPTIONS = {name for name in PARAMETERS if name not in _MADE and not name.endswith(("_init", "_metadata"))}
 
 
@@ -79,17 +79,21 @@ def convert(model: Model, **options: Any) -> Model:
 
 def _all_options(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options that a layer will have, checked."""
-    made = {name: getattr(layer, name, PARAMETERS[name].default) for name in OPTIONS} | options
-    check_options(cast(Any, SimpleNamespace(**made)))
+    has = lambda names: {name: getattr(layer, name, PARAMETERS[name].default) for name in names}
+    made = has(OPTIONS) | options
+    check_options(cast(Any, SimpleNamespace(**made, **has(["domains", "affine_by_domain"]))))
     return made
 
 
 def _convert(layer: Any, options: dict[str, Any]) -> None:
     if type(layer) is not BatchNorm:
         object.__setattr__(layer, "__class__", BatchNorm)
-        layer.count = nnx.data(None)
+        layer.domains, layer.affine_by_domain = None, False
+        layer.count, layer.num_updates = nnx.data(None), nnx.data(None)
     for name, value in options.items():
         setattr(layer, name, value)
     if counts(layer.update) and layer.count is None:
         count = jnp.full(layer.mean.shape, layer.initial_count, jnp.real(layer.mean[...]).dtype)
         layer.count = nnx.BatchStat(count)
+    if callable(layer.renorm) and layer.num_updates is None:
+        layer.num_updates = nnx.BatchStat(no_updates())

@@ -92,7 +92,7 @@ class _Measuring(nnx.Module):
                 "expected a call that runs the model as for evaluation, which leaves that to model.eval()."
             )
         self.calls.measured[self.path] = None
-        found = measure_inputs(self, self.mean[...], x, options.get("mask"))
+        found = measure_inputs(self, self.mean[...], x, options.get("mask"), options.get("domain"))
         try:
             self.inputs.set_value(add(self.inputs.get_value(), found))
         except TraceContextError as error:

@@ -13,8 +13,8 @@ from train.runs.summary import peak_host_bytes
 
 
 def test_public_names_are_those_of_the_interface():
-    names = "Moments OneValueWarning Params as_affine batch_norm cumulative ema fold from_torch init keep"
-    names += " merge merge_trees moments normalize pooled to_torch"
+    names = "Moments OneValueWarning Params as_affine batch_norm batch_renorm blend cumulative ema fold"
+    names += " from_torch init keep merge merge_trees moments normalize pooled renorm_limits to_torch"
     assert sorted(jbn.__all__) == names.split()
 
 
