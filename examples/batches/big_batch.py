@@ -1,7 +1,7 @@
-"""A big batch in little memory: rematerialisation that keeps the moments, and so does not measure them again.
+"""A big batch in little memory: rematerialisation that keeps the moments, and never measures them again.
 
-Gradients that are accumulated over small batches are not those of the big batch, since each is normalized with
-moments of its own. A checkpointed block is: it keeps its input and the moments, which have the name
+Gradients accumulated over small batches are not those of the big batch, since each is normalized with moments
+of its own. Those of checkpointed blocks are: a block keeps its input and the moments, whose name is
 "batch_norm_moments", and makes everything else again in the backward pass.
 
     python examples/batches/big_batch.py
@@ -60,7 +60,8 @@ def main(blocks: int = BLOCKS) -> dict[str, float]:
         found[f"sums over the batch, {policy}"] = program.as_text().count(" reduce(")
     for policy in list(POLICIES)[1:]:
         pairs = zip(*map(jax.tree.leaves, (gradients[policy], gradients["all kept"])))
-        found[f"change of gradients, {policy}"] = max(float(abs(a - b).max() / abs(b).max()) for a, b in pairs)
+        change = max(abs(a - b).max() / abs(b).max() for a, b in pairs)
+        found[f"change of gradients, {policy}"] = float(change)
     for name, value in found.items():
         print(f"{name}: {value:.3g}")
     return found

@@ -1,7 +1,7 @@
 """Graphs that jraph has padded to one size: the norm's mask is that of the real nodes.
 
-Padding holds NaN here, which reaches neither statistics nor gradients: they are those of the graphs without padding.
-With zeros in the padding and no mask, as is usual, they are others.
+Padding holds NaN here, which reaches neither statistics nor gradients: they are those of the graphs without
+padding. With zeros in the padding and no mask, as is usual, they are others.
 
     python examples/batches/padded_graphs.py
 """

@@ -1,7 +1,7 @@
 """Sequences padded to one length: a mask of shape (batch, time, 1) keeps the padding out of the statistics.
 
-With it, statistics are those of the real steps, and outputs stay the same however long the padding is. Without it,
-both depend on the longest sequence of the batch.
+With it, statistics are those of the real steps, and outputs stay the same however long the padding is.
+Without it, both depend on the longest sequence of the batch.
 
     python examples/batches/padded_sequences.py
 """
@@ -53,10 +53,10 @@ def main() -> dict[str, float]:
         apply = jax.jit(Model(masked).apply, static_argnames="mutable")
         y, updated = apply(variables, x, lengths, mutable=("batch_stats",))
         y_longer, _ = apply(variables, longer, lengths, mutable=("batch_stats",))
-        found[f"variance / true variance, {name}"] = float(
-            np.mean(updated["batch_stats"]["norm"]["var"] / true)
-        )
-        found[f"change of outputs with twice the padding, {name}"] = float(np.abs(np.asarray(y) - y_longer).max())
+        ratio = np.mean(updated["batch_stats"]["norm"]["var"] / true)
+        change = np.abs(np.asarray(y) - y_longer).max()
+        found[f"variance / true variance, {name}"] = float(ratio)
+        found[f"change of outputs with twice the padding, {name}"] = float(change)
     for name, value in found.items():
         print(f"{name}: {value:.3g}")
     return found

@@ -1,6 +1,6 @@
 """An Equinox layer over jbn: running statistics in a `StateIndex`, the batch an axis of `jax.vmap`.
 
-It trains on scikit-learn's digits beside `equinox.nn.BatchNorm` in both of its modes, all with a momentum of 0.99, and
+It trains on digits beside `equinox.nn.BatchNorm` in both of its modes, all with a momentum of 0.99, and
 evaluates after a few steps, which shows whether running statistics are debiased, and rightly.
 
     python examples/libraries/with_equinox.py

@@ -61,8 +61,8 @@ def main() -> dict[str, float]:
             updates, opt_state = optimizer.update(grads, opt_state)
             return (optax.apply_updates(params, updates), state, opt_state), None
 
-        carry = params, state, optimizer.init(params)
-        (params, state, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, (x[:STEPS], y[:STEPS])))(carry)
+        carry, batches = (params, state, optimizer.init(params)), (x[:STEPS], y[:STEPS])
+        (params, state, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, batches))(carry)
         predicted, _ = model.apply(params, state, None, x[STEPS:].reshape(-1, 4), False)
         return float(jnp.sqrt(jnp.mean((predicted - y[STEPS:].ravel()) ** 2)))
 

@@ -1,7 +1,7 @@
 """A Keras layer over jbn, on Keras' JAX backend, in `model.fit` as any other.
 
-It trains on scikit-learn's digits for one epoch beside `keras.layers.BatchNormalization`, both with the momentum
-that Keras has by default, 0.99. Debiased running statistics are right from the first step on.
+It trains on digits for one epoch beside `keras.layers.BatchNormalization`, both with the momentum that Keras
+has by default, 0.99. Debiased running statistics are right from the first step on.
 
     python examples/libraries/with_keras.py
 """
@@ -20,23 +20,24 @@ EPOCHS, BATCH_SIZE, WIDTH, LEARNING_RATE = 1, 32, 64, 3e-3
 
 
 class BatchNorm(keras.layers.Layer):
-    def __init__(self, update=jbn.ema(0.99, debias=True), **kwargs):
+    def __init__(self, update=jbn.ema(0.99, debias=True), epsilon=1e-3, **kwargs):
         super().__init__(**kwargs)
-        self.update = update
+        self.options = {"update": update, "epsilon": epsilon}
 
     def build(self, shape):
         features = shape[-1:]
         self.gamma = self.add_weight(name="gamma", shape=features, initializer="ones")
         self.beta = self.add_weight(name="beta", shape=features, initializer="zeros")
+        initializers = {"moving_mean": "zeros", "moving_variance": "ones", "count": "zeros"}
         self.running = [
             self.add_weight(name=name, shape=features, initializer=initializer, trainable=False)
-            for name, initializer in (("moving_mean", "zeros"), ("moving_variance", "ones"), ("count", "zeros"))
+            for name, initializer in initializers.items()
         ]
 
     def call(self, x, training=False):
         params = jbn.Params(self.gamma.value, self.beta.value)
         running = jbn.Moments(*(weight.value for weight in self.running))
-        y, running = jbn.batch_norm(x, params, running, train=bool(training), update=self.update, epsilon=1e-3)
+        y, running = jbn.batch_norm(x, params, running, train=bool(training), **self.options)
         for weight, value in zip(self.running, running):
             weight.assign(value)
         return y

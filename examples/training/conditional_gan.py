@@ -1,7 +1,7 @@
 """A GAN of digits whose generator knows the class through the scale and bias of its norms alone.
 
-A norm without parameters of its own gets a scale and a bias for each example, here rows of tables that are learnt, one
-row a class. A classifier of real digits says whether the generator draws the class that it was asked for.
+A norm without parameters of its own gets a scale and a bias for each example, here rows of tables that are
+learnt, one row a class. A classifier of real digits says whether the generator draws the class asked for.
 
     python examples/training/conditional_gan.py
 """
@@ -25,8 +25,8 @@ class ConditionalNorm(nn.Module):
     def __call__(self, x, label, train):
         scale = nn.Embed(CLASSES, x.shape[-1], embedding_init=nn.initializers.ones, name="scale")(label)
         bias = nn.Embed(CLASSES, x.shape[-1], embedding_init=nn.initializers.normal(1), name="bias")(label)
-        norm = jbn.linen.BatchNorm(use_running_average=not train, use_scale=False, use_bias=False, momentum=0.9)
-        return norm(x, scale=scale, bias=bias)
+        norm = jbn.linen.BatchNorm(use_scale=False, use_bias=False, momentum=0.9)
+        return norm(x, use_running_average=not train, scale=scale, bias=bias)
 
 
 class Generator(nn.Module):
@@ -53,9 +53,7 @@ def main(steps: int = STEPS) -> dict[str, float]:
     images, labels = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
     generator, discriminator = Generator(), Discriminator()
     keys = jax.random.split(jax.random.key(0), 3)
-    variables = jax.jit(generator.init, static_argnums=3)(
-        keys[0], jnp.zeros((1, NOISE)), labels[:1], False
-    )
+    variables = jax.jit(generator.init, static_argnums=3)(keys[0], jnp.zeros((1, NOISE)), labels[:1], False)
     params = {
         "generator": variables["params"],
         "discriminator": jax.jit(discriminator.init)(keys[1], images[:1], labels[:1])["params"],

@@ -1,7 +1,7 @@
 """An ensemble by `jax.vmap`: members of other seeds and learning rates train in one program.
 
-Each has its own parameters and running statistics. Of the layer nothing changes: what it reduces over is the batch of
-one member. Members are what they would be if each was trained alone.
+Each has its own parameters and running statistics. Of the layer nothing changes: what it reduces over is the
+batch of one member. Members are what they would be if each was trained alone.
 
     python examples/training/ensemble.py
 """

@@ -1,8 +1,8 @@
 """Gradients of single examples, clipped, as differentially private training (DP-SGD) needs them.
 
-With batch statistics an example changes the gradients of all others, so that clipping each does not bound what one
-example does to their sum. `frozen` norms use running statistics, measured here on public data: replacing one example
-changes one gradient, and their sum by at most twice the clipping norm.
+With batch statistics an example changes the gradients of all others, so that clipping each does not bound
+what one example does to their sum. `frozen` norms use running statistics, measured here on public data:
+replacing one example changes one gradient, and their sum by at most twice the clipping norm.
 
     python examples/training/per_example_gradients.py
 """

@@ -1,9 +1,8 @@
 """The programs in examples/ run, and print what they promise."""
 
 import importlib.util
-import warnings
+import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,9 +57,9 @@ def conditional_gan(found):
 
 def per_example_gradients(found):
     """Frozen norms keep the bound of clipping, statistics of the batch do not."""
-    another, total = "change of another example's gradient / CLIP, ", "change of the sum of gradients / CLIP, "
-    assert found[another + "frozen"] < 1e-5 and found[total + "frozen"] <= 2
-    assert found[another + "of the batch"] > 0.1 and found[total + "of the batch"] > 2
+    for change, bound in ("another example's gradient", 1e-5), ("the sum of gradients", 2):
+        assert found[f"change of {change} / CLIP, frozen"] <= bound
+        assert found[f"change of {change} / CLIP, of the batch"] > bound + 0.1
     assert found["test accuracy, frozen"] > 0.6
 
 
@@ -128,3 +127,47 @@ def test_what_is_printed_shows_the_point(path, load, capsys):
     assert all(isinstance(value, int | float) for value in found.values())
     printed = capsys.readouterr().out
     assert [name for name in found if f"{name}: " not in printed] == []
+
+
+def call_equinox(module, x):
+    """Return outputs in training, running mean and variance after it, and outputs in inference."""
+    import equinox as eqx
+
+    layer, state = eqx.nn.make_with_state(module.BatchNorm)(x.shape[-1], "batch")
+    y, state = module.over_batch(layer)(x, state)
+    running = state.get(layer.running)
+    return y, running.mean, running.var, module.over_batch(eqx.nn.inference_mode(layer))(x, state)[0]
+
+
+def call_haiku(module, x):
+    import haiku as hk
+
+    layer = hk.transform_with_state(lambda x, is_training: module.BatchNorm()(x, is_training))
+    params, state = layer.init(None, x, True)
+    y, state = layer.apply(params, state, None, x, True)
+    running = state["batch_norm"]["running"]
+    return y, running.mean, running.var, layer.apply(params, state, None, x, False)[0]
+
+
+def call_keras(module, x):
+    layer = module.BatchNorm(epsilon=1e-5)
+    y = layer(x, training=True)
+    mean, var, _ = (weight.value for weight in layer.running)
+    return y, mean, var, layer(x, training=False)
+
+
+@pytest.mark.parametrize("call", [call_equinox, call_haiku, call_keras])
+def test_layers_for_other_libraries_are_batch_norm(call, load):
+    """Their rules are debiased: after one batch the running moments are those of the batch."""
+    module = load(f"libraries/{call.__name__.replace('call', 'with')}.py")
+    x = np.random.default_rng(0).normal([-3, 0, 5], [0.1, 1, 20], (64, 3))
+    mean, var = x.mean(0), x.var(0)
+    expected = (x - mean) / np.sqrt(var + 1e-5)
+    for found, value in zip(call(module, jnp.asarray(x, jnp.float32)), (expected, mean, var, expected)):
+        np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
+
+
+def test_every_example_is_tested_and_listed():
+    files = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob("*/*.py")}
+    table = re.findall(r"\]\((.+?\.py)\)", (EXAMPLES / "README.md").read_text())
+    assert sorted(files) == sorted(PROGRAMS) == sorted(table)
