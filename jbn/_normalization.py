@@ -150,7 +150,7 @@ def _tangent(options, x, params, used, inv, unit, context, dx, dparams):
 
     def total(samples):
         weighed = weigh(where_counted(samples, weights), divide_by_unit(weights, unit, axes, domain))
-        return add_up(weighed, axes, domain, len(inv) if inv.ndim else 1)
+        return add_up(weighed, reduced, domain, len(inv) if inv.ndim else 1)
 
     def or_constant(leaf, value):
         return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)
