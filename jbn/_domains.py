@@ -4,7 +4,9 @@ Values per feature have a leading axis of domains then. The index of each exampl
 all examples' one (); None if there are no domains.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
@@ -42,25 +44,60 @@ def as_domain(domain: Any, x: jax.Array, axes: tuple[int, ...], number: int) -> 
 
 def at_samples(values: jax.Array, ndim: int, axes: tuple[int, ...], index: jax.Array | None) -> jax.Array:
     """Broadcast values per feature to samples, to each those of its domain; NaN if that is out of range."""
-    return expand_by(values, other_axes(ndim, axes), index)
+    return Sets(other_axes(ndim, axes), index).expand(values)
 
 
-def expand_by(values: jax.Array, reduced: tuple[int, ...], index: jax.Array | None) -> jax.Array:
-    """Insert the axes `reduced` of samples into values per feature, to each those of its domain."""
-    if index is None:
-        return jnp.expand_dims(values, reduced)
-    if index.ndim == 0:
-        return jnp.expand_dims(take_rows(values, index[None])[0], reduced)
-    # The examples' axis is the first of those reduced, so that all before it are kept.
-    batch, *others = reduced
-    return jnp.expand_dims(jnp.moveaxis(take_rows(values, index), 0, batch), others)
+class Sets(NamedTuple):
+    """Which samples have moments together: those of a feature, and with domains those of a feature in one."""
 
+    reduced: tuple[int, ...]  # the axes of samples that are no features
+    # () or (N,), of domains
+    index: jax.Array | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    number: int = 1  # of domains
+    members: int = 0  # how many first axes of samples, values and index are those of a `vmap`
 
-def add_up(samples: jax.Array, reduced: tuple[int, ...], index: jax.Array | None, number: int) -> jax.Array:
-    """Add up samples over the axes `reduced` for each feature, and for each of `number` domains."""
-    if index is None:
-        return jnp.sum(samples, reduced)
-    if index.ndim == 0:
-        return add_rows(jnp.sum(samples, reduced)[None], index[None], number)
-    batch, *others = reduced
-    return add_rows(jnp.moveaxis(jnp.sum(samples, others), batch, 0), index, number)
+    @property
+    def within(self) -> tuple[int, ...]:
+        """The reduced axes along which all samples are of one domain: all but that of the examples."""
+        return self.reduced if self.index is None else self.reduced[self.index.ndim - self.members :]
+
+    def add_up(self, samples: jax.Array) -> jax.Array:
+        """Add up the samples of each set, into (features...) or (number, features...)."""
+        if self.index is None:
+            return jnp.sum(samples, self.reduced)
+
+        def add(samples, index, reduced):
+            # The examples' axis is the first of those reduced, so that all axes before it are kept.
+            rows = jnp.sum(samples, reduced[index.ndim :])
+            rows = jnp.moveaxis(rows, reduced[0], 0) if index.ndim else rows[None]
+            return add_rows(rows, jnp.atleast_1d(index), self.number)
+
+        return self._of_members(add, samples)
+
+    def expand(self, values: jax.Array) -> jax.Array:
+        """Broadcast values of sets to their samples; NaN where the domain is out of range."""
+        if self.index is None:
+            return jnp.expand_dims(values, self.reduced)
+
+        def take(values, index, reduced):
+            rows = take_rows(values, jnp.atleast_1d(index))
+            rows = jnp.moveaxis(rows, 0, reduced[0]) if index.ndim else rows[0]
+            return jnp.expand_dims(rows, reduced[index.ndim :])
+
+        return self._of_members(take, values)
+
+    def count_examples(self, dtype: np.dtype) -> jax.Array:
+        """Count the examples of each domain, (number,); all as one if they are of one domain."""
+
+        def count(index, reduced):
+            index = jnp.atleast_1d(index)
+            return add_rows(jnp.ones_like(index, dtype), index, self.number)
+
+        return self._of_members(count)
+
+    def _of_members(self, f: Callable[..., jax.Array], *values: jax.Array) -> jax.Array:
+        """Call `f(*values, index, reduced)`, for each of the members."""
+        f = partial(f, reduced=tuple(axis - self.members for axis in self.reduced))
+        for _ in range(self.members):
+            f = jax.vmap(f)
+        return f(*values, self.index)

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jbn._domains import add_up, expand_by
+from jbn._domains import Sets
 from jbn._dtypes import arithmetic_dtype, real_dtype, widen
 from jbn._merging import Merged, Part, Reduction, Samples, merge_parts, merge_shifted
 from jbn._weights import abs_squared, power_of_two, share_of, weigh, where_counted, where_finite
@@ -33,18 +34,18 @@ def measure_samples(
     domain, in the shape of `shift`; what has no samples has count 0.
     """
     weights, shift = jax.lax.stop_gradient((weights, shift))
-    domains = None if index is None or shift is None else len(shift)
+    domains = None if index is None else np.shape(shift)[0]
     options = Options(weights is not None, reduced, exact, epsilon, domains)
     sets = _sets(options, index)
     given, unit = [], None
     if weights is None:
-        count = _size(x, options, sets)
+        count = _size(x, sets)
     else:
-        count = _total(weights, x, options, sets)
+        count = _total(weights, x, sets)
         if weights.dtype != bool:
             unit = _unit(count)
             weights = weights * sets.expand(1 / unit)
-            count = _total(weights, x, options, sets)
+            count = _total(weights, x, sets)
         given = [weights, count]
     if index is not None:
         given.append(index)
@@ -63,35 +64,21 @@ class Options(NamedTuple):
     reduced: tuple[int, ...]  # axes of x
     exact: bool
     epsilon: float
-    domains: int | None = None  # whether the index of each example's domain is given, and of how many
-    members: bool = False  # whether one of the other axes, the first, is that of a `vmap`
-
-
-class Sets(NamedTuple):
-    """The sets that moments are measured of: the samples of a feature, or of a feature and a domain."""
-
-    add_up: Callable[[jax.Array], jax.Array]  # (samples) -> a sum for each set
-    expand: Callable[[jax.Array], jax.Array]  # broadcasts values of sets to their samples
+    domains: int | None = None  # how many; None if there is no index
+    members: int = 0  # how many of the other axes, the first ones, are those of a `vmap`
 
 
 def _sets(options: Options, index: jax.Array | None) -> Sets:
-    reduced, domains, members = options.reduced, options.domains, options.members
-    if index is None or domains is None:
-        return Sets(partial(jnp.sum, axis=reduced), partial(jnp.expand_dims, axis=reduced))
-    own = tuple(axis - members for axis in reduced)
-    add = lambda samples, index: add_up(samples, own, index, domains)
-    expand = lambda values, index: expand_by(values, own, index)
-    if members:
-        add, expand = jax.vmap(add), jax.vmap(expand)
-    return Sets(lambda samples: add(samples, index), lambda values: expand(values, index))
+    return Sets(options.reduced, index, options.domains or 1, options.members)
 
 
 class Given(NamedTuple):
     """What is known beside the samples, in the order of the arguments of `measure_on`."""
 
     weights: jax.Array | None  # as many axes as x
-    count: jax.Array | None  # their sums, in the shape of the result or of size 1
-    index: jax.Array | None  # of domains
+    # their sums; axes that share weights have size 1
+    count: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]
+    index: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]; of domains
     shift: jax.Array | None  # in the shape of the result
 
 
@@ -117,13 +104,13 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
     before `x` is.
 
     Args:
-      given: weights and their sum, if `options.weighted`; then the index, if there are domains; then the shift,
-        0 by default.
+      given: weights and their sum, if `options.weighted`; then the index, if there are domains; then the
+        shift, 0 by default.
     """
     weighted, reduced, exact, epsilon, domains, members = options
     weights, count, index, shift = _given(options, given)
     sets = _sets(options, index)
-    count = _size(x, options, sets) if count is None else count
+    count = _size(x, sets) if count is None else count
     shift = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x)) if shift is None else shift
     platform, sharded = target or Target("cpu", False)
     reduction = _reduction_on(platform, sharded, x, options, sets)
@@ -149,8 +136,7 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
         return two_passes()
     if domains is None:
         return shifted(_pilot(x, reduced), x)
-    within = reduced[index.ndim - members :]  # the axes along which all samples are of one domain
-    return shifted(_pilot_of_domains(x, within, options, sets), x) if within else two_passes()
+    return shifted(_pilot_of_domains(x, sets), x) if sets.within else two_passes()
 
 
 def _reduction_on(
@@ -223,12 +209,12 @@ def _pilot(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     return jnp.sum(widen(some) * (1 / taken), reduced)
 
 
-def _pilot_of_domains(x: jax.Array, within: tuple[int, ...], options: Options, sets: Sets) -> jax.Array:
-    """Average, for each domain, an eighth or 64 of the samples of each of its examples."""
-    sizes = [x.shape[axis] for axis in within if isinstance(x.shape[axis], int)]
-    some, taken = _middle(x, within, min(64, max(math.prod(sizes) // 8, 1)))
-    examples = _size(some, options, sets) * (1 / taken)
-    return sets.add_up(widen(some) * (1 / taken)) * share_of(examples, some)
+def _pilot_of_domains(x: jax.Array, sets: Sets) -> jax.Array:
+    """Average 64 samples of each example of a domain, or an eighth of them if those are fewer."""
+    sizes = [x.shape[axis] for axis in sets.within if isinstance(x.shape[axis], int)]
+    some, taken = _middle(x, sets.within, min(64, max(math.prod(sizes) // 8, 1)))
+    some = widen(some) * (1 / taken)
+    return sets.add_up(some) * share_of(jnp.asarray(_size(some, sets)) / taken, some)
 
 
 def _middle(x: jax.Array, axes: tuple[int, ...], needed: int) -> tuple[jax.Array, int]:
@@ -255,7 +241,7 @@ def _derivative(
     x = arrays[0]
     weights, count, index, _ = _given(options, arrays[1:])
     sets = _sets(options, index)
-    count = _size(x, options, sets) if count is None else count
+    count = _size(x, sets) if count is None else count
     mean, mean_low, _ = results
     x, dx = (widen(where_counted(values, weights)) for values in (x, dx))
 
@@ -281,14 +267,15 @@ def _batch(
             for shift, axis in zip(arrays[samples:], axes[samples:])
         ]
         return measure(options, *arrays[:samples], *shift), [None] * 3
-    members = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
-    size = 1 if options.domains is None else members  # of an axis that they share
+    size = 1  # of the axis of members, where they share an array
+    if options.domains is not None:
+        size = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
     arrays = [
         jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
         for array, axis in zip(arrays, axes)
     ]
     reduced = tuple(axis + 1 for axis in options.reduced)
-    return measure(options._replace(reduced=reduced, members=True), *arrays), [0] * 3
+    return measure(options._replace(reduced=reduced, members=options.members + 1), *arrays), [0] * 3
 
 
 _measure = decided_at_lowering(measure_on, derivative=_derivative, batch=_batch)
@@ -300,27 +287,25 @@ def _unit(count: jax.Array) -> jax.Array:
     return jnp.where(usual, 1, power_of_two(count))
 
 
-def _size(x: jax.Array, options: Options, sets: Sets) -> jax.Array | int:
+def _size(x: jax.Array, sets: Sets) -> jax.Array | int:
     """Count the samples; an array if there are domains, or the size is symbolic, in `jax.export`."""
-    reduced, dtype = options.reduced, real_dtype(arithmetic_dtype(x))
-    size = math.prod(x.shape[axis] for axis in reduced)
-    if options.domains is not None:
-        kept = (*range(options.members), *reduced[:1])
-        ones = jnp.ones([n if axis in kept else 1 for axis, n in enumerate(x.shape)], dtype)
-        return sets.add_up(ones) * jnp.asarray(math.prod(x.shape[axis] for axis in reduced[1:]), dtype)
-    if isinstance(size, int):
-        return size
-    return jnp.full((1,) * (x.ndim - len(reduced)), size, dtype)
+    dtype, size = real_dtype(arithmetic_dtype(x)), math.prod(x.shape[axis] for axis in sets.within)
+    features = x.ndim - len(sets.reduced)
+    if sets.index is not None:
+        examples = sets.count_examples(dtype)
+        return jnp.expand_dims(examples, range(examples.ndim, 1 + features)) * jnp.asarray(size, dtype)
+    return size if isinstance(size, int) else jnp.full((1,) * features, size, dtype)
 
 
-def _total(weights: jax.Array, x: jax.Array, options: Options, sets: Sets) -> jax.Array:
+def _total(weights: jax.Array, x: jax.Array, sets: Sets) -> jax.Array:
     """Add up the weights over some axes of `x`; feature axes that share a weight keep size 1."""
-    reduced, dtype = options.reduced, real_dtype(arithmetic_dtype(x))
-    if options.domains is not None:  # each example's
-        shape = [n if axis in reduced[:1] else weights.shape[axis] for axis, n in enumerate(x.shape)]
+    dtype = real_dtype(arithmetic_dtype(x))
+    if sets.within != sets.reduced:  # each example has a domain of its own
+        batch = sets.reduced[0]
+        shape = [x.shape[axis] if axis == batch else n for axis, n in enumerate(weights.shape)]
         weights = jnp.broadcast_to(weights, shape)
     # A weight that is shared along an axis is summed once and multiplied: exact for more samples than float32
     # can count one by one.
-    size = math.prod(x.shape[axis] for axis in reduced if weights.shape[axis] == 1)
+    size = math.prod(x.shape[axis] for axis in sets.reduced if weights.shape[axis] == 1)
     count = sets.add_up(weights.astype(dtype))
     return count if isinstance(size, int) and size == 1 else count * jnp.asarray(size, dtype)

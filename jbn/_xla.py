@@ -240,8 +240,11 @@ def _scale_and_sum(samples, scale, *, shape, new_axes):
     return jnp.sum(samples * jnp.expand_dims(scale, new_axes), new_axes)
 
 
-def _by_index(f, name, **of_platform):
-    """Make a primitive of `f(array, index, number)`; an index with further first axes is one for each member."""
+def _linear(name, f, **of_platform):
+    """Make such a primitive of `f(array, index, *, number)`, linear in the array, and its rule for `vmap`.
+
+    An index of more than one axis has one for each member, along its first axes.
+    """
 
     def over_members(f):
         def mapped(array, index, *, number):
@@ -267,17 +270,25 @@ def _by_index(f, name, **of_platform):
     return primitive
 
 
+def _take(values, index, *, number):
+    return values.at[index].get(mode="fill", fill_value=jnp.nan)
+
+
+def _add(rows, index, *, number):
+    return jax.ops.segment_sum(rows, index, number)
+
+
 def _add_where(rows, index, *, number):
     is_row = jnp.arange(number, dtype=index.dtype)[:, None] == index[None]
     is_row = jnp.expand_dims(is_row, range(2, rows.ndim + 1))
     return jnp.sum(jnp.where(is_row, rows[None], 0), 1)
 
 
-_take_rows = _by_index(lambda values, index, *, number: values.at[index].get(mode="fill", fill_value=jnp.nan), "take_rows")
-_add_rows = _by_index(_add_where, "add_rows", cpu=lambda rows, index, *, number: jax.ops.segment_sum(rows, index, number))
+_take_rows = _linear("take_rows", _take)
+_add_rows = _linear("add_rows", _add_where, cpu=_add)
 # Each is the other's transpose.
-ad.defbilinear(_take_rows, lambda cotangent, values, index, *, number: _add_rows.bind(cotangent, index, number=number), None)
-ad.defbilinear(_add_rows, lambda cotangent, rows, index, *, number: _take_rows.bind(cotangent, index, number=number), None)
+ad.defbilinear(_take_rows, lambda ct, values, index, **static: _add_rows.bind(ct, index, **static), None)
+ad.defbilinear(_add_rows, lambda ct, rows, index, **static: _take_rows.bind(ct, index, **static), None)
 _unshared = _computed_by("unshared_on_cpu", lambda x, *, times: x, cpu=prevent_cse)
 ad.deflinear2(_unshared, lambda cotangent, x, *, times: [cotangent])
 batching.defvectorized(_unshared)
