@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 import jax.numpy as jnp
 from flax import nnx
 
-from jbn._flax import check_options, counts, no_updates
+from jbn._flax import as_renorm, check_options, counts, counts_updates, no_updates
 from jbn._spelling import check_option_names
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._measuring import batch_norms
@@ -82,7 +82,7 @@ def _all_options(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
     has = lambda names: {name: getattr(layer, name, PARAMETERS[name].default) for name in names}
     made = has(OPTIONS) | options
     check_options(cast(Any, SimpleNamespace(**made, **has(["domains", "affine_by_domain"]))))
-    return made
+    return made | {"renorm": as_renorm(made["renorm"])}
 
 
 def _convert(layer: Any, options: dict[str, Any]) -> None:
@@ -95,5 +95,5 @@ def _convert(layer: Any, options: dict[str, Any]) -> None:
     if counts(layer.update) and layer.count is None:
         count = jnp.full(layer.mean.shape, layer.initial_count, jnp.real(layer.mean[...]).dtype)
         layer.count = nnx.BatchStat(count)
-    if callable(layer.renorm) and layer.num_updates is None:
+    if counts_updates(layer, True) and layer.num_updates is None:
         layer.num_updates = nnx.BatchStat(no_updates())
