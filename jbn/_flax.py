@@ -163,9 +163,9 @@ def counts_updates(layer: Layer, train: bool | jax.Array) -> bool:
     return callable(layer.renorm) and updates(layer, train)
 
 
-def no_updates() -> jax.Array:
-    """Return the number of updates that a schedule of `renorm` starts from."""
-    return jnp.zeros((), jnp.int32)
+def no_updates(shape: tuple[int, ...] = ()) -> jax.Array:
+    """Return the number of updates that a schedule of `renorm` starts from, for a layer or a stack of them."""
+    return jnp.zeros(shape, jnp.int32)
 
 
 def required_statistics(layer: Layer, train: bool | jax.Array) -> tuple[str, ...]:
