@@ -133,7 +133,7 @@ def test_what_is_not_finite_stays_in_its_domain_and_feature_and_what_is_masked_r
     y, new = f(x, params, running, INDEX)
     mask = np.arange(11)[:, None, None] != 1
     outputs = lambda x: jnp.where(mask, train(x, params, running, INDEX, mask=mask)[0], 0)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(outputs(x) ** 2)))
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(outputs(x) ** 3)))
     for value in np.nan, np.inf:
         spoilt = x.copy()
         spoilt[1, 0, 1] = value  # domain 2, feature 1
@@ -145,7 +145,7 @@ def test_what_is_not_finite_stays_in_its_domain_and_feature_and_what_is_masked_r
             assert_allclose(after, np.where(is_hit, old, before), rtol=1e-5)
         assert np.isfinite(gradient(spoilt)).all()
         others = np.delete(np.arange(11), 1)
-        assert_allclose(gradient(spoilt)[others], gradient(x)[others], rtol=1e-4, atol=1e-5)
+        assert_allclose(gradient(spoilt)[others], gradient(x)[others], rtol=1e-4, atol=1e-3)
 
 
 def test_a_domain_whose_examples_are_all_masked_keeps_its_moments():
