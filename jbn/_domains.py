@@ -1,19 +1,20 @@
 """Domains: examples of several kinds in one batch, each normalized with the moments of its own kind.
 
-Values per feature have a leading axis of domains then. Everything here takes the index of each example's
-domain, (N,), or of all examples' one, (); with an index of None there are no domains.
+Values per feature have a leading axis of domains then. The index of each example's domain is (N,), that of
+all examples' one (); None if there are no domains.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jbn._axes import batch_axis, expand, other_axes
-from jbn._merging import Part, merge_segments
-from jbn._samples import measure_samples, single_samples
+from jbn._axes import other_axes
+from jbn._xla import add_rows, take_rows
 
 
 def as_domain(domain: Any, x: jax.Array, axes: tuple[int, ...], number: int) -> jax.Array:
@@ -43,64 +44,60 @@ def as_domain(domain: Any, x: jax.Array, axes: tuple[int, ...], number: int) -> 
 
 def at_samples(values: jax.Array, ndim: int, axes: tuple[int, ...], index: jax.Array | None) -> jax.Array:
     """Broadcast values per feature to samples, to each those of its domain; NaN if that is out of range."""
-    if index is None:
-        return expand(values, ndim, axes)
-    rows = values.at[index].get(mode="fill", fill_value=jnp.nan)
-    if index.ndim == 0:
-        return expand(rows, ndim, axes)
-    kept, place = _kept_axes(ndim, axes)
-    return expand(jnp.moveaxis(rows, 0, place), ndim, kept)
+    return Sets(other_axes(ndim, axes), index).expand(values)
 
 
-def add_up(samples: jax.Array, axes: tuple[int, ...], index: jax.Array | None, number: int) -> jax.Array:
-    """Add up samples for each feature, and for each of `number` domains."""
-    if index is None or index.ndim == 0:
-        total = jnp.sum(samples, other_axes(samples.ndim, axes))
-        return total if index is None else _in_row(total, index, number)
-    kept, place = _kept_axes(samples.ndim, axes)
-    rows = jnp.moveaxis(jnp.sum(samples, other_axes(samples.ndim, kept)), place, 0)
-    return jax.ops.segment_sum(rows, index, number)
+class Sets(NamedTuple):
+    """Which samples have moments together: those of a feature, and with domains those of a feature in one."""
 
+    reduced: tuple[int, ...]  # the axes of samples that are no features
+    # () or (N,), of domains
+    index: jax.Array | None = None  # pyright: ignore[reportIncompatibleMethodOverride]
+    number: int = 1  # of domains
+    members: int = 0  # how many first axes of samples, values and index are those of a `vmap`
 
-def measure_domains(
-    x: jax.Array,
-    weights: jax.Array | None,
-    axes: tuple[int, ...],
-    index: jax.Array,
-    *,
-    shift: jax.Array,
-    exact: bool = True,
-    epsilon: float = 0.0,
-) -> Part:
-    """Measure the moments of each domain's samples, in the shape of `shift`; what has none has count 0.
+    @property
+    def within(self) -> tuple[int, ...]:
+        """The reduced axes along which all samples are of one domain: all but that of the examples."""
+        return self.reduced if self.index is None else self.reduced[self.index.ndim - self.members :]
 
-    Mixed domains take one pass: over the samples of each example, whose moments are then merged by domain.
-    The options are those of `measure_samples`.
-    """
-    number = shift.shape[0]
-    if index.ndim == 0:
-        nearest = shift.at[index].get(mode="clip")
-        part = measure_samples(
-            x, weights, other_axes(x.ndim, axes), shift=nearest, exact=exact, epsilon=epsilon
-        )
-        in_row = lambda leaf: _in_row(jnp.broadcast_to(leaf, part.var.shape), index, number)
-        unit = None if part.unit is None else jnp.broadcast_to(part.unit, shift.shape)
-        return jax.tree.map(in_row, part._replace(unit=None))._replace(unit=unit)
-    kept, place = _kept_axes(x.ndim, axes)
-    reduced = other_axes(x.ndim, kept)
-    part = measure_samples(x, weights, reduced) if reduced else single_samples(x, weights)
-    rows = jax.tree.map(lambda leaf: jnp.moveaxis(jnp.broadcast_to(leaf, part.var.shape), place, 0), part)
-    return merge_segments(rows, index, number)
+    def add_up(self, samples: jax.Array) -> jax.Array:
+        """Add up the samples of each set, into (features...) or (number, features...)."""
+        if self.index is None:
+            return jnp.sum(samples, self.reduced)
 
+        def add(samples, index, reduced):
+            # The examples' axis is the first of those reduced, so that all axes before it are kept.
+            rows = jnp.sum(samples, reduced[index.ndim :])
+            rows = jnp.moveaxis(rows, reduced[0], 0) if index.ndim else rows[None]
+            return add_rows(rows, jnp.atleast_1d(index), self.number)
 
-def _kept_axes(ndim: int, axes: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
-    """Return the axes of values per example and feature, and the place of the examples' axis among them."""
-    batch = batch_axis(ndim, axes)
-    kept = tuple(sorted((*axes, batch)))
-    return kept, kept.index(batch)
+        return self._of_members(add, samples)
 
+    def expand(self, values: jax.Array) -> jax.Array:
+        """Broadcast values of sets to their samples; NaN where the domain is out of range."""
+        if self.index is None:
+            return jnp.expand_dims(values, self.reduced)
 
-def _in_row(values: jax.Array, index: jax.Array, number: int) -> jax.Array:
-    """Put values into the row of a domain, and 0 into the others."""
-    is_row = jnp.expand_dims(jnp.arange(number, dtype=index.dtype) == index, range(1, values.ndim + 1))
-    return jnp.where(is_row, values[None], 0)
+        def take(values, index, reduced):
+            rows = take_rows(values, jnp.atleast_1d(index))
+            rows = jnp.moveaxis(rows, 0, reduced[0]) if index.ndim else rows[0]
+            return jnp.expand_dims(rows, reduced[index.ndim :])
+
+        return self._of_members(take, values)
+
+    def count_examples(self, dtype: np.dtype) -> jax.Array:
+        """Count the examples of each domain, (number,); all as one if they are of one domain."""
+
+        def count(index, reduced):
+            index = jnp.atleast_1d(index)
+            return add_rows(jnp.ones_like(index, dtype), index, self.number)
+
+        return self._of_members(count)
+
+    def _of_members(self, f: Callable[..., jax.Array], *values: jax.Array) -> jax.Array:
+        """Call `f(*values, index, reduced)`, for each of the members."""
+        f = partial(f, reduced=tuple(axis - self.members for axis in self.reduced))
+        for _ in range(self.members):
+            f = jax.vmap(f)
+        return f(*values, self.index)

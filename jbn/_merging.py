@@ -125,35 +125,21 @@ def merge_named(part: Part, over: NamedAxes) -> Part:
     return part
 
 
-def merge_segments(parts: Part, index: jax.Array, number: int) -> Part:
-    """Merge the parts along a first axis whose index is the same, into `number` parts."""
-    add_up = partial(jax.ops.segment_sum, segment_ids=index, num_segments=number)
-    # The maximum of no parts is -inf.
-    largest = lambda values: jnp.maximum(
-        jax.ops.segment_max(values, index, number), jnp.finfo(values.dtype).tiny
-    )
-    return _merge(parts, add_up, largest, lambda total: total.at[index].get(mode="clip"))
-
-
 def _merge(
-    parts: Part,
-    add_up: Callable[[jax.Array], jax.Array],
-    largest: Callable[[jax.Array], jax.Array],
-    expand: Callable[[jax.Array], jax.Array] = lambda total: total,
+    parts: Part, add_up: Callable[[jax.Array], jax.Array], largest: Callable[[jax.Array], jax.Array]
 ) -> Part:
     unit = parts.unit
     if unit is not None:
         # The largest of the parts that have samples: weights of the others are 0 in any unit.
         common = largest(jnp.where(parts.count > 0, unit, jnp.finfo(unit.dtype).tiny))
-        parts, unit = parts._replace(count=parts.count * (unit / expand(common))), common
+        parts, unit = parts._replace(count=parts.count * (unit / common)), common
     count = add_up(parts.count)
     # A part that holds all samples is returned as it is: XLA multiplies by 1 / count, a product that may be
     # just off 1.
-    whole = expand(count)
-    share = jnp.where((parts.count == whole) & (whole > 0), 1, ratio(parts.count, whole))
+    share = jnp.where((parts.count == count) & (count > 0), 1, ratio(parts.count, count))
     # Where the count is 0, mean and variance may hold anything.
     mean, mean_low, var = (where_counted(leaf, share) for leaf in (parts.mean, parts.mean_low, parts.var))
-    reduction = Reduction(lambda *values: [add_up(value) for value in values], expand)
+    reduction = Reduction(lambda *values: [add_up(value) for value in values])
     merged = merge_parts(Part(mean, mean_low, var, share), jnp.ones_like(count), reduction)
     return Part(*merged, count, unit)
 

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jbn._axes import other_axes
 from jbn._collectives import NamedAxes, group_sum
-from jbn._domains import add_up, at_samples
+from jbn._domains import Sets, at_samples
 from jbn._dtypes import arithmetic_dtype
 from jbn._params import Params
 from jbn._renorm import Limits, renormalize
@@ -145,12 +145,13 @@ def _tangent(options, x, params, used, inv, unit, context, dx, dparams):
     axes, over, epsilon, _, dtype = options
     _, weights, train, _, domain = context
     wide, reduced = inv.dtype, other_axes(x.ndim, axes)
-    per_sample = lambda values: at_samples(values, x.ndim, axes, domain)
+    sets = Sets(reduced, domain, 1 if domain is None else len(inv))
+    per_sample = sets.expand
     mean_of_x, inv_of_x = per_sample(used.mean), per_sample(inv)
 
     def total(samples):
         weighed = weigh(where_counted(samples, weights), divide_by_unit(weights, unit, axes, domain))
-        return add_up(weighed, axes, domain, len(inv) if inv.ndim else 1)
+        return sets.add_up(weighed)
 
     def or_constant(leaf, value):
         return jnp.full_like(used.mean, value) if leaf is None else leaf.astype(wide)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jbn._domains import Sets
 from jbn._dtypes import arithmetic_dtype, real_dtype, widen
 from jbn._merging import Merged, Part, Reduction, Samples, merge_parts, merge_shifted
 from jbn._weights import abs_squared, power_of_two, share_of, weigh, where_counted, where_finite
@@ -22,43 +24,37 @@ def measure_samples(
     shift: jax.Array | None = None,
     exact: bool = True,
     epsilon: float = 0.0,
+    index: jax.Array | None = None,
 ) -> Part:
     """Measure the moments over the axes `reduced`, in the shape of the other axes.
 
     Real weights and their sum may be of any size, so that the count is in a unit (`Part.unit`). Every
     `shift`, in the shape of the result, gives the same moments; one near the mean saves a pass. `exact` and
-    `epsilon` are the arguments of `jbn.batch_norm`.
+    `epsilon` are the arguments of `jbn.batch_norm`. With `index`, from `as_domain`, moments are those of each
+    domain, in the shape of `shift`; what has no samples has count 0.
     """
     weights, shift = jax.lax.stop_gradient((weights, shift))
+    domains = None if index is None else np.shape(shift)[0]
+    options = Options(weights is not None, reduced, exact, epsilon, domains)
+    sets = _sets(options, index)
     given, unit = [], None
     if weights is None:
-        count = _size(x, reduced)
+        count = _size(x, sets)
     else:
-        count = _total(weights, x, reduced)
+        count = _total(weights, x, sets)
         if weights.dtype != bool:
             unit = _unit(count)
-            weights = weights * jnp.expand_dims(1 / unit, reduced)
-            count = _total(weights, x, reduced)
+            weights = weights * sets.expand(1 / unit)
+            count = _total(weights, x, sets)
         given = [weights, count]
+    if index is not None:
+        given.append(index)
     if shift is not None:
         is_complex = jnp.iscomplexobj(x)
         given.append((shift if is_complex else jnp.real(shift)).astype(arithmetic_dtype(x)))
-    options = Options(weights is not None, reduced, exact, epsilon)
     mean, mean_low, var = _measure(options, x, *given)
     zero = jnp.zeros_like(var)
     return Part(mean, mean_low, var, zero + count, None if unit is None else zero + unit)
-
-
-def single_samples(x: jax.Array, weights: jax.Array | None) -> Part:
-    """Return each sample as a set of its own, in the shape of `x`."""
-    mean = widen(where_counted(x, weights))
-    zero, count, unit = jnp.zeros_like(jnp.real(mean)), jnp.ones_like(jnp.real(mean)), None
-    if weights is not None:
-        count = jnp.broadcast_to(weights, x.shape).astype(count.dtype)
-        if weights.dtype != bool:
-            unit = _unit(count)
-            count = count / unit
-    return Part(mean, jnp.zeros_like(mean), zero, count, unit)
 
 
 class Options(NamedTuple):
@@ -68,7 +64,29 @@ class Options(NamedTuple):
     reduced: tuple[int, ...]  # axes of x
     exact: bool
     epsilon: float
-    members: bool = False  # whether one of the other axes is that of a `vmap`
+    domains: int | None = None  # how many; None if there is no index
+    members: int = 0  # how many of the other axes, the first ones, are those of a `vmap`
+
+
+def _sets(options: Options, index: jax.Array | None) -> Sets:
+    return Sets(options.reduced, index, options.domains or 1, options.members)
+
+
+class Given(NamedTuple):
+    """What is known beside the samples, in the order of the arguments of `measure_on`."""
+
+    weights: jax.Array | None  # as many axes as x
+    # their sums; axes that share weights have size 1
+    count: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]
+    index: jax.Array | None  # pyright: ignore[reportIncompatibleMethodOverride]; of domains
+    shift: jax.Array | None  # in the shape of the result
+
+
+def _given(options: Options, arrays: Sequence[jax.Array]) -> Given:
+    left = list(arrays)
+    weights, count = (left.pop(0), left.pop(0)) if options.weighted else (None, None)
+    index = None if options.domains is None else left.pop(0)
+    return Given(weights, count, index, left.pop(0) if left else None)
 
 
 def measure_on(target: Target | None, options: Options, x: jax.Array, *given: jax.Array) -> Merged:
@@ -86,15 +104,16 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
     before `x` is.
 
     Args:
-      given: weights and their sum, if `options.weighted`; then the shift, 0 by default.
+      given: weights and their sum, if `options.weighted`; then the index, if there are domains; then the
+        shift, 0 by default.
     """
-    weighted, reduced, exact, epsilon, members = options
-    weights = given[0] if weighted else None
-    count = given[1] if weighted else _size(x, reduced)
-    zero = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x))
-    shift = given[-1] if len(given) > 2 * weighted else zero
+    weighted, reduced, exact, epsilon, domains, members = options
+    weights, count, index, shift = _given(options, given)
+    sets = _sets(options, index)
+    count = _size(x, sets) if count is None else count
+    shift = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x)) if shift is None else shift
     platform, sharded = target or Target("cpu", False)
-    reduction = _reduction_on(platform, sharded, x, reduced)
+    reduction = _reduction_on(platform, sharded, x, options, sets)
     shifted = lambda shift, x: _shifted(shift, Samples(x, weights), count, reduction)
     about_zero = lambda x: _about_zero(Samples(x, weights), count, reduction)
     two_passes = lambda: _two_passes(Samples(x, weights), count, reduction)
@@ -115,14 +134,18 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
         return jax.lax.cond(_is_exact(one_pass, epsilon), lambda: one_pass, again)
     if weighted or x.size == 0:
         return two_passes()
-    return shifted(_pilot(x, reduced), x)
+    if domains is None:
+        return shifted(_pilot(x, reduced), x)
+    return shifted(_pilot_of_domains(x, sets), x) if sets.within else two_passes()
 
 
-def _reduction_on(platform: str | None, sharded: bool, x: jax.Array, reduced: tuple[int, ...]) -> Reduction:
+def _reduction_on(
+    platform: str | None, sharded: bool, x: jax.Array, options: Options, sets: Sets
+) -> Reduction:
     on_gpu = platform in ("cuda", "rocm")
     reduction = Reduction(
-        lambda *arrays: [jnp.sum(array, reduced) for array in arrays],
-        partial(jnp.expand_dims, axis=reduced),
+        lambda *arrays: [sets.add_up(array) for array in arrays],
+        sets.expand,
         # XLA for GPUs writes x - shift to memory before it adds up; divided too, it would write two arrays.
         divide_first=not on_gpu,
         # Saves an operation for each real sample; the mean of samples that span the dtype's range may be NaN.
@@ -130,8 +153,8 @@ def _reduction_on(platform: str | None, sharded: bool, x: jax.Array, reduced: tu
     )
     if platform == "cpu":
         reduction = reduction._replace(prevent_cse=prevent_cse)
-    if on_gpu and not sharded:
-        reduction = reduction._replace(sums=partial(sum_together, axes=reduced))
+    if on_gpu and not sharded and options.domains is None:
+        reduction = reduction._replace(sums=partial(sum_together, axes=options.reduced))
     return reduction
 
 
@@ -182,17 +205,30 @@ def _pilot(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
     all. So the rounding error of the variance is at most 1 / f times that of two passes, and about the same
     as that of two passes if the samples are in random order.
     """
-    starts, limits = [0] * x.ndim, list(x.shape)
-    needed, taken = 64, 1
+    some, taken = _middle(x, reduced, 64)
+    return jnp.sum(widen(some) * (1 / taken), reduced)
+
+
+def _pilot_of_domains(x: jax.Array, sets: Sets) -> jax.Array:
+    """Average 64 samples of each example of a domain, or an eighth of them if those are fewer."""
+    sizes = [x.shape[axis] for axis in sets.within if isinstance(x.shape[axis], int)]
+    some, taken = _middle(x, sets.within, min(64, max(math.prod(sizes) // 8, 1)))
+    some = widen(some) * (1 / taken)
+    return sets.add_up(some) * share_of(jnp.asarray(_size(some, sets)) / taken, some)
+
+
+def _middle(x: jax.Array, axes: tuple[int, ...], needed: int) -> tuple[jax.Array, int]:
+    """Cut out about as many samples as are needed from the middle of the axes, and count them."""
+    starts, limits, taken = [0] * x.ndim, list(x.shape), 1
     # From the shortest axis to the longest, which makes up for the shorter ones. Sizes may be symbolic, in
     # `jax.export`.
-    sizes = {axis: x.shape[axis] if isinstance(x.shape[axis], int) else 1 for axis in reduced}
+    sizes = {axis: x.shape[axis] if isinstance(x.shape[axis], int) else 1 for axis in axes}
     for left, axis in zip(range(len(sizes), 0, -1), sorted(sizes, key=lambda axis: sizes[axis])):
         some = min(sizes[axis], max(round((needed / taken) ** (1 / left)), 1))
         starts[axis] = (sizes[axis] - some) // 2
         limits[axis] = starts[axis] + some
         taken *= some
-    return jnp.sum(widen(jax.lax.slice(x, starts, limits)) * (1 / taken), reduced)
+    return jax.lax.slice(x, starts, limits), taken
 
 
 def _derivative(
@@ -202,16 +238,17 @@ def _derivative(
 
     dmean = sum(weights * dx) / count;  dvar = 2 sum(weights * Re(conj(x - mean) * dx)) / count
     """
-    weighted, reduced, *_ = options
-    x, weights = arrays[0], arrays[1] if weighted else None
-    count = arrays[2] if weighted else _size(x, reduced)
+    x = arrays[0]
+    weights, count, index, _ = _given(options, arrays[1:])
+    sets = _sets(options, index)
+    count = _size(x, sets) if count is None else count
     mean, mean_low, _ = results
     x, dx = (widen(where_counted(values, weights)) for values in (x, dx))
 
     def average(samples):
-        return jnp.sum(weigh(samples, weights), reduced) * share_of(count, samples)
+        return sets.add_up(weigh(samples, weights)) * share_of(count, samples)
 
-    c = x - jnp.expand_dims(mean + mean_low, reduced)
+    c = x - sets.expand(mean + mean_low)
     return jnp.zeros_like(mean), average(dx), 2 * average(jnp.real(jnp.conj(c) * dx))
 
 
@@ -222,7 +259,7 @@ def _batch(
     axes: Sequence[int | None],
 ) -> tuple[tuple[jax.Array, ...], list[int | None]]:
     """Turn the members of a `vmap` into one more axis that is kept, so that one branch serves all of them."""
-    samples = 1 + 2 * options.weighted
+    samples = 1 + 2 * options.weighted + (options.domains is not None)
     if all(axis is None for axis in axes[:samples]):
         # The members differ in their shift only, which does not change the moments.
         shift = [
@@ -230,12 +267,15 @@ def _batch(
             for shift, axis in zip(arrays[samples:], axes[samples:])
         ]
         return measure(options, *arrays[:samples], *shift), [None] * 3
+    size = 1  # of the axis of members, where they share an array
+    if options.domains is not None:
+        size = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
     arrays = [
-        jnp.expand_dims(array, 0) if axis is None else jnp.moveaxis(array, axis, 0)
+        jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
         for array, axis in zip(arrays, axes)
     ]
     reduced = tuple(axis + 1 for axis in options.reduced)
-    return measure(options._replace(reduced=reduced, members=True), *arrays), [0] * 3
+    return measure(options._replace(reduced=reduced, members=options.members + 1), *arrays), [0] * 3
 
 
 _measure = decided_at_lowering(measure_on, derivative=_derivative, batch=_batch)
@@ -247,19 +287,25 @@ def _unit(count: jax.Array) -> jax.Array:
     return jnp.where(usual, 1, power_of_two(count))
 
 
-def _size(x: jax.Array, reduced: tuple[int, ...]) -> jax.Array | int:
-    """Count the samples; an array if the size is symbolic, in `jax.export`."""
-    size = math.prod(x.shape[axis] for axis in reduced)
-    if isinstance(size, int):
-        return size
-    return jnp.full((1,) * (x.ndim - len(reduced)), size, real_dtype(arithmetic_dtype(x)))
+def _size(x: jax.Array, sets: Sets) -> jax.Array | int:
+    """Count the samples; an array if there are domains, or the size is symbolic, in `jax.export`."""
+    dtype, size = real_dtype(arithmetic_dtype(x)), math.prod(x.shape[axis] for axis in sets.within)
+    features = x.ndim - len(sets.reduced)
+    if sets.index is not None:
+        examples = sets.count_examples(dtype)
+        return jnp.expand_dims(examples, range(examples.ndim, 1 + features)) * jnp.asarray(size, dtype)
+    return size if isinstance(size, int) else jnp.full((1,) * features, size, dtype)
 
 
-def _total(weights: jax.Array, x: jax.Array, reduced: tuple[int, ...]) -> jax.Array:
+def _total(weights: jax.Array, x: jax.Array, sets: Sets) -> jax.Array:
     """Add up the weights over some axes of `x`; feature axes that share a weight keep size 1."""
     dtype = real_dtype(arithmetic_dtype(x))
+    if sets.within != sets.reduced:  # each example has a domain of its own
+        batch = sets.reduced[0]
+        shape = [x.shape[axis] if axis == batch else n for axis, n in enumerate(weights.shape)]
+        weights = jnp.broadcast_to(weights, shape)
     # A weight that is shared along an axis is summed once and multiplied: exact for more samples than float32
     # can count one by one.
-    size = math.prod(x.shape[axis] for axis in reduced if weights.shape[axis] == 1)
-    count = jnp.sum(weights, reduced, dtype=dtype)
+    size = math.prod(x.shape[axis] for axis in sets.reduced if weights.shape[axis] == 1)
+    count = sets.add_up(weights.astype(dtype))
     return count if isinstance(size, int) and size == 1 else count * jnp.asarray(size, dtype)

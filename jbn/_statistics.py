@@ -1,7 +1,7 @@
 """Moments: measuring the mean and the variance of a set of samples, and merging those of several sets."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jbn._axes import Axes, feature_axes, other_axes
 from jbn._checks import as_samples, as_weights
 from jbn._collectives import AxisName, NamedAxes, named_axes
-from jbn._domains import at_samples, measure_domains
+from jbn._domains import at_samples
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._merging import Part, merge_named, merge_rows
 from jbn._samples import measure_samples
@@ -114,11 +114,8 @@ def measure(
       The moments, whose count is that of `divide_by_unit(weights, unit, axes, domain)`, and this unit in the
       shape of the moments; None for 1.
     """
-    options: Any = dict(shift=shift, exact=exact, epsilon=epsilon)
-    if domain is None:
-        part = measure_samples(x, weights, other_axes(x.ndim, axes), **options)
-    else:
-        part = measure_domains(x, weights, axes, domain, **options)
+    reduced = other_axes(x.ndim, axes)
+    part = measure_samples(x, weights, reduced, shift=shift, exact=exact, epsilon=epsilon, index=domain)
     part = merge_named(part, over)
     return _moments(part), part.unit
 

@@ -139,6 +139,23 @@ def for_each_part(values: jax.Array, parts: int) -> jax.Array:
     return jax.lax.optimization_barrier(jnp.broadcast_to(values, (parts, *values.shape)))
 
 
+def take_rows(values: jax.Array, index: jax.Array) -> jax.Array:
+    """Take the rows of `values` (number, ...) at `index` (N,); NaN where it is out of range."""
+    return _take_rows.bind(values, index, number=values.shape[0])
+
+
+def add_rows(rows: jax.Array, index: jax.Array, number: int) -> jax.Array:
+    """Add up `rows` (N, ...) of the same index (N,), into (number, ...); without those out of range.
+
+    XLA for GPUs makes a scatter of `jax.ops.segment_sum`: each row is added in memory as it comes, in any
+    order, and a sum over positions before it is computed by as many threads as there are rows and features.
+    Elsewhere than on CPUs it is a sum over all rows for each index, in which the other rows are 0.
+
+    Delete it with `take_rows`, whose derivative it is, when XLA for GPUs reduces before it scatters.
+    """
+    return _add_rows.bind(rows, index, number=number)
+
+
 def prefers_spread(shape: tuple[int, ...], axes: tuple[int, ...], dtype: np.dtype) -> bool:
     """Return whether `spread` pays off: for 16-bit samples, so many that XLA for GPUs splits their sums.
 
@@ -223,6 +240,55 @@ def _scale_and_sum(samples, scale, *, shape, new_axes):
     return jnp.sum(samples * jnp.expand_dims(scale, new_axes), new_axes)
 
 
+def _linear(name, f, **of_platform):
+    """Make such a primitive of `f(array, index, *, number)`, linear in the array, and its rule for `vmap`.
+
+    An index of more than one axis has one for each member, along its first axes.
+    """
+
+    def over_members(f):
+        def mapped(array, index, *, number):
+            g = partial(f, number=number)
+            for _ in range(index.ndim - 1):
+                g = jax.vmap(g)
+            return g(array, index)
+
+        return mapped
+
+    of_platform = {platform: over_members(other) for platform, other in of_platform.items()}
+    primitive = _computed_by(name, over_members(f), **of_platform)
+
+    def batch(arrays, axes, *, number):
+        size = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
+        arrays = [
+            jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
+            for array, axis in zip(arrays, axes)
+        ]
+        return primitive.bind(*arrays, number=number), 0
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def _take(values, index, *, number):
+    return values.at[index].get(mode="fill", fill_value=jnp.nan)
+
+
+def _add(rows, index, *, number):
+    return jax.ops.segment_sum(rows, index, number)
+
+
+def _add_where(rows, index, *, number):
+    is_row = jnp.arange(number, dtype=index.dtype)[:, None] == index[None]
+    is_row = jnp.expand_dims(is_row, range(2, rows.ndim + 1))
+    return jnp.sum(jnp.where(is_row, rows[None], 0), 1)
+
+
+_take_rows = _linear("take_rows", _take)
+_add_rows = _linear("add_rows", _add_where, cpu=_add)
+# Each is the other's transpose.
+ad.defbilinear(_take_rows, lambda ct, values, index, **static: _add_rows.bind(ct, index, **static), None)
+ad.defbilinear(_add_rows, lambda ct, rows, index, **static: _take_rows.bind(ct, index, **static), None)
 _unshared = _computed_by("unshared_on_cpu", lambda x, *, times: x, cpu=prevent_cse)
 ad.deflinear2(_unshared, lambda cotangent, x, *, times: [cotangent])
 batching.defvectorized(_unshared)

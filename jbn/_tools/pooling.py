@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jbn._axes import feature_axes, other_axes
 from jbn._checks import as_samples, as_weights
 from jbn._collectives import named_axes
-from jbn._domains import as_domain, measure_domains
+from jbn._domains import as_domain
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._flax import Layer, as_inexact
 from jbn._merging import Part, merge_named, merge_rows
@@ -92,10 +92,8 @@ def measure_inputs(
     def measure(mean, x, mask, domain):
         x = as_samples(x)
         weights, axes = as_weights(mask, x), feature_axes(x.ndim, layer.axis)
-        if domain is None:
-            part = measure_samples(x, weights, other_axes(x.ndim, axes))
-        else:
-            part = measure_domains(x, weights, axes, as_domain(domain, x, axes, len(mean)), shift=mean)
+        index = None if domain is None else as_domain(domain, x, axes, len(mean))
+        part = measure_samples(x, weights, other_axes(x.ndim, axes), shift=mean, index=index)
         return in_units_of_1(merge_named(part, over))
 
     part = (measure if bound else _over_maps(measure))(mean, x, mask, domain)
