@@ -1,9 +1,10 @@
 """Inference in small integers: norms are folded into the layers before them, and their kernels quantized.
 
 Digits, in products of integers that are added up in int32. With 8 bits it is enough to quantize after
-training. With 2, which are -1, 0 and 1, the network has to be trained so: each step rounds kernels as
-inference will have them, folded by the scale of `jbn.as_affine` (Jacob et al. 2018, "Quantization and
-Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 3.2).
+training, and 3 lose a point, which training with them does not win back. With 2, which are -1, 0 and 1, the
+network has to be trained so: each step rounds kernels as inference will have them, folded by the scale of
+`jbn.as_affine` (Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", section 3.2).
 
     python examples/deployment/quantized.py
 """

@@ -115,15 +115,18 @@ def main(steps: int = STEPS) -> dict[str, float]:
 
     variables = trained(jnp.asarray(x), jnp.asarray(y), steps)
     adapted = tent(variables, jnp.asarray(shifted.reshape(-1, TEST_BATCH_SIZE, 64)))
-    found = {
+    kernels = lambda variables: variables["params"]["Dense_0"]["kernel"]
+    accuracies = {
         "data as in training": accuracy(predict, variables, x_test),
         "shifted, running statistics": accuracy(predict, variables, shifted),
         "shifted, those of the batch": accuracy(with_batch_statistics, variables, shifted),
         "shifted, blended": accuracy(blended, variables, shifted),
         "shifted, TENT": accuracy(with_batch_statistics, adapted, shifted),
     }
+    found = {f"test accuracy, {name}": value for name, value in accuracies.items()}
+    found["change of kernels by TENT"] = float(jnp.abs(kernels(adapted) - kernels(variables)).max())
     for name, value in found.items():
-        print(f"test accuracy, {name}: {value:.3f}")
+        print(f"{name}: {value:.3f}")
     return found
 
 

@@ -25,7 +25,7 @@ try:
 except ModuleNotFoundError as error:
     raise ImportError("This example needs gymnasium; install it with: pip install gymnasium") from error
 
-STEPS, BATCH_SIZE, RANDOM_STEPS, EPISODES = 4000, 256, 100, 10
+STEPS, BATCH_SIZE, RANDOM_STEPS, EPISODES = 3000, 256, 100, 10
 ACTOR, CRITIC, CRITICS = (256, 256), (1024, 1024), 2
 DISCOUNT, LEARNING_RATE, POLICY_DELAY, TARGET_ENTROPY = 0.99, 1e-3, 3, -1.0
 RENORM = jbn.renorm_limits(plain=1_000, r_steps=0, d_steps=0)  # with plain=100_000 it is sbx's

@@ -3,9 +3,11 @@
 import importlib.util
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from tests.helpers.command import ROOT
 
@@ -15,6 +17,7 @@ OPTIONAL = {
     "libraries/with_haiku.py": "haiku",
     "libraries/with_keras.py": "keras",
     "batches/padded_graphs.py": "jraph",
+    "training/crossq.py": "gymnasium",
 }
 
 
@@ -70,6 +73,18 @@ def quantized(found):
     assert accuracy["2 bits, trained so"] > max(0.8, accuracy["2 bits"] + 0.05)
 
 
+def tent(found):
+    """Shifted data need other statistics; TENT changes scale and bias alone, and does no harm."""
+    accuracy = {name.removeprefix("test accuracy, "): value for name, value in found.items()}
+    usual, lost = accuracy["data as in training"], accuracy["shifted, running statistics"]
+    assert usual > 0.9 and lost < usual - 0.3
+    batch, blended, adapted = (
+        accuracy[f"shifted, {name}"] for name in ("those of the batch", "blended", "TENT")
+    )
+    assert min(batch, blended) > lost + 0.3 and adapted > batch - 0.02
+    assert found["change of kernels by TENT"] == 0
+
+
 def padded_graphs(found):
     """Gradients and statistics are those of the graphs without padding."""
     assert found["gradients, NaN, masked"] < 1e-4 and found["statistics, NaN, masked"] < 1e-5
@@ -107,9 +122,10 @@ def with_keras(found):
 PROGRAMS = {
     "training/federated.py": (federated, {}),
     "training/ensemble.py": (ensemble, {}),
-    "training/conditional_gan.py": (conditional_gan, {"steps": 600}),
+    "training/conditional_gan.py": (conditional_gan, {"steps": 400}),
     "training/per_example_gradients.py": (per_example_gradients, {"steps": 60}),
     "deployment/quantized.py": (quantized, {}),
+    "deployment/tent.py": (tent, {}),
     "batches/padded_graphs.py": (padded_graphs, {}),
     "batches/padded_sequences.py": (padded_sequences, {}),
     "batches/big_batch.py": (big_batch, {"blocks": 2}),
@@ -167,7 +183,58 @@ def test_layers_for_other_libraries_are_batch_norm(call, load):
         np.testing.assert_allclose(found, value, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def crossq_module(load, monkeypatch):
+    module = load("training/crossq.py")
+    monkeypatch.setattr(module, "actor", module.actor.clone(widths=(16,)))
+    monkeypatch.setattr(module, "critics", module.critics.clone(widths=(16, 16)))
+    return module
+
+
+def test_critics_of_crossq_have_the_shape_of_those_of_sbx(load):
+    state = jax.eval_shape(load("training/crossq.py").init, jax.random.key(0))
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    layers = shapes(state.params["critics"])
+    dense = [layers[f"Dense_{i}"]["kernel"] for i in range(3)]
+    assert dense == [(2, 4, 1024), (2, 1024, 1024), (2, 1024, 1)]
+    norms = [shapes(state.batch_stats["critics"][f"BatchNorm_{i}"]) for i in range(3)]
+    assert [stats["var"] for stats in norms] == [(2, 4), (2, 1024), (2, 1024)]
+    assert all(stats["num_updates"] == (2,) for stats in norms)
+
+
+def test_crossq_plays_and_learns_in_small(crossq_module):
+    """Returns are between -16.3 a step and 0; that they rise takes more steps than a test has."""
+    found = crossq_module.main(steps=104, episodes=1)
+    assert list(found) == ["mean return before", "mean return after"]
+    assert all(-16.3 * 200 < value < 0 for value in found.values())
+    assert found["mean return before"] != found["mean return after"]
+
+
+def test_crossq_samples_from_the_density_that_it_says_and_its_critics_see_both_steps(crossq_module):
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=shape).astype(np.float32) for shape in ((64, 3), (64, 1), (64,), (64, 3))]
+    batch, key = crossq_module.Batch(*arrays), jax.random.key(1)
+    state = crossq_module.init(jax.random.key(0))
+    act = jax.jit(crossq_module.act)
+    action, log_density, _ = act(state.params["actor"], state, batch.next_observation, key)
+    variables = {"params": state.params["actor"], "batch_stats": state.batch_stats["actor"]}
+    apply = jax.jit(crossq_module.actor.apply, static_argnums=2)
+    mean, log_sd = np.asarray(apply(variables, batch.next_observation, False)).T
+    action = np.asarray(action, np.float64)
+    inner = np.flatnonzero(abs(action[:, 0]) < 0.99)  # elsewhere float32 holds too little of an action
+    a, mean, sd = action[inner, 0], mean[inner], np.exp(log_sd[inner].clip(-20, 2))
+    expected = norm.logpdf(np.arctanh(a), mean, sd) - np.log1p(-(a**2))
+    np.testing.assert_allclose(log_density[inner], expected, atol=1e-4)
+    new = jax.jit(crossq_module.update_critics)(state, batch, key)
+    seen = np.concatenate([np.c_[batch.observation, batch.action], np.c_[batch.next_observation, action]])
+    found = new.batch_stats["critics"]["BatchNorm_0"]
+    assert found["num_updates"].tolist() == [1, 1]
+    for critic in range(2):
+        np.testing.assert_allclose(found["mean"][critic], 0.01 * seen.mean(0), atol=1e-6)
+        np.testing.assert_allclose(found["var"][critic], 0.99 + 0.01 * seen.var(0), atol=1e-6)
+
+
 def test_every_example_is_tested_and_listed():
     files = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob("*/*.py")}
     table = re.findall(r"\]\((.+?\.py)\)", (EXAMPLES / "README.md").read_text())
-    assert sorted(files) == sorted(PROGRAMS) == sorted(table)
+    assert sorted(files) == sorted([*PROGRAMS, "training/crossq.py"]) == sorted(table)
