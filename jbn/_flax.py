@@ -164,7 +164,7 @@ def counts_updates(layer: Layer, train: bool | jax.Array) -> bool:
 
 
 def no_updates(shape: tuple[int, ...] = ()) -> jax.Array:
-    """Return the number of updates that a schedule of `renorm` starts from, for a layer or a stack of them."""
+    """Return the number of updates that a schedule of `renorm` starts from, one for each layer of a stack."""
     return jnp.zeros(shape, jnp.int32)
 
 
