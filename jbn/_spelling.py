@@ -45,7 +45,7 @@ _GROUPS = [
     ("dmax", ["d_max"]),
     ("renorm_clipping", ["renorm=(rmax, dmax)", "r_max and d_max"]),
     ("renorm_momentum", ["momentum", "update=jbn.ema(renorm_momentum)"]),
-    ("warm_up_steps", ["plain", "renorm=jbn.renorm_limits(plain=warm_up_steps, r_steps=0, d_steps=0)"]),
+    ("warmup_steps warm_up_steps", ["plain", "renorm=jbn.renorm_limits(plain=steps, r_steps=0, d_steps=0)"]),
     ("num_features", ["axis, whose size is the number of features"]),
     ("features", ["num_features", "axis, whose size is the number of features"]),
 ]

@@ -16,10 +16,9 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from tests.helpers import reference
-from tests.helpers.flax_layers import NNX, X, both, make
+from tests.helpers.flax_layers import NNX, Linen, X, both, make
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
-RUNNING = jbn.init(3)[1]
 ONE, ZERO = np.ones(3), np.zeros(3)
 
 
@@ -65,14 +64,23 @@ def test_schedule_gets_the_number_of_updates_in_training(flavour):
         assert layer.stats["num_updates"] == n + 1
     count = lambda layer, train: layer.call(layer.params, layer.stats, X, train)[1]["num_updates"]
     assert_array_equal(jax.jit(jax.vmap(partial(count, layer)))(np.array([True, False])), [4, 3])
-    for option in {"frozen": True}, {"update": jbn.keep()}:
-        still = flavour(flavour.ours, X, renorm=growing, **option)
-        assert (
-            jax.jit(
-                lambda still=still: still.call(still.params, still.stats, X, True)[1].get("num_updates", 0)
-            )()
-            == 0
-        )
+    frozen = make(flavour, renorm=growing, frozen=True)
+    frozen.train(X)
+    assert frozen.stats["num_updates"] == 0
+
+
+@both
+def test_layer_that_keeps_its_running_statistics_counts_nothing(flavour):
+    layer = make(flavour, renorm=growing, update=jbn.keep())
+    assert "num_updates" not in layer.stats
+    assert_allclose(layer.train(X), expected(*growing(0)), rtol=1e-5, atol=1e-5)
+    trained = make(flavour, renorm=growing, momentum=1.0)
+    trained.train(X)
+    if flavour is NNX:
+        layer.layer = jbn.nnx.convert(trained.layer, update=jbn.keep())
+    layer.variables = trained.variables if flavour is Linen else None
+    assert_allclose(layer.train(X), expected(*growing(1)), rtol=1e-5, atol=1e-5)
+    assert layer.stats["num_updates"] == 1
 
 
 @both
@@ -123,34 +131,38 @@ def test_schedule_that_is_set_later_is_refused_for_want_of_a_number_of_updates()
 # Transforms
 
 
+@pytest.mark.slow
 def test_lifted_transforms_of_linen_count_each_layers_updates():
-    norm = partial(jbn.linen.BatchNorm, use_running_average=False, renorm=growing)
+    options = {"use_running_average": False, "renorm": growing}
     axes = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
-    step = type("Step", (nn.Module,), {"__call__": nn.compact(lambda self, x, _: (norm()(x), None))})
-    models = {
-        "scan": (nn.scan(step, length=2, **axes)(), (X, None), 2),
-        "vmap": (nn.vmap(jbn.linen.BatchNorm, **axes)(use_running_average=False, renorm=growing), (X,), 8),
-        "remat": (nn.remat(jbn.linen.BatchNorm)(use_running_average=False, renorm=growing), (X,), None),
-    }
-    for name, (model, inputs, number) in models.items():
-        variables = model.init(jax.random.key(0), *inputs)
-        loss = lambda v, model=model, inputs=inputs: jax.grad(
-            lambda params: (
-                jnp.sum(
-                    jax.tree.leaves(
-                        (out := model.apply({**v, "params": params}, *inputs, mutable=["batch_stats"]))[0]
-                    )[0]
-                ),
-                out[1],
-            ),
-            has_aux=True,
-        )(v["params"])[1]
-        for _ in range(2):
-            variables = variables | jax.jit(loss)(variables)
-        leaves = [leaf for leaf in jax.tree.leaves(variables["batch_stats"]) if leaf.dtype == jnp.int32]
-        assert_array_equal(leaves[0], 2 if number is None else [2] * number, err_msg=name)
+
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            return jbn.linen.BatchNorm(**options)(x), None
+
+    for model, number in (
+        (nn.scan(Step, length=2, **axes)(), [2, 2]),
+        (nn.vmap(Step, **axes)(), [2] * len(X)),
+        (nn.remat(Step)(), 2),
+    ):
+        variables = model.init(jax.random.key(0), X, None)
+
+        @jax.jit
+        def step(variables, model=model):
+            def loss(params):
+                (y, _), updated = model.apply(
+                    {**variables, "params": params}, X, None, mutable=["batch_stats"]
+                )
+                return jnp.sum(y**2), updated
+
+            return variables | jax.grad(loss, has_aux=True)(variables["params"])[1]
+
+        stats = step(step(variables))["batch_stats"]
+        assert_array_equal(jax.tree.leaves(stats["BatchNorm_0"]["num_updates"])[0], number)
 
 
+@pytest.mark.slow
 def test_transforms_of_nnx_count_each_layers_updates():
     one = lambda key: jbn.nnx.BatchNorm(3, renorm=growing, rngs=nnx.Rngs(key))
     stack = nnx.vmap(one)(jax.random.split(jax.random.key(0), 2))
@@ -190,6 +202,7 @@ def test_number_of_updates_survives_checkpoints(flavour):
     assert other.stats["num_updates"] == (3 if flavour is NNX else 1)
 
 
+@pytest.mark.slow
 def test_tools_of_linen_keep_it():
     model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])
     variables = model.init(jax.random.key(0), X)
@@ -217,6 +230,7 @@ def test_tools_of_linen_keep_it():
     assert_allclose(without, ours.apply(variables, X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tools_of_nnx_keep_it():
     model = nnx.Sequential(
         nnx.Linear(3, 3, rngs=nnx.Rngs(0)), jbn.nnx.BatchNorm(3, renorm=growing, rngs=nnx.Rngs(0))
