@@ -26,7 +26,7 @@ from jbn._collectives import AxisName, NamedAxes, named_axes, split_devices
 from jbn._domains import as_domain
 from jbn._normalization import Context, Options, normalize_batch, normalize_batch_by_autodiff, normalize_by
 from jbn._params import Params, split_affine
-from jbn._renorm import Limits, as_limits, none_without_effect, where_known
+from jbn._renorm import Limits, as_limits, none_without_effect, only_where
 from jbn._running import UpdateRule, discards_initial, ema
 from jbn._sharding import shard_like
 from jbn._spelling import explain_names
@@ -277,8 +277,10 @@ def _batch_norm(
     over = named_axes(axis_name, axis_index_groups)
     warn_if_single_value(x, axes, parts, over)
     traced = None if isinstance(train, bool | np.bool_) else jnp.asarray(train)
+    if limits is not None and traced is not None:
+        limits = only_where(traced, limits)
     if limits is not None and discards_initial(update):
-        limits = where_known(limits, running.count > 0)
+        limits = only_where(running.count > 0, limits)
     context = Context(running, weights, traced, limits, index)
     options = Options(axes, over if parts is None else NamedAxes(), epsilon, exact, dtype)
     f = partial(normalize_batch, options)

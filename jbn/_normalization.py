@@ -89,7 +89,7 @@ def normalize_batch_by_autodiff(
     axes, _, epsilon, _, dtype = options
     running, weights, train, limits, domain = context
     used, unit = _moments_to_use(options, x, context)
-    params = renormalize(params, used, running, limits, train, epsilon)
+    params = renormalize(params, used, running, limits, epsilon)
     return normalize_by(used, axes, epsilon, dtype, x, params, weights, domain), used, unit
 
 
@@ -127,9 +127,7 @@ def _normalize_batch_jvp(options, primals, tangents):
     used, unit = _moments_to_use(options, x, context)
     # A policy of `jax.checkpoint` that saves this name recomputes y from the moments without measuring again.
     used = checkpoint_name(used, "batch_norm_moments")
-    correct = lambda params: renormalize(
-        params, used, context.running, context.limits, context.train, options.epsilon
-    )
+    correct = lambda params: renormalize(params, used, context.running, context.limits, options.epsilon)
     params, dparams = jax.jvp(correct, (params,), (dparams,))
     wide = arithmetic_dtype(x, used.mean, *jax.tree.leaves(params))
     finite = zero_mean_where_var_is_inf(cast(used, wide))

@@ -118,26 +118,20 @@ def _as_number(name: str, value: Any, least: int, meaning: str) -> ArrayLike:
     return number
 
 
-def where_known(limits: Limits, known: jax.Array) -> Limits:
-    """Allow no correction where the running moments are not known."""
-    return Limits(jnp.where(known, limits.r_max, 1.0), jnp.where(known, limits.d_max, 0.0))
+def only_where(allowed: jax.Array, limits: Limits) -> Limits:
+    """Allow no correction elsewhere."""
+    return Limits(jnp.where(allowed, limits.r_max, 1.0), jnp.where(allowed, limits.d_max, 0.0))
 
 
 def renormalize(
-    params: Params,
-    batch: Moments,
-    running: Moments,
-    limits: Limits | None,
-    train: jax.Array | None,
-    epsilon: float,
+    params: Params, batch: Moments, running: Moments, limits: Limits | None, epsilon: float
 ) -> Params:
     """Make the correction of normalized samples part of the scale and bias that follow.
 
         r = clip(sd_B / sd, 1 / r_max, r_max);  d = clip((mean_B - mean) / sd, -d_max, d_max)
         (normal * r + d) * scale + bias = normal * (r * scale) + (d * scale + bias)
 
-    r and d are constants: they carry no gradient. They are 1 and 0 where the batch's variance is infinite,
-    and where `train` is false.
+    r and d are constants: they carry no gradient. They are 1 and 0 where the batch's variance is infinite.
     """
     if limits is None:
         return params
@@ -149,8 +143,8 @@ def renormalize(
     r = jnp.clip(sd(batch) / sd(running), 1 / r_max, r_max)
     d = (batch.mean.astype(wide) - running.mean.astype(wide)) / sd(running).astype(wide)
     d = _clip(d, d_max)
-    applies = batch.var < math.inf if train is None else (batch.var < math.inf) & train
-    r, d = jnp.where(applies, r, 1).astype(wide), jnp.where(applies, d, 0)
+    in_range = batch.var < math.inf
+    r, d = jnp.where(in_range, r, 1).astype(wide), jnp.where(in_range, d, 0)
     scale = r if params.scale is None else r * params.scale.astype(wide)
     # Adding -0.0 changes no bit, 0.0 those of -0.0.
     shift = jnp.where(d == 0, -0.0, d if params.scale is None else d * params.scale.astype(wide))
