@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn._axes import other_axes
+from jbn._sharding import shard_axis_like
 from jbn._xla import add_rows, take_rows
 
 
@@ -39,7 +40,8 @@ def as_domain(domain: Any, x: jax.Array, axes: tuple[int, ...], number: int) -> 
             f"domain holds indices from {known.min()} to {known.max()}; expected 0 to {number - 1}, because "
             f"the running moments have {number} domains."
         )
-    return jnp.where((index < 0) | (index >= number), number, index).astype(jnp.int32)
+    index = jnp.where((index < 0) | (index >= number), number, index).astype(jnp.int32)
+    return shard_axis_like(index, x, other_axes(x.ndim, axes)[0], of_values=0) if index.ndim else index
 
 
 def at_samples(values: jax.Array, ndim: int, axes: tuple[int, ...], index: jax.Array | None) -> jax.Array:

@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jbn._domains import Sets
 from jbn._dtypes import arithmetic_dtype, real_dtype, widen
 from jbn._merging import Merged, Part, Reduction, Samples, merge_parts, merge_shifted
 from jbn._weights import abs_squared, power_of_two, share_of, weigh, where_counted, where_finite
-from jbn._xla import Target, decided_at_lowering, prevent_cse, sum_together
+from jbn._xla import Target, decided_at_lowering, members_first, prevent_cse, sum_together
 
 
 def measure_samples(
@@ -34,7 +33,7 @@ def measure_samples(
     domain, in the shape of `shift`; what has no samples has count 0.
     """
     weights, shift = jax.lax.stop_gradient((weights, shift))
-    domains = None if index is None else np.shape(shift)[0]
+    domains = None if index is None or shift is None else len(shift)
     options = Options(weights is not None, reduced, exact, epsilon, domains)
     sets = _sets(options, index)
     given, unit = [], None
@@ -267,13 +266,13 @@ def _batch(
             for shift, axis in zip(arrays[samples:], axes[samples:])
         ]
         return measure(options, *arrays[:samples], *shift), [None] * 3
-    size = 1  # of the axis of members, where they share an array
     if options.domains is not None:
-        size = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
-    arrays = [
-        jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
-        for array, axis in zip(arrays, axes)
-    ]
+        arrays = members_first(arrays, axes)
+    else:
+        arrays = [
+            jnp.expand_dims(array, 0) if axis is None else jnp.moveaxis(array, axis, 0)
+            for array, axis in zip(arrays, axes)
+        ]
     reduced = tuple(axis + 1 for axis in options.reduced)
     return measure(options._replace(reduced=reduced, members=options.members + 1), *arrays), [0] * 3
 
@@ -300,10 +299,10 @@ def _size(x: jax.Array, sets: Sets) -> jax.Array | int:
 def _total(weights: jax.Array, x: jax.Array, sets: Sets) -> jax.Array:
     """Add up the weights over some axes of `x`; feature axes that share a weight keep size 1."""
     dtype = real_dtype(arithmetic_dtype(x))
-    if sets.within != sets.reduced:  # each example has a domain of its own
-        batch = sets.reduced[0]
-        shape = [x.shape[axis] if axis == batch else n for axis, n in enumerate(weights.shape)]
-        weights = jnp.broadcast_to(weights, shape)
+    batch = sets.reduced[0] if sets.within != sets.reduced else None
+    if batch is not None and weights.shape[batch] == 1:  # that of each example, whose domain may be another
+        ones = jnp.ones_like(sets.index, dtype)
+        weights = weights * jnp.expand_dims(ones, [axis for axis in range(x.ndim) if axis != batch])
     # A weight that is shared along an axis is summed once and multiplied: exact for more samples than float32
     # can count one by one.
     size = math.prod(x.shape[axis] for axis in sets.reduced if weights.shape[axis] == 1)

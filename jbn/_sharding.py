@@ -16,12 +16,13 @@ def shard_like(values: jax.Array, template: jax.Array) -> jax.Array:
     return reshard(values, NamedSharding(ours.mesh if theirs.mesh.empty else theirs.mesh, theirs.spec))
 
 
-def shard_axis_like(values: jax.Array, template: jax.Array, axis: int) -> jax.Array:
-    """Give one axis of some values the explicit sharding that it has in another array."""
+def shard_axis_like(values: jax.Array, template: jax.Array, axis: int, *, of_values: int = -1) -> jax.Array:
+    """Give one axis of some values the explicit sharding of an axis, by default the same, of another array."""
     ours, theirs = jax.typeof(values).sharding, jax.typeof(template).sharding
-    if ours.spec[axis] == theirs.spec[axis]:
+    own = axis if of_values < 0 else of_values
+    if ours.spec[own] == theirs.spec[axis]:
         return values
-    spec = PartitionSpec(*(theirs.spec[a] if a == axis else names for a, names in enumerate(ours.spec)))
+    spec = PartitionSpec(*(theirs.spec[axis] if a == own else names for a, names in enumerate(ours.spec)))
     return reshard(values, NamedSharding(ours.mesh if theirs.mesh.empty else theirs.mesh, spec))
 
 

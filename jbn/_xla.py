@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu", None)  # None: any other
 
@@ -70,6 +72,20 @@ def decided_at_lowering(
     for platform in PLATFORMS:
         mlir.register_lowering(primitive, partial(lower, platform), platform=platform)
     return bind
+
+
+def members_first(arrays: Sequence[jax.Array], axes: Sequence[int | None]) -> list[jax.Array]:
+    """Move the axis of a `vmap` to the front of each array, and repeat those that have none."""
+    mapped = [jnp.moveaxis(array, axis, 0) for array, axis in zip(arrays, axes) if axis is not None]
+    size, names = mapped[0].shape[0], jax.typeof(mapped[0]).sharding.spec[0]
+
+    def repeat(array):
+        spec = jax.typeof(array).sharding.spec
+        like_mapped = None if names is None else P(names, *spec)
+        return jax.lax.broadcast(array, (size,), out_sharding=like_mapped)
+
+    moved = iter(mapped)
+    return [repeat(array) if axis is None else next(moved) for array, axis in zip(arrays, axes)]
 
 
 def sum_together(*arrays: jax.Array, axes: tuple[int, ...]) -> Sequence[jax.Array]:
@@ -217,12 +233,9 @@ def _bilinear(name, f, **of_platform):
     primitive = _computed_by(name, f, **of_platform)
 
     def batch(arrays, axes, *, shape, new_axes):
-        size = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
-        arrays = [
-            jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
-            for array, axis in zip(arrays, axes)
-        ]
-        return primitive.bind(*arrays, shape=(size, *shape), new_axes=tuple(axis + 1 for axis in new_axes)), 0
+        arrays = members_first(arrays, axes)
+        shape = (arrays[0].shape[0], *shape)
+        return primitive.bind(*arrays, shape=shape, new_axes=tuple(axis + 1 for axis in new_axes)), 0
 
     batching.primitive_batchers[primitive] = batch
     return primitive
@@ -259,22 +272,22 @@ def _linear(name, f, **of_platform):
     primitive = _computed_by(name, over_members(f), **of_platform)
 
     def batch(arrays, axes, *, number):
-        size = next(array.shape[axis] for array, axis in zip(arrays, axes) if axis is not None)
-        arrays = [
-            jnp.broadcast_to(array, (size, *array.shape)) if axis is None else jnp.moveaxis(array, axis, 0)
-            for array, axis in zip(arrays, axes)
-        ]
-        return primitive.bind(*arrays, number=number), 0
+        return primitive.bind(*members_first(arrays, axes), number=number), 0
 
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
 def _take(values, index, *, number):
-    return values.at[index].get(mode="fill", fill_value=jnp.nan)
+    ours, theirs = jax.typeof(values).sharding, jax.typeof(index).sharding
+    # On an explicit mesh the rows are sharded as the index is.
+    like_index = None if not any(theirs.spec) else NamedSharding(theirs.mesh, P(*theirs.spec, *ours.spec[1:]))
+    return values.at[index].get(mode="fill", fill_value=jnp.nan, out_sharding=like_index)
 
 
 def _add(rows, index, *, number):
+    if any(jax.typeof(rows).sharding.spec):
+        return _add_where(rows, index, number=number)
     return jax.ops.segment_sum(rows, index, number)
 
 
