@@ -26,7 +26,7 @@ from jbn._collectives import AxisName, NamedAxes, named_axes, split_devices
 from jbn._domains import as_domain
 from jbn._normalization import Context, Options, normalize_batch, normalize_batch_by_autodiff, normalize_by
 from jbn._params import Params, split_affine
-from jbn._renorm import Limits, as_limits, where_known
+from jbn._renorm import Limits, as_limits, none_without_effect, where_known
 from jbn._running import UpdateRule, discards_initial, ema
 from jbn._sharding import shard_like
 from jbn._spelling import explain_names
@@ -223,7 +223,7 @@ def batch_renorm(
         x,
         params,
         running,
-        limits=as_limits(r_max, d_max),
+        limits=none_without_effect(as_limits(r_max, d_max)),
         train=train,
         axis=axis,
         epsilon=epsilon,

@@ -22,7 +22,7 @@ from jbn._collectives import AxisName
 from jbn._dtypes import promote
 from jbn._functional import init
 from jbn._params import Params
-from jbn._renorm import Schedule, as_limits
+from jbn._renorm import Limits, Schedule, as_limits
 from jbn._running import UpdateRule, ema, keep
 from jbn._statistics import Moments
 
@@ -42,7 +42,7 @@ class Layer(Protocol):
     virtual_batch_size: int | None
     initial_count: float
     frozen: bool
-    renorm: tuple[ArrayLike, ArrayLike] | Schedule | None
+    renorm: Sequence[ArrayLike] | Schedule | None
     domains: int | None
     affine_by_domain: bool
     blend: ArrayLike | None
@@ -78,8 +78,7 @@ def check_options(layer: Layer) -> None:
             raise TypeError(f"{name}={getattr(layer, name)!r}; expected True or False.")
     if layer.momentum is not None or layer.update is None:
         as_decay("momentum", layer.momentum)
-    if layer.renorm is not None and not callable(layer.renorm):
-        _pair("renorm", layer.renorm)
+    as_renorm(layer.renorm)
     if layer.blend is not None:
         check_prior("blend", layer.blend)
     number = layer.domains
@@ -87,6 +86,26 @@ def check_options(layer: Layer) -> None:
         raise ValueError(f"domains={layer.domains!r}; expected a number of domains >= 1, or None.")
     if layer.affine_by_domain and layer.domains is None:
         raise ValueError("affine_by_domain=True needs domains, which is None; expected their number.")
+
+
+def as_renorm(renorm: Any) -> Limits | Schedule | None:
+    """Return limits with their names, and a schedule or None as it is.
+
+    Raises:
+      TypeError, ValueError: it is none of these, or a limit is out of range.
+    """
+    if renorm is None or (callable(renorm) and not isinstance(renorm, type)):
+        return cast(Schedule | None, renorm)
+    return _as_pair(f"renorm={renorm!r}", renorm)
+
+
+def _as_pair(what: str, limits: Any) -> Limits:
+    if not isinstance(limits, tuple | list) or len(limits) != 2:
+        raise TypeError(
+            f"{what}; expected a pair of limits (r_max, d_max), such as (3.0, 5.0), or a function of the "
+            "number of updates that returns one, such as jbn.renorm_limits()."
+        )
+    return as_limits(*limits)
 
 
 def check_mode(use_running_average: Any) -> None:
@@ -142,13 +161,13 @@ def shapes_of(layer: Layer, features: tuple[int, ...]) -> tuple[tuple[int, ...],
 
 
 def counts_updates(layer: Layer, train: bool | jax.Array) -> bool:
-    """Return whether a call needs the number of updates, for a schedule of `renorm`."""
-    return callable(layer.renorm) and train is not False
+    """Return whether a call counts as an update, for a schedule of `renorm`."""
+    return callable(layer.renorm) and updates(layer, train)
 
 
-def no_updates() -> jax.Array:
-    """Return the number of updates that a schedule of `renorm` starts from."""
-    return jnp.zeros((), jnp.int32)
+def no_updates(shape: tuple[int, ...] = ()) -> jax.Array:
+    """Return the number of updates that a schedule of `renorm` starts from, one for each layer of a stack."""
+    return jnp.zeros(shape, jnp.int32)
 
 
 def required_statistics(layer: Layer, train: bool | jax.Array) -> tuple[str, ...]:
@@ -202,21 +221,6 @@ def resolve_affine_param(
     return jax.lax.stop_gradient(learnt) if layer.frozen else learnt
 
 
-def _pair(name: str, limits: Any) -> tuple[ArrayLike, ArrayLike]:
-    """Check the limits of renormalization.
-
-    Raises:
-      TypeError, ValueError: they are no pair, or one of them is out of range.
-    """
-    if not isinstance(limits, tuple) or len(limits) != 2:
-        raise TypeError(
-            f"{name}={limits!r}; expected a pair of limits (r_max, d_max), such as (3.0, 5.0), or a function "
-            "of the number of updates that returns one, such as jbn.renorm_limits()."
-        )
-    as_limits(*limits)
-    return limits
-
-
 def apply_layer(
     layer: Layer,
     x: jax.Array,
@@ -232,7 +236,7 @@ def apply_layer(
     """Call `jbn.batch_norm` or `jbn.batch_renorm` with a layer's options.
 
     Args:
-      num_updates: how many there were, for a schedule of `renorm`.
+      num_updates: how many there were, for a schedule of `renorm`; None for none.
 
     Returns:
       `y` and the new running moments.
@@ -247,9 +251,11 @@ def apply_layer(
     if layer.renorm is None or train is False:
         apply = batch_norm
     else:
-        limits = layer.renorm(cast(jax.Array, num_updates)) if callable(layer.renorm) else layer.renorm
-        r_max, d_max = _pair("renorm", limits)
-        apply = partial(batch_renorm, r_max=r_max, d_max=d_max)
+        limits = as_renorm(layer.renorm)
+        if callable(limits):
+            limits = limits(no_updates() if num_updates is None else num_updates)
+            limits = _as_pair(f"renorm={layer.renorm!r} returned {limits!r}", limits)
+        apply = partial(batch_renorm, **cast(Limits, limits)._asdict())
     y, new = apply(
         x,
         params,

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jbn._dtypes import arithmetic_dtype, real_dtype
+from jbn._dtypes import arithmetic_dtype, real_dtype, widen
 from jbn._params import Params
+from jbn._spelling import explain_names
 from jbn._statistics import Moments
 
 
@@ -67,42 +68,54 @@ class renorm_limits:  # in lower case, like the rules, because users call it as 
     def __post_init__(self):
         as_limits(self.r_max, self.d_max)
         for name in ("plain", "r_steps", "d_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}; expected a number of updates >= 0.")
+            _as_number(name, getattr(self, name), 0, "a number of updates")
 
     def __call__(self, num_updates: ArrayLike) -> tuple[jax.Array, jax.Array]:
-        after = jnp.asarray(num_updates).astype(jnp.float32) - self.plain
+        after = jnp.asarray(num_updates).astype(jnp.float32) - float(self.plain)
 
         def grown(steps):
             # Without steps, all at the first update after the plain ones.
-            return jnp.clip(after / steps, 0, 1) if steps else jnp.where(after < 0, 0.0, 1.0)
+            return jnp.clip(after / float(steps), 0, 1) if steps else jnp.where(after < 0, 0.0, 1.0)
 
-        return 1 + (self.r_max - 1) * grown(self.r_steps), self.d_max * grown(self.d_steps)
+        r_max, d_max = (jnp.asarray(limit, jnp.float32) for limit in as_limits(self.r_max, self.d_max))
+        return 1 + (r_max - 1) * grown(self.r_steps), d_max * grown(self.d_steps)
 
 
-def as_limits(r_max: Any, d_max: Any) -> Limits | None:
-    """Check limits, each a number or a traced scalar; return None if they allow no correction.
+renorm_limits.__init__ = explain_names(renorm_limits.__init__)
+
+
+def as_limits(r_max: Any, d_max: Any) -> Limits:
+    """Return checked limits, each a Python float or a traced scalar.
 
     Raises:
       TypeError: one is not a number.
       ValueError: one is out of range, or an array of several.
     """
-    for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if np.shape(value) != ():
-            raise ValueError(f"{name} has shape {np.shape(value)}; expected one number for all features.")
-        if isinstance(value, jax.core.Tracer):
-            continue
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"{name}={value!r}; expected a number >= {least}.") from None
-        if not number >= least:
-            at_least = "the reciprocal is the lower limit of r" if least else "0 for no shift"
-            raise ValueError(f"{name}={number}; expected a number >= {least}: {at_least}.")
-    known = not any(isinstance(value, jax.core.Tracer) for value in (r_max, d_max))
-    if known and (float(r_max), float(d_max)) == (1, 0):
-        return None
-    return Limits(r_max, d_max)
+    return Limits(
+        _as_number("r_max", r_max, 1, "the largest r, whose reciprocal is the smallest"),
+        _as_number("d_max", d_max, 0, "the largest |d|"),
+    )
+
+
+def none_without_effect(limits: Limits) -> Limits | None:
+    """Return None for limits that are known to allow no correction."""
+    traced = any(isinstance(limit, jax.core.Tracer) for limit in limits)
+    return limits if traced or limits != (1, 0) else None
+
+
+def _as_number(name: str, value: Any, least: int, meaning: str) -> ArrayLike:
+    """Return a Python float, which is hashable and of any dtype; if it is traced, a float that is."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name} has shape {np.shape(value)}; expected one number for all features.")
+    if isinstance(value, jax.core.Tracer):
+        return widen(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={value!r}; expected a number >= {least}: {meaning}.") from None
+    if not number >= least:
+        raise ValueError(f"{name}={number:g}; expected a number >= {least}: {meaning}.")
+    return number
 
 
 def where_known(limits: Limits, known: jax.Array) -> Limits:

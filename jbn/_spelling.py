@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-# Names in PyTorch, Keras, Haiku and Equinox, and what to pass here: the first that the callee accepts.
+# Names in PyTorch, Keras, Haiku, Equinox and sbx, and what to pass here: the first that the callee accepts.
 _GROUPS = [
     ("eps", ["epsilon"]),
     ("affine elementwise_affine channelwise_affine", ["use_scale and use_bias"]),
@@ -41,6 +41,11 @@ _GROUPS = [
     ("cross_replica_axis synchronized", ["axis_name"]),
     ("process_group", ["axis_index_groups"]),
     ("data_format channel_axis", ["axis"]),
+    ("rmax", ["r_max"]),
+    ("dmax", ["d_max"]),
+    ("renorm_clipping", ["renorm=(rmax, dmax)", "r_max and d_max"]),
+    ("renorm_momentum", ["momentum", "update=jbn.ema(renorm_momentum)"]),
+    ("warm_up_steps", ["plain", "renorm=jbn.renorm_limits(plain=warm_up_steps, r_steps=0, d_steps=0)"]),
     ("num_features", ["axis, whose size is the number of features"]),
     ("features", ["num_features", "axis, whose size is the number of features"]),
 ]

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from train.config import CONFIGS, Config, closest_config, load
+from train.config import CONFIGS, Config, RenderingName, closest_config, load
 from train.errors import RunFailed, Stopped, UserError, explained
 from train.streams import outlast_readers, use_utf8
 from train.studies.command import STUDIES, study
@@ -132,6 +132,36 @@ def diagnose(run_dir: Positional[Path], *, path: Annotated[str | None, arg(name=
     return 0
 
 
+def adapt(
+    run_dir: Positional[Path],
+    *,
+    shifts: tuple[RenderingName, ...] = ("original", "brightness", "blur", "noise"),
+    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    prior: float = 16.0,
+    path: Annotated[str | None, arg(name="data.path")] = None,
+) -> int:
+    """Evaluate a run on shifted images with running, batch and blended statistics.
+
+    The test split is shown otherwise than in training, in batches of several sizes. The numbers go to
+    RUN_DIR/adaptation.json too.
+
+    Args:
+      run_dir: the run directory.
+      shifts: how the images are shown.
+      batch_sizes: how many examples are normalized together.
+      prior: for how many values of a feature the running statistics count where they are blended with the
+        batch's: examples, in convolutions times positions.
+      path: other data, in the layout of the data that the run was trained on; all of them where they have no
+        test split.
+    """
+    from train.training.trained import adaptation
+
+    found = adaptation.adapt(run_dir, shifts, batch_sizes, prior, path)
+    print(adaptation.table(found))
+    print(f"\nNumbers: {adaptation.write(run_dir, found)}")
+    return 0
+
+
 def list_configs() -> int:
     """List the configs, a line each."""
     paths = sorted(CONFIGS.glob("*.toml"))
@@ -148,6 +178,7 @@ COMMANDS = {
     "export": export,
     "recalibrate": recalibrate,
     "diagnose": diagnose,
+    "adapt": adapt,
     "list": list_configs,
 }
 

@@ -20,6 +20,7 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
+_OURS = {"count": 1, "num_updates": 0}  # in no file of PyTorch
 _IGNORED = "num_batches_tracked"  # PyTorch reads it only to average all batches with momentum=None
 
 Names = Mapping[str, str | Sequence[str]]
@@ -63,8 +64,8 @@ def fill(
         if module not in names:
             faults.append(f"{variable.path} {like.shape}: expected PyTorch's name of '{module}', got none")
             continue
-        if name == "count" and module in norms:
-            filled.append(_place(np.ones(like.shape, like.dtype), like))
+        if name in _OURS and module in norms:
+            filled.append(_place(np.full(like.shape, _OURS[name], like.dtype), like))
             continue
         layers, rows = names[module], []
         layers, stacked = ([layers], False) if isinstance(layers, str) else ([*layers], True)

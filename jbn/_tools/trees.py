@@ -17,7 +17,7 @@ _SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float3
 # With a program for each shape, the first merge of a network of 50 layers takes 2 s on a CPU, op by op 11 s.
 # But of a thousand trees, and so a program of as many inputs, it takes twice as long as op by op.
 _COMPILED = 128
-_NEEDED, _NAMES = {"mean", "var"}, set(Moments._fields)
+_NEEDED, _NAMES = {"mean", "var"}, {*Moments._fields, "num_updates"}
 
 
 def merge_trees(*trees: Any, counts: Sequence[ArrayLike] | None = None) -> Any:
@@ -36,6 +36,8 @@ def merge_trees(*trees: Any, counts: Sequence[ArrayLike] | None = None) -> Any:
     | that of `Moments`, without `counts` | samples | the sum |
     | more than 1 in some tree | samples of `jbn.pooled`, batches of other rules | the sum |
     | at most 1 in all trees | `jbn.ema(decay, debias=True)` | its average, by weight: at most 1 |
+
+    The `num_updates` of a layer with a schedule of `renorm` is the largest of the trees'.
 
     Args:
       *trees: one or more trees with the same paths and shapes; NumPy or JAX.
@@ -98,7 +100,7 @@ def _check_alike(first: dict[Path, _Layer], other: dict[Path, _Layer]) -> None:
     for path in sorted(shapes.keys() | theirs.keys()):
         if path not in shapes or path not in theirs:
             raise ValueError(f"'{_join(path)}' is not in all trees; expected the same paths in all.")
-        expected = shapes[(*path[:-1], "mean")]
+        expected = shapes[path if path[-1] == "num_updates" else (*path[:-1], "mean")]
         for shape in (shapes[path], theirs[path]):
             if shape != expected and not (path[-1] == "count" and shape == ()):
                 raise ValueError(
@@ -112,8 +114,10 @@ def _merge(parts: list[_Layer], path: Path, counts: list[jax.Array] | None) -> d
             f"'{_join(path)}' has no count; expected counts=, how many samples each of the {len(parts)} "
             "trees is made of."
         )
-    merged = _compiled if len(parts) <= _COMPILED else _merged
-    return merged([dict(part) for part in parts], counts, parts[0].is_moments)
+    merge_parts = _compiled if len(parts) <= _COMPILED else _merged
+    updates = [part.pop("num_updates") for part in parts if "num_updates" in part]
+    merged = merge_parts([dict(part) for part in parts], counts, parts[0].is_moments)
+    return merged | ({"num_updates": jnp.stack(updates).max(0)} if updates else {})
 
 
 def _merged(parts: list[dict[str, Any]], counts: list[jax.Array] | None, is_moments: bool) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from jbn._flax import (
     add_note_to,
     apply_layer,
     as_inexact,
+    as_renorm,
     check_domain,
     check_mode,
     check_options,
@@ -115,9 +116,9 @@ class BatchNorm(nn.Module):
         and bias no gradient, whatever `use_running_average` is. An optimizer with weight decay, or with
         momentum from before, moves them all the same: docs/override_and_convert.md.
       renorm: batch renormalization (`jbn.batch_renorm`): the limits `(r_max, d_max)`, numbers or traced
-        scalars, or a function of the number of updates that returns them, such as `jbn.renorm_limits()`. With
-        a function, the layer has one more variable in "batch_stats",
-        `num_updates`, an int32 scalar.
+        scalars, or a function of the number of updates so far that returns them, such as
+        `jbn.renorm_limits()`. With a function, "batch_stats" has one more variable, `num_updates`, an int32
+        scalar that counts the calls in training; it starts from 0, also with a checkpoint of Flax.
       domains: the number of domains, each with running statistics of its own: those have a leading axis of as
         many, and a call takes `domain=`.
       affine_by_domain: whether scale and bias have that axis as well; otherwise the domains share them.
@@ -169,13 +170,14 @@ class BatchNorm(nn.Module):
     var_init: Initializer | None = None
     initial_count: float = 0
     frozen: bool = False
-    renorm: tuple[ArrayLike, ArrayLike] | Schedule | None = None
+    renorm: Sequence[ArrayLike] | Schedule | None = None
     domains: int | None = None
     affine_by_domain: bool = False
     blend: ArrayLike | None = None
 
     def __post_init__(self):
         check_options(self)
+        self.renorm = as_renorm(self.renorm)  # of lists and arrays, what has a hash
         super().__post_init__()
 
     @explain_names
@@ -237,8 +239,8 @@ class BatchNorm(nn.Module):
         if train is True and not (updates(self, train) or known):
             needed = ()  # `jbn.keep` in training
         stats = {name: statistic(name) for name in needed}
-        num_updates = None
-        if counts_updates(self, initializing or train):
+        num_updates, has_updates = None, self.has_variable("batch_stats", "num_updates")
+        if counts_updates(self, initializing or train) or (callable(self.renorm) and has_updates):
             num_updates = self.variable("batch_stats", "num_updates", no_updates)
         dtype = promoted_dtype(self, x, *jax.tree.leaves(params))
         x = as_inexact(x)

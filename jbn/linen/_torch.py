@@ -41,7 +41,8 @@ def load_torch(
     `padding=p, output_padding=o, dilation=d` is `[(d * (size - 1) - p, d * (size - 1) - p + o)]` in Flax.
 
     The running variance is taken over as it is. A `count` of jbn's layers becomes 1, which marks the moments
-    as complete for `jbn.ema(decay, debias=True)`. `num_batches_tracked` is ignored.
+    as complete for `jbn.ema(decay, debias=True)`; a `num_updates` becomes 0. `num_batches_tracked` is
+    ignored.
 
     Args:
       variables: what Flax's `init` or `jax.eval_shape(model.init, ...)` returns, {"params": ...,

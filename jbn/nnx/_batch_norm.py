@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
@@ -28,6 +29,7 @@ from jbn._flax import (
     add_note_to,
     apply_layer,
     as_inexact,
+    as_renorm,
     check_domain,
     check_mode,
     check_options,
@@ -128,9 +130,9 @@ class BatchNorm(nnx.Module):
         optimizer with weight decay, or with momentum from before, moves them all the same:
         docs/override_and_convert.md.
       renorm: batch renormalization (`jbn.batch_renorm`): the limits `(r_max, d_max)`, numbers or traced
-        scalars, or a function of the number of updates that returns them, such as `jbn.renorm_limits()`. With
-        a function, the layer has one more `nnx.BatchStat`,
-        `num_updates`, an int32 scalar.
+        scalars, or a function of the number of updates so far that returns them, such as
+        `jbn.renorm_limits()`. With a function, the layer has one more `nnx.BatchStat`, `num_updates`, an
+        int32 scalar that counts the calls in training; it starts from 0.
       domains: the number of domains, each with running statistics of its own: those have a leading axis of as
         many, and a call takes `domain=`.
       affine_by_domain: whether scale and bias have that axis as well; otherwise the domains share them.
@@ -188,7 +190,7 @@ class BatchNorm(nnx.Module):
         var_init: Initializer | None = None,
         initial_count: float = 0,
         frozen: bool = False,
-        renorm: tuple[ArrayLike, ArrayLike] | Schedule | None = None,
+        renorm: Sequence[ArrayLike] | Schedule | None = None,
         domains: int | None = None,
         affine_by_domain: bool = False,
         blend: ArrayLike | None = None,
@@ -210,7 +212,9 @@ class BatchNorm(nnx.Module):
         self.virtual_batch_size = virtual_batch_size
         self.initial_count = initial_count
         self.frozen = frozen
-        self.renorm = renorm
+        limits = as_renorm(renorm)
+        traced = isinstance(limits, tuple) and any(isinstance(limit, jax.core.Tracer) for limit in limits)
+        self.renorm: Sequence[ArrayLike] | Schedule | None = nnx.data(limits) if traced else limits
         self.domains = domains
         self.affine_by_domain = affine_by_domain
         self.blend = blend
@@ -232,7 +236,7 @@ class BatchNorm(nnx.Module):
         self.mean = statistic("mean", mean_init)
         self.var = statistic("var", var_init)
         self.count = statistic("count") if counts(update) else nnx.data(None)
-        self.num_updates = nnx.BatchStat(no_updates()) if callable(renorm) else nnx.data(None)
+        self.num_updates = nnx.BatchStat(no_updates()) if counts_updates(self, True) else nnx.data(None)
 
     @explain_names
     def __call__(
@@ -292,7 +296,12 @@ class BatchNorm(nnx.Module):
             )
         running = running_moments({name: stat[...] for name, stat in stats.items()}, stats_shape)
         dtype = promoted_dtype(self, *self._promoted(x, running.mean, running.var, *params))
-        num_updates = self.num_updates if counts_updates(self, train) else None
+        num_updates = self.num_updates if callable(self.renorm) else None
+        if num_updates is None and counts_updates(self, train):
+            raise ValueError(
+                f"renorm={self.renorm} was set later; expected a function in the constructor, or in "
+                "jbn.nnx.convert, which make its num_updates."
+            )
         y, running = apply_layer(
             self,
             as_inexact(x),

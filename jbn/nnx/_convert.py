@@ -5,9 +5,10 @@ from types import SimpleNamespace
 from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from jbn._flax import check_options, counts, no_updates
+from jbn._flax import as_renorm, check_options, counts, counts_updates, no_updates
 from jbn._spelling import check_option_names
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._measuring import batch_norms
@@ -36,7 +37,7 @@ def convert(model: Model, **options: Any) -> Model:
       model: a module, or any graph of them.
       options: those of `jbn.nnx.BatchNorm` that do not change its parameters, such as `frozen=True`,
         `virtual_batch_size=32`, `update=jbn.ema(0.9, debias=True)`. A rule that counts adds a `count`, which
-        starts from `initial_count`.
+        starts from `initial_count`, and a schedule of `renorm` adds `num_updates`, which starts from 0.
 
     Returns:
       The model that was given.
@@ -82,7 +83,7 @@ def _all_options(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
     has = lambda names: {name: getattr(layer, name, PARAMETERS[name].default) for name in names}
     made = has(OPTIONS) | options
     check_options(cast(Any, SimpleNamespace(**made, **has(["domains", "affine_by_domain"]))))
-    return made
+    return made | {"renorm": as_renorm(made["renorm"])}
 
 
 def _convert(layer: Any, options: dict[str, Any]) -> None:
@@ -95,5 +96,6 @@ def _convert(layer: Any, options: dict[str, Any]) -> None:
     if counts(layer.update) and layer.count is None:
         count = jnp.full(layer.mean.shape, layer.initial_count, jnp.real(layer.mean[...]).dtype)
         layer.count = nnx.BatchStat(count)
-    if callable(layer.renorm) and layer.num_updates is None:
-        layer.num_updates = nnx.BatchStat(no_updates())
+    if counts_updates(layer, True) and layer.num_updates is None:
+        of_one = np.size(layer.num_features) + (layer.domains is not None)  # axes; of a stack there are more
+        layer.num_updates = nnx.BatchStat(no_updates(layer.mean.shape[: layer.mean.ndim - of_one]))

@@ -62,6 +62,25 @@ def gradients(x, dy, scale=None, axis=-1, epsilon=1e-5, mask=None):
     return dx, dscale, dbias
 
 
+def corrections(x, mean, var, r_max, d_max, axis=-1, epsilon=1e-5, mask=None):
+    """Returns r and d of batch renormalization, towards the running mean and variance given."""
+    of_batch = moments(x, axis, mask)
+    sd = np.sqrt(wide(var) + epsilon)
+    r = np.clip(np.sqrt(of_batch[1] + epsilon) / sd, 1 / r_max, r_max)
+    d = (of_batch[0] - wide(mean)) / sd
+    far = np.abs(d) > d_max
+    return r, np.where(far, d_max * d / np.where(far, np.abs(d), 1), d)
+
+
+def batch_renorm(x, mean, var, r_max, d_max, scale, bias, axis=-1, epsilon=1e-5, mask=None):
+    """Normalizes with the batch's own moments, corrected towards the running ones given."""
+    r, d = corrections(x, mean, var, r_max, d_max, axis, epsilon, mask)
+    y = batch_norm(x, axis=axis, epsilon=epsilon, mask=mask)
+    for index, samples in features(y, axis):
+        y[samples] = (y[samples] * r[index] + d[index]) * wide(scale)[index] + wide(bias)[index]
+    return y
+
+
 def wide(x):
     """Copies to float64, or complex128."""
     return np.array(x, np.complex128 if np.iscomplexobj(x) else np.float64)

@@ -215,7 +215,7 @@ MISTAKES = {
     "model.class_weights = 'balancd'": "model.class_weights: expected 'balanced' or a list, got 'balancd'.",
     "model.class_weights = 3": "model.class_weights: expected 'balanced' or a list, got 3.",
     "model.class_weights = [1, 'x']": "model.class_weights[1]: expected a number, got 'x'.",
-    "model.norm = 'bath'": "model.norm: expected 'batch', 'none', 'ghost', 'layer', 'group' or 'flax', got",
+    "model.norm = 'bath'": "model.norm: expected 'batch', 'none', 'renorm', 'ghost', 'layer', 'group' or",
 }
 
 
@@ -265,6 +265,11 @@ RANGES = {
     "data.shift": ([0], {-1: ">= 0"}),
     "data.device_gib": ([0], {-1: ">= 0", 1e300: "<= 1e+38", INF: "finite", NAN: "finite"}),
     "model.norm_momentum": ([0, 1], {-0.1: ">= 0", 1.1: "<= 1"}),
+    "model.norm_r_max": ([1, 1e9], {0.9: ">= 1", INF: "finite", NAN: "finite"}),
+    "model.norm_d_max": ([0, 1e9], {-0.1: ">= 0", INF: "finite", NAN: "finite"}),
+    "model.norm_plain": ([0, 1], {-0.1: ">= 0", 1.1: "<= 1"}),
+    "model.norm_ramp": ([0, 1], {-0.1: ">= 0", 1.1: "<= 1"}),
+    "model.domains": ([1], {0: ">= 1"}),
     "model.virtual_batch_size": ([1], {0: ">= 1"}),
     "model.norm_groups": ([1], {0: ">= 1"}),
     "model.widths": ([(), (1, 1)], {(8, 0): ">= 1", (2**31,): "< 2147483648"}),
@@ -284,12 +289,16 @@ RANGES = {
     "optimizer.accumulate": ([1, 2], {0: ">= 1"}),
     "optimizer.average": ([0, 0.99], {-0.1: ">= 0", 1: "< 1"}),
     "optimizer.label_smoothing": ([0, 0.99], {-0.1: ">= 0", 1: "< 1"}),
+    "optimizer.adversarial": ([0, 1e9], {-0.1: ">= 0", INF: "finite", NAN: "finite"}),
 }
 
 
 def test_every_number_has_a_range_and_is_refused_just_outside_of_it(refusal):
     usual = flatten(dataclasses.asdict(Config("run")))
-    assert {key for key, value in usual.items() if type(value) in (int, float, tuple)} <= RANGES.keys()
+    assert {key for key, value in usual.items() if type(value) in (int, float, tuple)} <= {
+        *RANGES,
+        "data.renderings",
+    }
     for value, limit in {0: "> 0", -1: "> 0", INF: "finite", NAN: "finite"}.items():
         expected = "a finite number" if limit == "finite" else f"a number {limit}"
         assert refusal(check, changed({"steps": None, "epochs": value})).startswith(
@@ -328,6 +337,21 @@ CONTRADICTIONS = [
         {"model.loss": "squared_error", "optimizer.label_smoothing": 0.1},
         "optimizer.label_smoothing: expected none with model.loss = 'squared_error', ..., got 0.1.",
     ),
+    ({"data.renderings": ("blur", "blur")}, "data.renderings: expected each once, got ['blur', 'blur']."),
+    ({"model.domains": 2}, "model.domains: expected 1 with data.renderings = [], got 2."),
+    (
+        {"data.renderings": ("original", "blur"), "model.domains": 3},
+        "model.domains: expected 1 or 2 with data.renderings = ['original', 'blur'], got 3.",
+    ),
+    (
+        {"optimizer.adversarial": 0.1, "model.domains": 3},
+        "model.domains: expected 1 or 2 with clean and adversarial examples, got 3.",
+    ),
+    (
+        {"optimizer.adversarial": 0.1, "data.renderings": ("original", "blur")},
+        "optimizer.adversarial: expected 0 with several data.renderings, ['original', 'blur'], got 0.1.",
+    ),
+    ({"model.affine_by_domain": True}, "expected false with model.domains = 1, got true."),
     ({"coordinator": "host"}, "coordinator: expected HOST:PORT, got 'host'."),
     ({"coordinator": "host:12x"}, "coordinator: expected HOST:PORT, got 'host:12x'."),
     (CLUSTER | {"coordinator": None}, "expected all of coordinator, ... or none of them, got None, 2 and 1."),

@@ -14,6 +14,7 @@ from train.config.schema import Model as Model
 from train.config.schema import NetworkName as NetworkName
 from train.config.schema import NormName as NormName
 from train.config.schema import Optimizer as Optimizer
+from train.config.schema import RenderingName as RenderingName
 from train.config.values import NOT_COMPARED as NOT_COMPARED
 from train.config.values import differences as differences
 from train.config.values import flatten as flatten

@@ -51,6 +51,7 @@ def check(config: Config) -> None:
                     f"{key}: expected none with model.loss = 'squared_error', which has no classes, got "
                     f"{list(value) if isinstance(value, tuple) else repr(value)}."
                 )
+    _check_domains(config)
     if config.coordinator is not None and not re.fullmatch(r".+:\d+", config.coordinator):
         raise UserError(f"coordinator: expected HOST:PORT, got {config.coordinator!r}.")
     if processes != (None, 1, None) and 0 < processes.count(None) < 3:
@@ -66,6 +67,25 @@ def check(config: Config) -> None:
             f"devices: expected none with num_processes = {config.num_processes}, because several "
             f"processes use all of their devices, got {config.devices}."
         )
+
+
+def _check_domains(config: Config) -> None:
+    renderings, adversarial = list(config.data.renderings), config.optimizer.adversarial
+    domains = config.model.domains
+    if len(set(renderings)) < len(renderings):
+        raise UserError(f"data.renderings: expected each once, got {renderings}.")
+    if adversarial and len(renderings) > 1:
+        raise UserError(
+            f"optimizer.adversarial: expected 0 with several data.renderings, {renderings}, got "
+            f"{adversarial:g}."
+        )
+    number = 2 if adversarial else max(1, len(renderings))
+    kinds = "clean and adversarial examples" if adversarial else f"data.renderings = {renderings}"
+    if domains not in (1, number):
+        expected = "1" if number == 1 else f"1 or {number}"
+        raise UserError(f"model.domains: expected {expected} with {kinds}, got {domains}.")
+    if config.model.affine_by_domain and domains == 1:
+        raise UserError("model.affine_by_domain: expected false with model.domains = 1, got true.")
 
 
 def check_text(key: str, text: str) -> None:

@@ -13,14 +13,16 @@ NonNegative = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[float, Field(gt=0, le=1e38, allow_inf_nan=False)]  # as float32 holds it
 NonNegativeFloat = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 # Each name is a line of a table too: READERS in train/data/formats/readers.py, NETWORKS in
-# train/models/build.py, NORMS in train/models/norms.py and LOSSES in train/training/losses.py. They stand
-# here because flags and --help must not wait for JAX.
+# train/models/build.py, NORMS in train/models/norms.py, LOSSES in train/training/losses.py and RENDERINGS in
+# train/data/renderings.py. They stand here because flags and --help must not wait for JAX.
 DataName = Literal["digits", "mnist", "cifar10", "npz", "csv", "folder"]
 NetworkName = Literal["mlp", "nnx_mlp", "cnn", "resnet20", "resnet56", "resnet18", "resnet50"]
-NormName = Literal["batch", "none", "ghost", "layer", "group", "flax"]
+NormName = Literal["batch", "none", "renorm", "ghost", "layer", "group", "flax"]
 LossName = Literal["cross_entropy", "squared_error"]
+RenderingName = Literal["original", "inverted", "brightness", "blur", "noise"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,9 @@ class Data:
     """Pixels by which to pad training images with their reflection, to cut their size out again anywhere."""
     shift: NonNegative = 0
     """Pixels by which to move training images at most, in both directions; what comes in is black."""
+    renderings: tuple[RenderingName, ...] = ()
+    """How images are shown: as they are, with black for white, lighter, blurred, or with noise. Of several,
+    each is that of an equal share of every batch; evaluation takes each example in every one."""
     device_gib: NonNegativeFloat = 1.0
     """Data of up to this many GiB stay on the devices; of larger data they get one batch at a time."""
     cache: str | None = None
@@ -68,14 +73,29 @@ class Model:
     """A multi-layer perceptron in Flax Linen or in NNX, a small convolutional network, a residual network for
     small images (20, 56) or for large ones (18, 50)."""
     norm: NormName = "batch"
-    """What normalizes the input of each activation: batch norm, nothing, batch norm of virtual batches, or
-    Flax's layer norm, group norm, or batch norm."""
-    norm_momentum: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """What normalizes the input of each activation: batch norm, nothing, batch renormalization, batch norm of
+    virtual batches, or Flax's layer norm, group norm, or batch norm."""
+    norm_momentum: Share = 0.9
     """The weight of the old value in the running statistics (PyTorch's momentum is 1 minus this)."""
     norm_debias: bool = True
     """Whether the running statistics leave their initial values (mean 0, variance 1) out of account."""
     norm_inputs: bool = False
     """Whether the inputs are normalized too, feature by feature, before the first layer."""
+    norm_r_max: Annotated[float, Field(ge=1, le=1e38, allow_inf_nan=False)] = 3.0
+    """How far norm = "renorm" corrects a batch's standard deviation towards the running one: at most by this
+    ratio (Ioffe 2017: 3)."""
+    norm_d_max: NonNegativeFloat = 5.0
+    """Likewise its mean: at most by so many running standard deviations (Ioffe 2017: 5)."""
+    norm_plain: Share = 0.04
+    """The fraction of the job in which norm = "renorm" is plain batch norm (Ioffe 2017: 5,000 steps)."""
+    norm_ramp: Share = 0.27
+    """The fraction of the job in which its limits then grow, that of the mean in 4/7 of it (Ioffe 2017:
+    35,000 steps and 20,000); with 0 they are there at once."""
+    domains: Count = 1
+    """With 2 or more, each of data.renderings, or clean and adversarial examples, are normalized with
+    statistics of their own; predict and export have those of the first. With 1 all share theirs."""
+    affine_by_domain: bool = False
+    """Whether each of the domains has its own scale and bias too."""
     virtual_batch_size: Count = 32
     """Examples in each virtual batch of norm = "ghost"."""
     norm_groups: Count = 8
@@ -131,6 +151,10 @@ class Optimizer:
     evaluated, best around 0.99; 0 keeps none."""
     label_smoothing: Fraction = 0.0
     """The probability that training gives to all classes alike."""
+    adversarial: NonNegativeFloat = 0.0
+    """How far each input of an example is moved, by the sign of its gradient, for an adversarial one that is
+    trained on beside it; 0 makes none. With model.domains = 2 these have statistics of their own (Xie et al.
+    2020)."""
 
 
 @dataclass(frozen=True)

@@ -14,3 +14,6 @@ from train.data.description import Description as Description
 from train.data.loading import fingerprint as fingerprint
 from train.data.loading import load as load
 from train.data.loading import load_test as load_test
+from train.data.renderings import check_renderings as check_renderings
+from train.data.renderings import render as render
+from train.data.renderings import render_mixed as render_mixed

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 
-import jbn
 from train.config import Model, NetworkName
 from train.errors import UserError
 from train.models.convolutional import CNN, ResNet
 from train.models.mlp import MLP, NNXMLP
 from train.models.network import LinenNetwork, Network, NNXNetwork
-from train.models.norms import NORMS, Norm, Rule, running_rule
+from train.models.norms import NORMS, Norm, Rule, of_batch, running_rule
 
 
 class NetworkKind(NamedTuple):
@@ -44,11 +43,22 @@ NETWORKS: dict[NetworkName, NetworkKind] = {
 }
 
 
-def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Rule | None = None) -> Network:
+def build(
+    config: Model,
+    input_shape: tuple[int, ...],
+    classes: int,
+    *,
+    rule: Rule | None = None,
+    steps: int = 1,
+    blend: Any = None,
+) -> Network:
     """Build the network that a job names, for inputs of shape (n, *input_shape).
 
     Args:
       rule: the update rule of running statistics; if not given, as the config says.
+      steps: those of the whole job, which norm = "renorm" needs to know in training.
+      blend: for how many examples the running statistics count in inference, beside those of the batch that
+        is evaluated; if not given, they are all.
 
     Raises:
       UserError: the network does not fit the inputs, or `check` raises it.
@@ -64,7 +74,7 @@ def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Ru
     options = {
         "widths": widths,
         "classes": classes,
-        "norm": Norm(config, rule or running_rule(config)),
+        "norm": Norm(config, rule or running_rule(config), steps if config.norm == "renorm" else 1, blend),
         "activation": getattr(nn, config.activation),
         "kernel_std": config.kernel_std,
         "dtype": config.dtype,
@@ -74,9 +84,9 @@ def build(config: Model, input_shape: tuple[int, ...], classes: int, *, rule: Ru
     return LinenNetwork(kind.module(**options))
 
 
-def build_pooling(config: Model, input_shape: tuple[int, ...], classes: int) -> Network:
-    """Build the same network with running statistics, frozen or not, that pool the samples of batches."""
-    return build(replace(config, frozen="none"), input_shape, classes, rule=jbn.pooled())
+def build_pooling(config: Model, input_shape: tuple[int, ...], classes: int, *, steps: int = 1) -> Network:
+    """Build the same network, frozen or not, whose new running statistics are those of the batch alone."""
+    return build(replace(config, frozen="none"), input_shape, classes, rule=of_batch, steps=steps)
 
 
 def check(config: Model, *, accumulate: int = 1, recalibrate: bool = False) -> None:
@@ -87,6 +97,12 @@ def check(config: Model, *, accumulate: int = 1, recalibrate: bool = False) -> N
         raise UserError(
             f"model.widths: expected {kind.stages} for model.name = '{config.name}', one for each stage, "
             f"such as {list(kind.widths)}, got {list(widths)}."
+        )
+    if config.domains > 1 and not norm.pools:
+        with_domains = " or ".join(repr(name) for name in NORMS if NORMS[name].pools)
+        raise UserError(
+            f"model.norm: expected {with_domains} with model.domains = {config.domains}, whose statistics "
+            f"can be by domain, got {config.norm!r}."
         )
     frozen, pooling = config.frozen != "none", [repr(name) for name in NORMS if NORMS[name].pools]
     if accumulate > 1 and norm.over_batch and not norm.pools and not frozen:

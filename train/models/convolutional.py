@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from train.models.initialization import HE, LECUN, kernel_init
-from train.models.norms import Layer, Norm
+from train.models.norms import Domain, Layer, Norm
 
 
 class CNN(nn.Module):
@@ -27,14 +27,14 @@ class CNN(nn.Module):
     head = "Dense_0"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, domain: Domain = None) -> jax.Array:
         init = kernel_init(self.kernel_std, LECUN)
-        x = self.norm.linen_input_layer(train=train)(x.astype(self.dtype))
+        x = self.norm.linen_input_layer(train=train, domain=domain)(x.astype(self.dtype))
         options = {"use_bias": not self.norm.kind.has_bias, "kernel_init": init, "dtype": self.dtype}
         for width in self.widths:
             for _ in range(2):
                 x = nn.Conv(width, (3, 3), **options)(x)
-                x = self.activation(self.norm.linen_layer(train=train)(x))
+                x = self.activation(self.norm.linen_layer(train=train, domain=domain)(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2), padding="SAME")
         return nn.Dense(self.classes, kernel_init=init, name=self.head)(x.astype(jnp.float32).mean((1, 2)))
 
@@ -47,6 +47,7 @@ class Convolution(nn.Module):
     strides: int
     norm: Norm
     train: bool
+    domain: Domain
     kernel_std: float
     dtype: str
 
@@ -61,7 +62,7 @@ class Convolution(nn.Module):
             kernel_init=kernel_init(self.kernel_std, HE),
             dtype=self.dtype,
         )(x)
-        return self.norm.linen_layer(train=self.train)(x)
+        return self.norm.linen_layer(train=self.train, domain=self.domain)(x)
 
 
 class Block(nn.Module):
@@ -119,9 +120,9 @@ class ResNet(nn.Module):
     head = "Dense_0"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        options = {"norm": self.norm, "train": train, "kernel_std": self.kernel_std, "dtype": self.dtype}
-        convolution = partial(Convolution, **options)
+    def __call__(self, x: jax.Array, *, train: bool, domain: Domain = None) -> jax.Array:
+        options = {"norm": self.norm, "kernel_std": self.kernel_std, "dtype": self.dtype}
+        convolution = partial(Convolution, train=train, domain=domain, **options)
         block = partial(
             Block,
             bottleneck=self.bottleneck,
@@ -130,7 +131,7 @@ class ResNet(nn.Module):
             convolution=convolution,
         )
         size, strides = (7, 2) if self.large else (3, 1)
-        x = self.norm.linen_input_layer(train=train)(x.astype(self.dtype))
+        x = self.norm.linen_input_layer(train=train, domain=domain)(x.astype(self.dtype))
         x = self.activation(convolution(self.widths[0], size, strides, name="stem")(x))
         if self.large:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from train.models.initialization import LECUN, kernel_init
-from train.models.norms import Layer, Norm
+from train.models.norms import Domain, Layer, Norm, in_domain
 
 
 class MLP(nn.Module):
@@ -27,13 +27,15 @@ class MLP(nn.Module):
         return f"Dense_{len(self.widths)}"
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool, domain: Domain = None) -> jax.Array:
         init = kernel_init(self.kernel_std, LECUN)
-        x = self.norm.linen_input_layer(train=train)(x.reshape(x.shape[0], -1).astype(self.dtype))
+        x = self.norm.linen_input_layer(train=train, domain=domain)(
+            x.reshape(x.shape[0], -1).astype(self.dtype)
+        )
         options = {"use_bias": not self.norm.kind.has_bias, "kernel_init": init, "dtype": self.dtype}
         for width in self.widths:
             x = nn.Dense(width, **options)(x)
-            x = self.activation(self.norm.linen_layer(train=train)(x))
+            x = self.activation(self.norm.linen_layer(train=train, domain=domain)(x))
         return nn.Dense(self.classes, kernel_init=init, name=self.head)(x.astype(jnp.float32))
 
 
@@ -56,8 +58,8 @@ class Hidden(nnx.Module):
         self.norm = norm.nnx_layer(width, rngs=rngs)
         self.activation = activation
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.activation(self.norm(self.linear(x)))
+    def __call__(self, x: jax.Array, domain: Domain = None) -> jax.Array:
+        return self.activation(in_domain(self.norm, domain)(self.linear(x)))
 
 
 class NNXMLP(nnx.Module):
@@ -83,8 +85,9 @@ class NNXMLP(nnx.Module):
         self.head = nnx.Linear(widths[-1], classes, kernel_init=kernel_init(kernel_std, LECUN), rngs=rngs)
         self.dtype = dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x = self.norm_of_inputs(x.reshape(x.shape[0], -1).astype(self.dtype))
+    def __call__(self, x: jax.Array, *, domain: Domain = None) -> jax.Array:
+        x = x.reshape(x.shape[0], -1).astype(self.dtype)
+        x = in_domain(self.norm_of_inputs, domain)(x)
         for layer in self.hidden:
-            x = layer(x)
+            x = layer(x, domain)
         return self.head(x.astype(jnp.float32))

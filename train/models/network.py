@@ -14,7 +14,7 @@ import jbn
 import jbn.linen
 import jbn.nnx
 from jbn.inspection import Diagnosis
-from train.models.norms import Layer
+from train.models.norms import Domain, Layer, Norm
 
 BatchLoss = Callable[[jax.Array, Any], jax.Array]  # (logits, batch) -> the mean loss
 
@@ -43,11 +43,18 @@ class Network(Protocol):
         """Draw new parameters; of the inputs, float32 (n, ...), only the shape matters."""
         ...
 
-    def apply(self, variables: Variables, inputs: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
-        """Return float32 logits (n, classes) and the new running statistics: in inference, those given."""
+    def apply(
+        self, variables: Variables, inputs: jax.Array, *, train: bool, domain: Domain = None
+    ) -> tuple[jax.Array, Any]:
+        """Return float32 logits (n, classes) and the new running statistics: in inference, those given.
+
+        Inputs are of the first domain, unless it is said. Where all share their statistics it plays no role.
+        """
         ...
 
-    def activation_inputs(self, variables: Variables, inputs: jax.Array, *, train: bool) -> list[jax.Array]:
+    def activation_inputs(
+        self, variables: Variables, inputs: jax.Array, *, train: bool, domain: Domain = None
+    ) -> list[jax.Array]:
         """Return the input of each activation, in order: (n, ..., width) each."""
         ...
 
@@ -59,9 +66,9 @@ class Network(Protocol):
         ...
 
     def diagnose(
-        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
+        self, variables: Variables, batches: Iterable[tuple[Any, Any, Any]], loss: BatchLoss
     ) -> Diagnosis:
-        """Compare the running statistics with batches of inputs and labels, as `jbn.linen.diagnose`."""
+        """Compare running statistics with batches of inputs, labels and domains: `jbn.linen.diagnose`."""
         ...
 
 
@@ -80,19 +87,21 @@ class LinenNetwork:
         return self.module.head
 
     def init(self, key: jax.Array, inputs: jax.Array) -> Variables:
-        variables = self.module.init(key, inputs, train=False)
+        variables = self.module.init(key, inputs, train=False, domain=self.module.norm.domain(None))
         return Variables(variables["params"], variables.get("batch_stats", {}))
 
-    def apply(self, variables: Variables, inputs: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
-        apply: Any = partial(self.module.apply, variables._asdict(), inputs, train=train)
+    def apply(self, variables, inputs, *, train, domain=None):
+        domain = self.module.norm.domain(domain)
+        apply: Any = partial(self.module.apply, variables._asdict(), inputs, train=train, domain=domain)
         if not train:
             return apply(), variables.batch_stats
         logits, updated = apply(mutable=["batch_stats"])
         return logits, updated.get("batch_stats", {})
 
-    def activation_inputs(self, variables: Variables, inputs: jax.Array, *, train: bool) -> list[jax.Array]:
+    def activation_inputs(self, variables, inputs, *, train, domain=None):
         recorder = _Recorder(self.activation)
-        LinenNetwork(self.module.clone(activation=recorder)).apply(variables, inputs, train=train)
+        watched = LinenNetwork(self.module.clone(activation=recorder))
+        watched.apply(variables, inputs, train=train, domain=domain)
         return recorder.inputs
 
     def fold(self, variables: Variables, inputs: jax.Array) -> tuple[Network, Variables]:
@@ -102,10 +111,11 @@ class LinenNetwork:
         module = self.module.clone(norm=replace(self.module.norm, folded=True))
         return LinenNetwork(module), Variables(folded["params"], folded.get("batch_stats", {}))
 
-    def diagnose(
-        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
-    ) -> Diagnosis:
-        apply: Any = lambda variables, batch: self.module.apply(variables, batch[0], train=False)
+    def diagnose(self, variables, batches, loss):
+        def apply(variables: Any, batch: Any) -> Any:
+            domain = self.module.norm.domain(batch[2])
+            return self.module.apply(variables, batch[0], train=False, domain=domain)
+
         return jbn.linen.diagnose(apply, variables._asdict(), batches, loss=loss)
 
 
@@ -127,27 +137,29 @@ class NNXNetwork:
     def init(self, key: jax.Array, inputs: jax.Array) -> Variables:
         return _variables(self._make(key))
 
-    def apply(self, variables: Variables, inputs: jax.Array, *, train: bool) -> tuple[jax.Array, Any]:
+    def apply(self, variables, inputs, *, train, domain=None):
         module = self._with(variables)
         if not train:
             module.eval()
-        return module(inputs), _variables(module).batch_stats
+        return module(inputs, domain=self._norm.domain(domain)), _variables(module).batch_stats
 
-    def activation_inputs(self, variables: Variables, inputs: jax.Array, *, train: bool) -> list[jax.Array]:
+    def activation_inputs(self, variables, inputs, *, train, domain=None):
         recorder = _Recorder(self.activation)
         watched = NNXNetwork(self.module, (*self.options, ("activation", recorder)))
-        watched.apply(variables, inputs, train=train)
+        watched.apply(variables, inputs, train=train, domain=domain)
         return recorder.inputs
 
     def fold(self, variables: Variables, inputs: jax.Array) -> tuple[Network, Variables]:
-        norm = replace(dict(self.options)["norm"], folded=True)
+        norm = replace(self._norm, folded=True)
         return NNXNetwork(self.module, (*self.options, ("norm", norm))), _fold(variables)
 
-    def diagnose(
-        self, variables: Variables, batches: Iterable[tuple[Any, Any]], loss: BatchLoss
-    ) -> Diagnosis:
-        call: Any = lambda module, batch: module(batch[0])
+    def diagnose(self, variables, batches, loss):
+        call: Any = lambda module, batch: module(batch[0], domain=self._norm.domain(batch[2]))
         return jbn.nnx.diagnose(self._with(variables), batches, call=call, loss=loss)
+
+    @property
+    def _norm(self) -> Norm:
+        return dict(self.options)["norm"]
 
     def _with(self, variables: Variables) -> Any:
         module = nnx.eval_shape(partial(self._make, 0))
@@ -174,12 +186,13 @@ def _fold(variables: Variables) -> Variables:
     """Fold each "norm" into the "linear" layer beside it, as each NNX module here calls them."""
     params, batch_stats = map(flatten_dict, variables)
 
-    def take_norm(flat: Any, path: tuple) -> dict[str, Any]:
-        return {key[-1]: flat.pop(key) for key in list(flat) if key[:-1] == (*path, "norm")}
+    def take_norm(flat: Any, path: tuple, kind: Any) -> Any:
+        taken = {key[-1]: flat.pop(key) for key in list(flat) if key[:-1] == (*path, "norm")}
+        return kind(**{name: taken[name] for name in kind._fields if name in taken})
 
     for path in [key[:-2] for key in params if key[-2:] == ("norm", "scale")]:
         kernel, bias = ((*path, "linear", name) for name in ("kernel", "bias"))
-        of_norm = jbn.Params(**take_norm(params, path)), jbn.Moments(**take_norm(batch_stats, path))
+        of_norm = take_norm(params, path, jbn.Params), take_norm(batch_stats, path, jbn.Moments)
         params[kernel], params[bias] = jbn.fold(params[kernel], params.get(bias), *of_norm)
     return Variables(unflatten_dict(params), unflatten_dict(batch_stats))
 

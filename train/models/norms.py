@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -13,8 +14,11 @@ import jbn.linen
 import jbn.nnx
 from train.config import Model, NormName
 
-Layer = Callable[[jax.Array], jax.Array]
+Layer = Callable[..., jax.Array]  # (x) or (x, domain=index)
 Rule = Callable[[jbn.Moments, jbn.Moments], jbn.Moments]
+Domain = jax.Array | int | None  # the index of all examples, (), or of each, (n,)
+
+D_RAMP = 4 / 7  # of the steps in which r_max grows, those in which d_max does (Ioffe 2017, section 4.1)
 
 
 def running_rule(config: Model) -> Rule:
@@ -25,18 +29,23 @@ def running_rule(config: Model) -> Rule:
     return jbn.ema(config.norm_momentum, debias=config.norm_debias)
 
 
+def of_batch(running: jbn.Moments, batch: jbn.Moments) -> jbn.Moments:
+    """Return the moments of the batch alone, which are then merged outside of the network."""
+    return batch
+
+
 class NormKind(NamedTuple):
     """A kind of normalization layer."""
 
     linen: Callable[..., Layer]
     nnx: Callable[..., Layer]
-    options: Callable[[Model, Rule], dict[str, Any]] = lambda config, rule: {}
+    options: Callable[["Norm"], dict[str, Any]] = lambda norm: {}
     has_bias: bool = False  # so that the layer before it needs none
     over_batch: bool = False  # each feature by itself, over the batch; has running statistics, and a mode
-    pools: bool = False  # the running statistics can be those of several batches together
+    pools: bool = False  # jbn's own: statistics can be those of several batches, by domain, and blended
 
 
-def _identity(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array, domain: Domain = None) -> jax.Array:
     return x
 
 
@@ -45,14 +54,23 @@ def _no_layer(*_: Any, **__: Any) -> Layer:
 
 
 # Mean and variance are, in `batch` and `flax`, those of each feature over the batch and the positions of
-# images; in `ghost` likewise, over parts of the batch; in `layer` those of each example and position over the
+# images; in `renorm` likewise, corrected towards the running ones; in `ghost` over parts of the batch; in
+# `layer` those of each example and position over the
 # features, as in Flax by default; in `group` those of each example over positions and a group of features.
 NORMS: dict[NormName, NormKind] = {
     "none": NormKind(_no_layer, _no_layer),
     "batch": NormKind(
         jbn.linen.BatchNorm,
         jbn.nnx.BatchNorm,
-        lambda config, rule: {"update": rule},
+        lambda norm: {"update": norm.rule},
+        has_bias=True,
+        over_batch=True,
+        pools=True,
+    ),
+    "renorm": NormKind(
+        jbn.linen.BatchNorm,
+        jbn.nnx.BatchNorm,
+        lambda norm: {"update": norm.rule, "renorm": norm.limits},
         has_bias=True,
         over_batch=True,
         pools=True,
@@ -60,7 +78,7 @@ NORMS: dict[NormName, NormKind] = {
     "ghost": NormKind(
         jbn.linen.BatchNorm,
         jbn.nnx.BatchNorm,
-        lambda config, rule: {"update": rule, "virtual_batch_size": config.virtual_batch_size},
+        lambda norm: {"update": norm.rule, "virtual_batch_size": norm.config.virtual_batch_size},
         has_bias=True,
         over_batch=True,
         pools=True,
@@ -68,7 +86,7 @@ NORMS: dict[NormName, NormKind] = {
     "flax": NormKind(
         nn.BatchNorm,
         nnx.BatchNorm,
-        lambda config, rule: {"momentum": config.norm_momentum},
+        lambda norm: {"momentum": norm.config.norm_momentum},
         has_bias=True,
         over_batch=True,
     ),
@@ -76,7 +94,7 @@ NORMS: dict[NormName, NormKind] = {
     "group": NormKind(
         nn.GroupNorm,
         nnx.GroupNorm,
-        lambda config, rule: {"num_groups": config.norm_groups},
+        lambda norm: {"num_groups": norm.config.norm_groups},
         has_bias=True,
     ),
 }
@@ -91,6 +109,8 @@ class Norm:
 
     config: Model
     rule: Rule  # for the running statistics of jbn's layers
+    steps: int = 1  # of the whole job, of which the limits of renorm are a function
+    blend: Any = None  # in inference: how many examples the running statistics count for, (); None for all
     folded: bool = False  # into the layers before them: there are none, but that of the inputs
 
     @property
@@ -98,13 +118,33 @@ class Norm:
         """The line of the table."""
         return NORMS["none" if self.folded else self.config.norm]
 
-    def linen_layer(self, *, train: bool) -> Layer:
-        """Make a layer, inside a compact Linen module."""
-        return self.kind.linen(**self._options(train), dtype=self.config.dtype)
+    @property
+    def limits(self) -> jbn.renorm_limits:
+        """How far norm = "renorm" corrects, after so many steps."""
+        config, ramp = self.config, self.steps * self.config.norm_ramp
+        return jbn.renorm_limits(
+            r_max=config.norm_r_max,
+            d_max=config.norm_d_max,
+            # At the first step there is nothing yet to correct towards.
+            plain=max(1, round(self.steps * config.norm_plain)),
+            r_steps=round(ramp),
+            d_steps=round(ramp * D_RAMP),
+        )
 
-    def linen_input_layer(self, *, train: bool) -> Layer:
+    def domain(self, given: Domain) -> Domain:
+        """Return the domain that layers are called with: the first, unless given; without domains None."""
+        if self.config.domains == 1:
+            return None
+        return 0 if given is None else given
+
+    def linen_layer(self, *, train: bool, domain: Domain = None) -> Layer:
+        """Make a layer, inside a compact Linen module, for examples of these domains."""
+        return in_domain(self.kind.linen(**self._options(train), dtype=self.config.dtype), domain)
+
+    def linen_input_layer(self, *, train: bool, domain: Domain = None) -> Layer:
         """Make the layer that the inputs of the network go through."""
-        return replace(self, folded=False).linen_layer(train=train) if self.config.norm_inputs else _identity
+        unfolded = replace(self, folded=False)
+        return unfolded.linen_layer(train=train, domain=domain) if self.config.norm_inputs else _identity
 
     def nnx_layer(self, features: int, *, rngs: nnx.Rngs) -> Layer:
         """Make a layer in training mode; its model's `eval()` changes that."""
@@ -117,5 +157,14 @@ class Norm:
 
     def _options(self, train: bool) -> dict[str, Any]:
         frozen = self.config.frozen != "none"
-        mode = {"use_running_average": frozen or not train} if self.kind.over_batch else {}
-        return mode | self.kind.options(self.config, self.rule)
+        mode: dict[str, Any] = {"use_running_average": frozen or not train} if self.kind.over_batch else {}
+        if self.config.domains > 1:
+            mode |= {"domains": self.config.domains, "affine_by_domain": self.config.affine_by_domain}
+        if self.blend is not None:
+            mode["blend"] = self.blend
+        return mode | self.kind.options(self)
+
+
+def in_domain(layer: Layer, domain: Domain) -> Layer:
+    """Return a layer as it is for examples of these domains; of None there are none."""
+    return layer if domain is None else partial(layer, domain=domain)

@@ -19,7 +19,8 @@ Status = Literal["finished", "stopped", "failed"]
 
 # How metrics that say how good a network is are called.
 SAID = {"accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "r2": "R^2"}
-NAMED = 20  # classes at most whose accuracies are printed
+OF_EACH = ("class_accuracy", "rendering_accuracy", "rendering_r2")  # metrics that are several numbers by name
+NAMED = 20  # at most, that are printed
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Summary:
 def _said(test: dict[str, Any]) -> str:
     """Return the metrics of the test split that say how good a network is, in words."""
     said = [f"{said} {test[key]:.4f}" for key, said in SAID.items() if test.get(key) is not None]
-    of_classes = test.get("class_accuracy", {})
-    if said and 0 < len(of_classes) <= NAMED:
-        known = (f"{name} {'-' if a is None else f'{a:.4f}'}" for name, a in of_classes.items())
-        said[-1] += f" ({', '.join(known)})"
+    for key in OF_EACH:
+        if said and 0 < len(of_each := test.get(key, {})) <= NAMED:
+            known = (f"{name} {'-' if a is None else f'{a:.4f}'}" for name, a in of_each.items())
+            said[-1] += f" ({', '.join(known)})"
     if (error := test.get("mean_absolute_error")) is not None:
         said.append(f"mean absolute error {error:.4g}")
     return ", ".join(said)
@@ -93,10 +94,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _are_metrics(value: Any) -> bool:
     """Return whether a value of a JSON file is metrics: numbers by their names, and those of each class."""
-    if not isinstance(value, dict) or not isinstance(of_classes := value.get("class_accuracy", {}), dict):
+    if not isinstance(value, dict):
         return False
-    others = (number for name, number in value.items() if name != "class_accuracy")
-    return all(map(is_number, (*others, *of_classes.values())))
+    of_each = [value[name] for name in OF_EACH if name in value]
+    if not all(isinstance(numbers, dict) for numbers in of_each):
+        return False
+    others = (number for name, number in value.items() if name not in OF_EACH)
+    return all(map(is_number, (*others, *(number for numbers in of_each for number in numbers.values()))))
 
 
 def summarize(

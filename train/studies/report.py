@@ -6,13 +6,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jinja2
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from train.config import RenderingName
 from train.errors import UserError
 from train.runs.files import read_json, replace, write_json
 from train.runs.summary import SAID, Summary
@@ -29,8 +30,11 @@ IN_TERMINAL = (
     "steps to the baseline's best",
     "speed-up",
     *(f"final test {name}" for name in SAID.values()),
-    "balanced accuracy at the best validation",
-    "final balanced accuracy",
+    *(
+        name.format(what)
+        for what in ("balanced accuracy", *get_args(RenderingName))
+        for name in ("{} at the best validation", "final {}")
+    ),
     "seconds",
     "ended",
 )

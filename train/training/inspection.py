@@ -1,7 +1,7 @@
 """Measurements inside the network at one step of a job: a line of inspection.jsonl."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 import jbn
 from jbn import inspection
 from train import data
-from train.data import Dataset, Examples
+from train.data import Dataset, Examples, render_mixed
 from train.runs import processes
 from train.training import optimizer
 from train.training.losses import add_up
@@ -68,16 +68,32 @@ def _rounded(values: np.ndarray) -> Any:
 @partial(jax.jit, static_argnums=0)
 def _measure(config: StepConfig, state: TrainState, batch: StepInputs, examples: Examples, rate: jax.Array):
     following = train_step(config, state, batch, None)
-    seen = _of_layers(config.network, state, following, batch.preprocessing(examples.inputs))
-    measured = seen | _of_gradients(config, state, following, batch, rate)
+    fixed, of_batch = (_as_trained(config, batch, given) for given in (examples, batch.examples))
+    measured = _of_layers(config.network, state, following, fixed)
+    measured |= _of_gradients(config, state, following, of_batch, rate)
     for name in OF_THE_STEP:
         measured[name] = jax.tree.map(lambda value: jnp.where(rate > 0, value, jnp.nan), measured[name])
     return measured, _gap(config, state, batch, examples)
 
 
-def _of_layers(network, state, following, inputs):
+class _Inputs(NamedTuple):
+    """What a network gets."""
+
+    x: jax.Array  # (n, ...), float32
+    labels: jax.Array  # (n,)
+    domain: jax.Array | None  # (n,), int32, if there are renderings
+
+
+def _as_trained(config: StepConfig, inputs: StepInputs, examples: Any) -> _Inputs:
+    """Return examples as a network gets them in training, without augmentation: each in some rendering."""
+    x, domain = render_mixed(config.data.renderings, jax.random.key(0), examples.inputs)
+    return _Inputs(inputs.preprocessing(x), examples.labels, domain)
+
+
+def _of_layers(network, state, following, given):
+    activation_inputs = partial(network.activation_inputs, train=True, domain=given.domain)
     before, after = (
-        [x.astype(jnp.float32) for x in network.activation_inputs(variables, inputs, train=True)]
+        [x.astype(jnp.float32) for x in activation_inputs(variables, given.x)]
         for variables in (state.variables, following.variables)
     )
     last = before[-1]
@@ -97,15 +113,13 @@ def _histogram(x):
     return counts / x.size
 
 
-def _of_gradients(config, state, following, batch, rate):
-    x, labels = batch.preprocessing(batch.examples.inputs), batch.examples.labels
-
+def _of_gradients(config, state, following, given, rate):
     learning = config.learning(state.variables).params
 
     def loss(params):
         # Along the gradient, what is frozen stays where it is.
         params = jax.tree.map(lambda p, learns: p if learns else jax.lax.stop_gradient(p), params, learning)
-        return _scores(config, state.variables._replace(params=params), x, labels, train=True)["loss"].mean()
+        return _scores(config, state.variables._replace(params=params), given, train=True)["loss"].mean()
 
     params, next_params = state.variables.params, following.variables.params
     landscape = inspection.along_gradient(loss, params, rate * np.asarray(STEP_SIZES, np.float32))
@@ -125,13 +139,13 @@ def _of_gradients(config, state, following, batch, rate):
 
 def _gap(config, state, batch, examples):
     """Return the sums of the scores of some examples, with their own statistics and with the running ones."""
-    x = batch.preprocessing(examples.inputs)
+    given = _as_trained(config, batch, examples)
     return {
-        name: add_up(_scores(config, state.variables, x, examples.labels, train=train))
+        name: add_up(_scores(config, state.variables, given, train=train))
         for name, train in (("batch_statistics", True), ("running_statistics", False))
     }
 
 
-def _scores(config, variables, x, labels, *, train):
-    logits, _ = config.network.apply(variables, x, train=train)
-    return config.loss.scores(logits, labels)
+def _scores(config, variables, given, *, train):
+    logits, _ = config.network.apply(variables, given.x, train=train, domain=given.domain)
+    return config.loss.scores(logits, given.labels)

@@ -50,6 +50,7 @@ def prepare(config: Config, dataset: Dataset | None = None) -> Job:
     """
     dataset = dataset or load_data(config)
     data.check_augmentation(config.data, dataset.example_shape)
+    data.check_renderings(config.data.renderings, dataset)
     steps_per_epoch = data.steps_per_epoch(len(dataset.train), config.batch_size)
     step_config = StepConfig(
         model=config.model,

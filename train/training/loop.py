@@ -229,7 +229,7 @@ def _evaluate_and_save(job: Job, state: TrainState, checkpoints: Checkpoints, lo
     results: Results = {"train": config.loss.metrics(jax.device_get(state.sums))}
     for name, split in (("validation", job.data.validation), ("test", job.data.test)):
         if len(split):
-            results[name] = trained.evaluate(split)
+            results[name] = trained.evaluate(split, job.config.data.renderings)
     log.results(step, step / job.steps_per_epoch, results)
     for split, values in results.items():
         if not math.isfinite(values["loss"]):

@@ -35,8 +35,8 @@ def likely(config: Config, dataset: Dataset, *, steps: int) -> Iterator[str]:
             else ""
         )
         yield (
-            f"{which}{parts}: a batch of one example has no variance, and batch norm of vectors puts out its "
-            "bias alone; use larger batches, or model.norm = 'layer' or 'group'."
+            f"{which}{parts}: a batch of one example has no variance, and batch norm of vectors lets no "
+            "gradient through; use larger batches, or model.norm = 'layer' or 'group'."
         )
 
 

@@ -28,7 +28,7 @@ class StepConfig:
 
     model: Model
     optimizer: Optimizer
-    data: Data  # for its augmentation
+    data: Data  # for its augmentation and its renderings
     input_shape: tuple[int, ...]  # of one example
     labels: Labels
     batch_size: int
@@ -38,12 +38,12 @@ class StepConfig:
     @cached_property
     def network(self) -> Network:
         """The network that is trained."""
-        return models.build(self.model, self.input_shape, self.labels.outputs)
+        return models.build(self.model, self.input_shape, self.labels.outputs, steps=self.total_steps)
 
     @cached_property
     def pooling_network(self) -> Network:
-        """The same network, whose running statistics pool the samples of the parts of a batch."""
-        return models.build_pooling(self.model, self.input_shape, self.labels.outputs)
+        """The same network, whose new running statistics are those of a part of a batch alone."""
+        return models.build_pooling(self.model, self.input_shape, self.labels.outputs, steps=self.total_steps)
 
     def learning(self, variables: Variables) -> Variables:
         """Mark the variables that training changes."""

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jbn
-from train.data import Examples, Preprocessing, augment
+from train.data import Examples, Preprocessing, augment, render_mixed
 from train.models import Network, Variables
 from train.models.norms import Rule
 from train.runs.processes import AXIS
@@ -25,9 +25,11 @@ def train_step(
     examples = jax.tree.map(lambda leaf: leaf if rows is None else leaf[rows], inputs.examples)
     x, labels = jax.lax.with_sharding_constraint(examples, NamedSharding(config.mesh, P(AXIS)))
     key = jax.random.fold_in(jax.random.key(inputs.seed), state.step)
-    x = inputs.preprocessing(augment(config.data, key, x))
+    x, domain = render_mixed(config.data.renderings, key, augment(config.data, key, x))
 
-    grads, loss, sums, batch_stats = _gradients(config, state.variables, x, labels)
+    grads, loss, sums, batch_stats = _gradients(
+        config, state.variables, inputs.preprocessing(x), labels, domain
+    )
     updates, opt_state = config.transformation.update(grads, state.opt_state, state.variables.params)
     variables = Variables(optax.apply_updates(state.variables.params, updates), batch_stats)
 
@@ -45,46 +47,79 @@ def train_step(
     )
 
 
-def _gradients(config, variables, x, labels):
+def _gradients(config, variables, x, labels, domain):
     """Return the gradients of the mean loss, that loss, sums of the scores, and new running statistics."""
 
-    def mean_loss(params, batch_stats, network, x, labels):
-        logits, batch_stats = network.apply(Variables(params, batch_stats), x, train=True)
+    def mean_loss(params, batch_stats, network, x, labels, domain):
+        if config.optimizer.adversarial:
+            given = Variables(jax.lax.stop_gradient(params), batch_stats)
+            x, labels, domain = _with_adversaries(config, given, network, x, labels)
+        logits, batch_stats = network.apply(Variables(params, batch_stats), x, train=True, domain=domain)
         losses = config.loss.per_example(logits, labels, config.optimizer.label_smoothing)
         return losses.mean(), (add_up(config.loss.scores(logits, labels)), batch_stats)
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
     parts = config.optimizer.accumulate
     if parts == 1:
-        (loss, (sums, batch_stats)), grads = value_and_grad(*variables, config.network, x, labels)
+        (loss, (sums, batch_stats)), grads = value_and_grad(*variables, config.network, x, labels, domain)
         return grads, loss, sums, batch_stats
 
     frozen = config.model.frozen != "none"
     network = config.network if frozen else config.pooling_network
 
     def add_part(totals, part):
-        *totals, batch_stats = totals
-        (loss, (sums, batch_stats)), grads = value_and_grad(variables.params, batch_stats, network, *part)
-        return (*jax.tree.map(jnp.add, totals, [grads, loss, sums]), batch_stats), None
+        *totals, pooled = totals
+        given = variables.batch_stats if frozen else without_counts(variables.batch_stats)
+        (loss, (sums, batch_stats)), grads = value_and_grad(variables.params, given, network, *part)
+        pooled = batch_stats if frozen else update_statistics(jbn.pooled(), pooled, batch_stats)
+        return (*jax.tree.map(jnp.add, totals, [grads, loss, sums]), pooled), None
 
     # Each part has rows of every device.
     split = lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1)
     zeros = jax.tree.map(
         jnp.zeros_like, (variables.params, jnp.zeros(()), no_sums(config), variables.batch_stats)
     )
-    totals = (*zeros[:-1], variables.batch_stats) if frozen else zeros
-    (grads, loss, sums, batch_stats), _ = jax.lax.scan(add_part, totals, (split(x), split(labels)))
+    totals, _ = jax.lax.scan(add_part, zeros, jax.tree.map(split, (x, labels, domain)))
+    grads, loss, sums, batch_stats = totals
     grads, loss = jax.tree.map(lambda total: total / parts, (grads, loss))
     if not frozen:
         batch_stats = update_statistics(config.rule, variables.batch_stats, batch_stats)
     return grads, loss, sums, batch_stats
 
 
+def _with_adversaries(config, variables, network, x, labels):
+    """Add to a batch, whose domain is 0, adversarial examples, whose domain is 1 (Xie et al. 2020, AdvProp).
+
+    Each is a step along the sign of the gradient away, which is taken with the statistics of its kind.
+    """
+
+    def loss(x):
+        logits, _ = network.apply(variables, x, train=True, domain=1)
+        return config.loss.per_example(logits, labels, config.optimizer.label_smoothing).sum()
+
+    adversaries = x + config.optimizer.adversarial * jnp.sign(jax.grad(loss)(x))
+    domain = jnp.repeat(jnp.arange(2), len(x), total_repeat_length=2 * len(x))
+    return jnp.concatenate([x, adversaries]), jnp.concatenate([labels, labels]), domain
+
+
 def update_statistics(rule: Rule, running: Any, batch: Any) -> Any:
-    """Apply an update rule to the moments of every layer, each a dict of mean, var and count."""
+    """Apply an update rule to the moments of every layer, each a dict of mean, var and count.
+
+    A feature keeps its running moments where the new ones are not finite. What else a layer counts is as in
+    `batch`.
+    """
     if "mean" not in running:
         return {name: update_statistics(rule, running[name], batch[name]) for name in running}
-    return rule(jbn.Moments(**running), jbn.Moments(**batch))._asdict()
+    old, of_batch = (jbn.Moments(*map(stats.get, jbn.Moments._fields)) for stats in (running, batch))
+    new = rule(old, of_batch)
+    finite = jnp.isfinite(new.mean) & jnp.isfinite(new.var)
+    return batch | jax.tree.map(partial(jnp.where, finite), new, old)._asdict()
+
+
+def without_counts(batch_stats: Any) -> Any:
+    """Set the count of every layer's moments to 0: what it returns in their place then counts for nothing."""
+    clear = lambda path, leaf: jnp.zeros_like(leaf) if path[-1].key == "count" else leaf
+    return jax.tree_util.tree_map_with_path(clear, batch_stats)
 
 
 def _moving_average(config, state, variables) -> Variables | None:
@@ -93,8 +128,8 @@ def _moving_average(config, state, variables) -> Variables | None:
     # Young averages forget faster, so that the initial weights do not stay in them.
     decay = jnp.minimum(config.optimizer.average, (1 + state.step) / (10 + state.step))
     average: Any = optax.incremental_update(variables, state.average, 1 - decay)
-    # The average of equal numbers is rounded.
-    keep = lambda learns, average, value: average if learns else value
+    # The average of equal numbers is rounded, and of numbers of updates it is none.
+    keep = lambda learns, average, value: average if learns and average.dtype == value.dtype else value
     return jax.tree.map(keep, config.learning(variables), average, variables)
 
 
@@ -158,18 +193,20 @@ def eval_step(
     variables: Variables,
     preprocessing: Preprocessing,
     examples: Examples,
+    domain: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Return the scores of each example, (n,) or (n, classes) each.
+    """Return the scores of each example, (n,) or (n, classes) each; all are of one domain.
 
     Every device runs the same program on its rows, so the result is the same on any number of devices.
     """
 
-    def on_device(variables, preprocessing, examples):
-        logits, _ = network.apply(variables, preprocessing(examples.inputs), train=False)
+    def on_device(variables, preprocessing, examples, domain):
+        x = preprocessing(examples.inputs)
+        logits, _ = network.apply(variables, x, train=False, domain=domain)
         return loss.scores(logits, examples.labels)
 
-    over_devices = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(AXIS))
-    scores = over_devices(variables, preprocessing, examples)
+    over_devices = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(), P(AXIS), P()), out_specs=P(AXIS))
+    scores = over_devices(variables, preprocessing, examples, domain)
     return jax.lax.with_sharding_constraint(scores, NamedSharding(mesh, P()))
 
 

@@ -20,7 +20,7 @@ from jbn._statistics import Moments
 from jbn.linen._calls import calls, calls_batch_norm, intercept
 from jbn.linen._folding.pairs import LAYERS, NormPath
 
-_OF_NORM = "scale", "bias", "mean", "var", "count"  # a subclass may have more, which stay
+_OF_NORM = "scale", "bias", "mean", "var", "count", "num_updates"  # a subclass may have more, which stay
 
 
 def fold(variables: Any, pairs: Mapping[str, str], *, epsilon: float | None = None) -> Any:

@@ -83,6 +83,10 @@ def test_linear_layers_and_norms_compute_what_pytorchs_do_and_their_moments_are_
     expected = (x @ weight.T + bias - mean) / np.sqrt(var + 1e-5) * scale + shift
     assert_allclose(Pair().apply(variables, x), expected, rtol=0, atol=1e-5)
     assert_array_equal(variables["batch_stats"]["norm"]["count"], np.ones(3))
+    # A schedule of renorm starts anew.
+    stats = {"norm": VARIABLES["batch_stats"]["norm"] | {"num_updates": np.int32(5)}}
+    variables = load(VARIABLES | {"batch_stats": stats}, STATE, NAMES)
+    assert int(variables["batch_stats"]["norm"]["num_updates"]) == 0
     # Prefixes may be empty, and a variable that both call alike is found by its own name.
     assert load({"params": {"cls": np.zeros(2)}}, {"cls": np.ones(2)}, {"": ""})["params"]["cls"].sum() == 2
 

@@ -68,7 +68,7 @@ def test_what_a_norm_does_not_have_cannot_be_frozen_or_pooled(refusal):
         check(Model(norm=norm, frozen=frozen), accumulate=2)
     assert refusal(partial(check, recalibrate=True), Model(norm="flax")) == (
         "recalibrate: expected false with model.norm = 'flax', whose running statistics cannot be pooled, "
-        "got true; those of 'batch' and 'ghost' can."
+        "got true; those of 'batch' and 'renorm' and 'ghost' can."
     )
     for norm in ("none", "layer", "batch", "ghost"):
         check(Model(norm=norm), recalibrate=True)

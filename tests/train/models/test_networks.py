@@ -170,13 +170,13 @@ def test_networks_that_do_not_fit_are_refused_with_what_would(refusal):
     for norm in ("none", "layer", "group"):
         assert refusal(make, "mlp", norm=norm, norm_inputs=True) == (
             "model.norm: expected one that normalizes each feature by itself with model.norm_inputs = true, "
-            f"batch or ghost or flax, got '{norm}'."
+            f"batch or renorm or ghost or flax, got '{norm}'."
         )
     for norm, kind in NORMS.items():
         if norm == "flax":
             assert refusal(check, Model(norm=norm), accumulate=2) == (
                 "optimizer.accumulate: expected 1 with model.norm = 'flax', whose running statistics cannot "
-                "pool the parts of a batch, got 2; those of 'batch' and 'ghost' can."
+                "pool the parts of a batch, got 2; those of 'batch' and 'renorm' and 'ghost' can."
             )
         else:
             check(Model(norm=norm), accumulate=2)
@@ -191,7 +191,7 @@ def test_networks_that_do_not_fit_are_refused_with_what_would(refusal):
 
 
 def test_networks_fold_into_those_without_norms_but_of_their_inputs():
-    for name, norm in (("mlp", "batch"), ("nnx_mlp", "batch"), ("nnx_mlp", "flax"), ("cnn", "ghost")):
+    for name, norm in (("mlp", "renorm"), ("nnx_mlp", "renorm"), ("nnx_mlp", "flax"), ("cnn", "ghost")):
         folds(make(name, norm=norm, norm_inputs=True))
 
 

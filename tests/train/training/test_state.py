@@ -14,6 +14,7 @@ from train import models
 from train.config import Data, Model, Optimizer
 from train.data import Labels
 from train.models import Variables
+from train.models.norms import of_batch
 from train.runs import processes
 from train.training import job
 from train.training.state import ALL_FINITE, StepConfig, from_items, no_sums, to_items
@@ -58,7 +59,7 @@ def test_config_says_which_network_optimizer_and_rule_are_trained():
     config = make()
     options = config.model, (4, 4, 1), 3
     assert config.network == models.build(*options)
-    assert config.pooling_network == models.build(*options, rule=jbn.pooled())
+    assert config.pooling_network == models.build(*options, rule=of_batch)
     assert config.rule == jbn.ema(0.9, debias=True)
     assert make(model=Model(norm_momentum=0.5, norm_debias=False)).rule == jbn.ema(0.5)
     # Four times the batch that the rate is meant for; at the start, the middle and the end of the cosine.

@@ -3,8 +3,10 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, get_args
 
+from train.config import RenderingName
 from train.studies.charts import Chart
 from train.studies.results import Group, Run, Spread
 
@@ -45,16 +47,29 @@ def with_range(values: Spread, how: Callable[[float], str] = number, *, missing:
     return text if values.low == values.high else f"{text} ({low}{nbsp}to{nbsp}{high})"
 
 
-def balanced(
-    groups: Sequence[Group], name: str, of_run: Callable[[Run, str], float | None]
+def further(
+    groups: Sequence[Group], name: str, of_run: Callable[[Run, str], Any]
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Return the header and, by job, the cell of a column of balanced accuracy, if it was measured."""
-    found = {
-        job.name: job.over(lambda run: of_run(run, "balanced_accuracy"), worst=-math.inf) for job in groups
-    }
-    if all(reached == (None, None, None) for reached in found.values()):
-        return (), dict.fromkeys(found, ())
-    return (name,), {job: (with_range(reached, score),) for job, reached in found.items()}
+    """Return the header and, by job, the cells of balanced accuracy and of each rendering, where measured.
+
+    Args:
+      name: of a column, "final {}".
+      of_run: a metric of a run.
+    """
+    header, cells = [], {job.name: () for job in groups}
+    for what in ("balanced accuracy", *get_args(RenderingName)):
+        of_what = partial(_of_balance_or_rendering, of_run, what)
+        found = {job.name: job.over(of_what, worst=-math.inf) for job in groups}
+        if any(reached != (None, None, None) for reached in found.values()):
+            header.append(name.format(what))
+            cells = {job: (*before, with_range(found[job], score)) for job, before in cells.items()}
+    return tuple(header), cells
+
+
+def _of_balance_or_rendering(of_run: Callable[[Run, str], Any], what: str, run: Run) -> float | None:
+    if what == "balanced accuracy":
+        return of_run(run, "balanced_accuracy")
+    return (of_run(run, f"rendering_{run.headline}") or {}).get(what)
 
 
 def times(value: float, base: float, *, more: str, less: str) -> str:

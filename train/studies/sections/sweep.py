@@ -8,7 +8,7 @@ from train.studies import charts
 from train.studies.plan import named, short
 from train.studies.results import Group, Run, Spread, spread
 from train.studies.sections import evaluation_gap
-from train.studies.sections.section import Section, balanced, listed, number, score, with_range
+from train.studies.sections.section import Section, further, listed, number, score, with_range
 from train.studies.sections.training_speed import curves, ended
 
 Line = dict[float, Spread]  # value of a key -> final headline over seeds
@@ -109,7 +109,7 @@ def _of(values: Mapping[str, Any], what: str) -> str:
 def _all_jobs(groups: Sequence[Group], *, compare: bool) -> Section:
     """List how all jobs ended; with `compare`, where no number is varied, compare them."""
     headline = groups[0].headline
-    balance, of_job = balanced(groups, "final balanced accuracy", Run.last)
+    more, of_job = further(groups, "final {}", Run.last)
     rows = tuple(
         (
             job.name,
@@ -120,7 +120,7 @@ def _all_jobs(groups: Sequence[Group], *, compare: bool) -> Section:
         )
         for job in groups
     )
-    header = ("job", f"final test {headline}", "best of the test curve", *balance, "seconds", "ended")
+    header = ("job", f"final test {headline}", "best of the test curve", *more, "seconds", "ended")
     known = {job.name: reached for job in groups if (reached := job.final.median) is not None}
     said = listed(f"{score(known[name])} with {name}" for name in _named(known)) if known else ""
     sentence = f"The final test {headline} was{_of(known, 'jobs')} {said}." if known else "No job finished."

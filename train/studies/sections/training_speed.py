@@ -7,7 +7,7 @@ from functools import partial
 from train.studies import charts
 from train.studies.charts import Chart
 from train.studies.results import Group, Run, Spread, is_measurable, speedups, spread, steps_to_best_of
-from train.studies.sections.section import Section, balanced, count, listed, number, score, with_range
+from train.studies.sections.section import Section, count, further, listed, number, score, with_range
 
 _or_never = partial(with_range, missing="not reached")
 _times = partial(number, digits=2)  # evaluations are too far apart for more
@@ -18,9 +18,9 @@ LOWEST = -1.0  # that is drawn: an R^2 may be anything below 1, as in the first 
 def section(groups: Sequence[Group]) -> Section:
     """Show the headline over steps, and in how many steps each job reached the best of the baseline."""
     references = _references(groups)
-    balance, of_job = balanced(groups, "balanced accuracy at the best validation", Run.chosen)
+    more, of_job = further(groups, "{} at the best validation", Run.chosen)
     header = ("job", "norm", "learning rate", "best of the test curve", "at the best validation")
-    header += (*balance, "steps to the baseline's best", "speed-up")
+    header += (*more, "steps to the baseline's best", "speed-up")
     header += (*(f"speed-up over {job.name}" for job in references[1:]), "seconds", "ended")
     rows = tuple(row(job, groups[0], references, of_job[job.name]) for job in groups)
     shown = curves(groups, baseline=groups[0])
@@ -83,7 +83,7 @@ def _fewer_or_more(times: Spread) -> str:
 
 
 def row(
-    job: Group, baseline: Group, references: Sequence[Group], balance: Sequence[str] = ()
+    job: Group, baseline: Group, references: Sequence[Group], more: Sequence[str] = ()
 ) -> tuple[str, ...]:
     """Return the row of a job in the table."""
     return (
@@ -92,7 +92,7 @@ def row(
         f"{job.config.optimizer.learning_rate:g}",
         with_range(job.best, score),
         with_range(job.over(lambda run: run.validated, worst=-math.inf), score),
-        *balance,
+        *more,
         _or_never(steps_to_target(job, baseline), count) if job.learns and baseline.learns else "-",
         *(_speedup(job, reference) for reference in references),
         number(job.over(lambda run: run.wall_seconds, worst=math.inf).median),

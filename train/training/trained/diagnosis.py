@@ -7,6 +7,7 @@ import jax
 
 from jbn.inspection import Diagnosis
 from train import data
+from train.data import render_mixed
 from train.errors import UserError
 from train.models import NORMS
 from train.runs import directory, processes
@@ -52,13 +53,16 @@ def diagnose(run_dir: Path, path: str | None = None) -> Diagnosis:
     size = len(split) // count  # one size, so that one program serves all
 
     class Batches:
-        """Batches of what the network gets, with labels, as often as they are wanted."""
+        """Batches of what the network gets, with labels and domains, as often as they are wanted."""
 
         def __iter__(self):
             for start in range(0, size * count, size):
                 inputs, labels = split.take(order[start : start + size])
+                x, domain = render_mixed(
+                    config.data.renderings, jax.random.key(start), jax.device_put(inputs)
+                )
                 place = processes.replicate if size % mesh.size else processes.shard
-                yield place(mesh, (preprocessing(jax.device_put(inputs)), labels))
+                yield place(mesh, (preprocessing(x), labels, domain))
 
     found = network.diagnose(
         variables, Batches(), loss=lambda logits, batch: loss.per_example(logits, batch[1]).mean()

@@ -1,6 +1,8 @@
 """Evaluation over a split, and the best checkpoint of a run to do it with."""
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,14 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from train import models
-from train.config import Config, Data
-from train.data import Description, Preprocessing, Split, eval_batches
+from train.config import Config, Data, RenderingName
+from train.data import Description, Preprocessing, Split, eval_batches, render
 from train.errors import UserError
 from train.models import NORMS, Network, Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints, open_recalibrated
 from train.training import losses
-from train.training.losses import Loss, Metrics
+from train.training.losses import Loss, Metrics, Sums
 from train.training.steps import eval_step
 
 EVAL_BATCH = 512  # examples on each device, so that the number of devices cannot change the results
@@ -32,18 +34,48 @@ class TrainedNetwork(NamedTuple):
     variables: Variables
     preprocessing: Preprocessing
 
-    def evaluate(self, split: Split) -> Metrics:
-        """Return the metrics over a split: sums in float64 over its examples, each counted once."""
-        sums = {"examples": len(split)}
-        for examples, mask in eval_batches(split, EVAL_BATCH * self.mesh.size):
+    def evaluate(self, split: Split, renderings: Sequence[RenderingName] = ()) -> Metrics:
+        """Return the metrics over a split: sums in float64 over its examples, each counted once.
+
+        With renderings each counts once in every one, as an example of the domain of that number; of several,
+        "rendering_accuracy" (or whatever the loss is judged by) has that of each.
+        """
+        sums = [self._add_up(split, domain, name) for domain, name in enumerate(renderings or (None,))]
+        metrics = self.loss.metrics({name: sum(part[name] for part in sums) for name in sums[0]})
+        if len(renderings) > 1:
+            headline = self.loss.headline
+            of_each = (self.loss.metrics(part)[headline] for part in sums)
+            metrics[f"rendering_{headline}"] = dict(zip(renderings, of_each))
+        return metrics
+
+    def _add_up(self, split: Split, domain: int, rendering: RenderingName | None) -> Sums:
+        sums: Sums = {"examples": len(split)}
+        size = EVAL_BATCH * self.mesh.size
+        for number, (examples, mask) in enumerate(eval_batches(split, size)):
             examples = processes.shard(self.mesh, examples)
+            if rendering:
+                shown = shown_at(rendering, examples.inputs, np.int32(number * size))
+                examples = examples._replace(inputs=shown)
             scores = eval_step(
-                self.network, self.loss, self.mesh, self.variables, self.preprocessing, examples
+                self.network,
+                self.loss,
+                self.mesh,
+                self.variables,
+                self.preprocessing,
+                examples,
+                np.int32(domain),
             )
             for name, values in jax.device_get(scores).items():
                 total = values[mask].sum(0, dtype=np.float64 if values.dtype != bool else np.int64)
                 sums[name] = sums.get(name, 0) + total
-        return self.loss.metrics(sums)
+        return sums
+
+
+@partial(jax.jit, static_argnums=0)
+def shown_at(rendering: RenderingName, images: jax.Array, start: jax.Array) -> jax.Array:
+    """Render images of a split whose first one is at `start`: the same on any number of devices."""
+    at = start + jnp.arange(len(images), dtype=jnp.int32)
+    return render(rendering, jax.random.key(0), images, at)
 
 
 class TrainedRun(NamedTuple):
@@ -54,11 +86,15 @@ class TrainedRun(NamedTuple):
     step: int
     trained: TrainedNetwork
 
+    def evaluate(self, split: Split) -> Metrics:
+        """Return the metrics over a split, in every rendering that the run has."""
+        return self.trained.evaluate(split, self.config.data.renderings)
+
     def fold(self) -> "TrainedRun":
         """Leave out the batch norms, which the layers before them absorb; one of the inputs stays.
 
         Raises:
-          UserError: the network has none.
+          UserError: the network has none, or several for each layer.
         """
         norm, inputs = self.config.model.norm, jnp.zeros((1, *self.data.shape))
         if not NORMS[norm].over_batch:
@@ -66,6 +102,11 @@ class TrainedRun(NamedTuple):
             raise UserError(
                 f"--fold: expected a run with model.norm = {' or '.join(foldable)}, affine maps once "
                 f"trained, got {norm!r}; export it without."
+            )
+        if (domains := self.config.model.domains) > 1:
+            raise UserError(
+                "--fold: expected a run with model.domains = 1, one affine map for each norm, got "
+                f"{domains}; export it without."
             )
         network, variables = self.trained.network.fold(self.trained.variables, inputs)
         expected = jax.eval_shape(network.init, jax.random.key(0), inputs)

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 import jbn
 from train import data, models
-from train.data import Dataset, Preprocessing, Split
+from train.config import RenderingName
+from train.data import Dataset, Preprocessing, Split, render_mixed
 from train.errors import UserError
 from train.models import NORMS, Network, Variables
 from train.runs import directory, processes
@@ -23,7 +24,7 @@ from train.runs.checkpoints import RECALIBRATED, Checkpoints
 from train.runs.files import write_json
 from train.runs.summary import read_summary
 from train.training.job import load_data
-from train.training.steps import update_statistics
+from train.training.steps import update_statistics, without_counts
 from train.training.trained.evaluation import TrainedNetwork, TrainedRun, data_at, load_best
 
 
@@ -48,7 +49,7 @@ def recalibrate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         best = load_best(run_dir, recalibrated=False)
         dataset = load_data(dataclasses.replace(config, data=data_at(config.data, path)), run_dir)
         directory.check_same_data(run_dir, dataset.fingerprint, "give their --data.path")
-        before = best.trained.evaluate(dataset.test)
+        before = best.evaluate(dataset.test)
         after = recalibrate_best(run_dir, best, dataset)
         if summary := read_summary(run_dir):
             summary = dataclasses.replace(summary, recalibrated=after)
@@ -73,10 +74,11 @@ def recalibrate_best(
         data.order(config.seed, 0, len(dataset.train)),
         config.batch_size // config.optimizer.accumulate,
         stopped,
+        config.data.renderings,
     )
     if variables is None:
         return None
-    metrics = trained._replace(variables=variables).evaluate(dataset.test)
+    metrics = best._replace(trained=trained._replace(variables=variables)).evaluate(dataset.test)
     _save(run_dir, best.step, variables, metrics)
     return metrics
 
@@ -88,18 +90,19 @@ def pool(
     order: np.ndarray,
     batch_size: int,
     stopped: Callable[[], bool] = lambda: False,
+    renderings: tuple[RenderingName, ...] = (),
 ) -> Variables | None:
     """Return a network's variables with the running statistics of a whole split, or None if `stopped`.
 
-    Every example counts once, as it is, without augmentation. As in training, each layer normalizes with the
-    moments of the batch; the last batch takes in what is left over. A feature whose variance float32 cannot
-    hold keeps the statistics that it has.
+    Every example counts once, without augmentation, in one of the renderings. As in training, each layer
+    normalizes with the moments of the batch; the last batch takes in what is left over. A feature whose
+    variance float32 cannot hold, or of whose domain there are no examples, keeps the statistics that it has.
 
     Args:
-      network: the one that is trained, with statistics that pool batches.
+      network: the one that is trained, whose new statistics are those of a batch alone.
       order: (n,), the order in which the split is gone through.
     """
-    (params, stats), mesh = trained.variables, trained.mesh
+    (_, stats), mesh = trained.variables, trained.mesh
     pooled = processes.replicate(mesh, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stats))
     batches = len(order) // batch_size
     for i in range(batches):
@@ -108,25 +111,38 @@ def pool(
         rows = order[i * batch_size : (i + 1) * batch_size if i + 1 < batches else None]
         place = processes.replicate if len(rows) % mesh.size else processes.shard
         inputs = place(mesh, split.take(rows).inputs)
-        pooled = _add(network, mesh, Variables(params, pooled), trained.preprocessing, inputs)
+        pooled = _add(network, mesh, renderings, trained.variables, trained.preprocessing, inputs, pooled, i)
         jax.block_until_ready(pooled)  # or batches that wait would fill the memory
-    return Variables(params, jax.jit(partial(update_statistics, _complete))(stats, pooled))
+    return trained.variables._replace(batch_stats=_complete_all(pooled, stats))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _add(
-    network: Network, mesh: Mesh, variables: Variables, preprocessing: Preprocessing, inputs: jax.Array
+    network: Network,
+    mesh: Mesh,
+    renderings: tuple[RenderingName, ...],
+    variables: Variables,
+    preprocessing: Preprocessing,
+    inputs: jax.Array,
+    pooled: Any,
+    number: int,
 ) -> Any:
-    """Return the running statistics after one more batch."""
-    _, stats = network.apply(variables, preprocessing(inputs), train=True)
-    return jax.lax.with_sharding_constraint(stats, NamedSharding(mesh, P()))
+    """Return the pooled statistics after one more batch."""
+    x, domain = render_mixed(renderings, jax.random.key(number), inputs)
+    given = variables._replace(batch_stats=without_counts(variables.batch_stats))
+    _, stats = network.apply(given, preprocessing(x), train=True, domain=domain)
+    pooled = update_statistics(jbn.pooled(), pooled, stats)
+    return jax.lax.with_sharding_constraint(pooled, NamedSharding(mesh, P()))
 
 
-def _complete(old: jbn.Moments, pooled: jbn.Moments) -> jbn.Moments:
+def _complete(pooled: jbn.Moments, old: jbn.Moments) -> jbn.Moments:
     """Count for complete, as moments from elsewhere do in a job that goes on from them."""
     counted = pooled.count > 0
     pooled = pooled._replace(count=jnp.ones_like(pooled.count))
     return jax.tree.map(partial(jnp.where, counted), pooled, old)
+
+
+_complete_all = jax.jit(partial(update_statistics, _complete))
 
 
 def _save(run_dir: Path, step: int, variables: Variables, metrics: dict[str, float]) -> None:

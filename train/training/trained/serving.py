@@ -37,7 +37,7 @@ def evaluate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
     """
     run = load_best(run_dir)
     name, split = test_split(run, run_dir, path)
-    return {"split": name, "step": run.step, **run.trained.evaluate(split), "examples": len(split)}
+    return {"split": name, "step": run.step, **run.evaluate(split), "examples": len(split)}
 
 
 def test_split(run: TrainedRun, run_dir: Path, path: str | None) -> tuple[str, Split]:

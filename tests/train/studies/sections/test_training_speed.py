@@ -111,3 +111,10 @@ def test_balanced_accuracy_has_a_column_where_it_was_measured():
     section = training_speed.section([group("plain", PLAIN), weighted])
     assert section.header[4:6] == ("at the best validation", "balanced accuracy at the best validation")
     assert [row[4:6] for row in section.rows] == [("0.8900", "-"), ("0.9400", "0.6250")]
+
+
+def test_each_rendering_has_a_column_where_there_are_several():
+    shown = group("shown", FAST, chosen={"rendering_accuracy": {"inverted": 0.5, "original": 0.75}})
+    section = training_speed.section([shown, group("plain", PLAIN)])
+    assert section.header[5:7] == ("original at the best validation", "inverted at the best validation")
+    assert [row[5:7] for row in section.rows] == [("0.7500", "0.5000"), ("-", "-")]

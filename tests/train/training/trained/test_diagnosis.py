@@ -62,6 +62,6 @@ def test_run_without_running_statistics_is_refused(make_config, capsys):
         assert main(["diagnose", config.run_dir]) == 2
         said = capsys.readouterr().err
         assert (
-            "expected a run with model.norm = 'batch' or 'ghost' or 'flax'" in said
+            "expected a run with model.norm = 'batch' or 'renorm' or 'ghost' or 'flax'" in said
             and f"got '{norm}'" in said
         )

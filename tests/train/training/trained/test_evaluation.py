@@ -33,7 +33,7 @@ LOGITS, CLASSES = RNG.randn(6, 4), np.array([0, 3, 1, 1, 2, 0])
 class Linear:
     """A network that is one linear map."""
 
-    def apply(self, variables, inputs, *, train):
+    def apply(self, variables, inputs, *, train, domain):
         assert not train
         return inputs @ variables.params, variables.batch_stats
 
@@ -64,6 +64,32 @@ def test_number_of_devices_does_not_change_the_last_bit():
     split = Split(np.tile(INPUTS, (20, 1)), np.tile(LABELS, 20), np.arange(1999))
     results = [linear(devices).evaluate(split) for devices in (1, 2, 8)]
     assert results[1:] == results[:1] * 2
+
+
+@dataclass(frozen=True)
+class Domains(Linear):
+    """A network that adds a number of its own to an output of each domain."""
+
+    def apply(self, variables, inputs, *, train, domain):
+        logits, stats = super().apply(variables, inputs.reshape(len(inputs), -1), train=train, domain=domain)
+        return logits.at[:, 0].add(domain.astype(jnp.float32)), stats
+
+
+def test_each_example_counts_once_in_every_rendering_on_any_number_of_devices(monkeypatch):
+    monkeypatch.setattr(evaluation, "EVAL_BATCH", 7)
+    split = Split(INPUTS[:, None, :, None], LABELS, ROWS)
+    names = ("original", "inverted", "noise")
+    found = [linear(n)._replace(network=Domains()).evaluate(split, names) for n in (1, 4)]
+    assert found[0] == found[1]
+    expected = []
+    for domain, inputs in enumerate((INPUTS, 255 - INPUTS)):
+        logits = (np.float64(inputs) - 128) / 64 @ np.float64(WEIGHTS) + domain * np.eye(3)[0]
+        expected.append((logits.argmax(-1) == LABELS)[ROWS].mean())
+    of_each = found[0]["rendering_accuracy"]
+    assert tuple(of_each) == names and list(of_each.values())[:2] == expected
+    assert found[0]["accuracy"] == pytest.approx(np.mean(list(of_each.values())))
+    one = linear()._replace(network=Domains()).evaluate(split, names[:1])
+    assert one.keys() == {"loss", "accuracy"} and one["accuracy"] == expected[0]
 
 
 def test_best_checkpoint_evaluates_to_what_the_live_network_did(finished):

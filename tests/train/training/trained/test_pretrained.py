@@ -127,7 +127,7 @@ def test_weights_of_another_network_are_refused_with_all_differences(save, refus
         ),
         (
             {"norm": "layer"},
-            "expected model.norm = 'batch' or 'ghost' or 'flax' with a file of PyTorch's weights",
+            "expected model.norm = 'batch' or 'renorm' or 'ghost' or 'flax' with a file of PyTorch's weights",
         ),
         ({"norm_inputs": True}, "BatchNorm_0/bias (3,): expected PyTorch's name of 'BatchNorm_0', got none"),
     ):

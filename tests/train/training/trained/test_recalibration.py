@@ -185,10 +185,10 @@ def test_run_that_is_there_is_recalibrated_by_the_command_also_again(copied, mon
     path = Path(config.run_dir)
     orders, sizes = [], []
 
-    def spy(network, trained, split, order, batch_size, stopped):
+    def spy(network, trained, split, order, batch_size, *given):
         orders.append(order)
         sizes.append(batch_size)
-        return pool(network, trained, split, order, batch_size, stopped)
+        return pool(network, trained, split, order, batch_size, *given)
 
     monkeypatch.setattr(recalibration, "pool", spy)
     found = recalibrate(path)
@@ -226,8 +226,8 @@ def test_what_cannot_be_recalibrated_is_refused_in_a_sentence(copied, refusal, t
     norm = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="flax"))
     (path / "config.json").write_text(json.dumps(dataclasses.asdict(norm)))
     assert refusal(recalibrate, path) == (
-        f"'{path}': expected a run with model.norm = 'batch' or 'ghost', whose running statistics can be "
-        "pooled, got 'flax'."
+        f"'{path}': expected a run with model.norm = 'batch' or 'renorm' or 'ghost', whose running "
+        "statistics can be pooled, got 'flax'."
     )
     assert "does not exist; expected a run directory" in refusal(recalibrate, tmp_path / "none")
     assert not (tmp_path / "none").exists() and not (path / "recalibrated").exists()

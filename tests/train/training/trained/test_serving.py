@@ -390,7 +390,7 @@ def test_folded_programs_compute_the_same_in_fewer_operations(tmp_path):
 def test_norms_that_are_no_affine_map_are_not_folded(tmp_path, refusal):
     run = Run(tmp_path / "run", model=Model(norm="layer", widths=(16,)))
     sentence = refusal(serving.export, run.path, tmp_path / "model", fold=True)
-    assert "--fold: expected a run with model.norm = 'batch' or 'ghost' or 'flax'" in sentence
+    assert "--fold: expected a run with model.norm = 'batch' or 'renorm' or 'ghost' or 'flax'" in sentence
     assert "got 'layer'; export it without" in sentence and not (tmp_path / "model").exists()
 
 

@@ -3,7 +3,7 @@
 Each client has its own data, with a mean of its own, and sends the running statistics of a shared model to a
 server. An average of variances drops the spread between the clients; `jbn.merge_trees` keeps it.
 
-    python examples/federated.py
+    python examples/training/federated.py
 """
 
 import flax.linen as nn
