@@ -67,7 +67,7 @@ def blend(running: Moments, batch: Moments, *, prior: ArrayLike, between: bool =
     if np.shape(batch.mean) != shape:
         raise ValueError(f"batch.mean has shape {np.shape(batch.mean)}; expected {shape}, as running.mean.")
     if np.shape(prior) not in ((), shape[len(shape) - np.ndim(prior) :]):
-        raise ValueError(f"prior has shape {np.shape(prior)}; expected {shape}, as running.mean, or a number.")
+        raise ValueError(f"prior has shape {np.shape(prior)}; expected {shape} or a number.")
     real = real_dtype(jnp.result_type(running.var))
     prior = jnp.broadcast_to(jnp.asarray(prior, real), shape)
     # Of no samples and none, those are the running moments.

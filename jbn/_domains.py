@@ -26,9 +26,10 @@ def as_domain(domain: Any, x: jax.Array, axes: tuple[int, ...], number: int) -> 
       ValueError: it has another shape, or is out of range.
     """
     known = None if isinstance(domain, jax.core.Tracer) else np.asarray(domain)
+    dtype = domain.dtype if known is None else known.dtype
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"domain has dtype {dtype}; expected integers from 0 to {number - 1}.")
     index = jnp.asarray(domain)
-    if not jnp.issubdtype(index.dtype, jnp.integer):
-        raise TypeError(f"domain has dtype {index.dtype}; expected integers from 0 to {number - 1}.")
     shapes = [(), *((x.shape[a],) for a in other_axes(x.ndim, axes)[:1])]
     if index.shape not in shapes:
         raise ValueError(

@@ -130,8 +130,8 @@ def check_domain(layer: Layer, domain: ArrayLike | None) -> None:
     if (domain is None) != (layer.domains is None):
         given = "no domain" if domain is None else "a domain"
         raise ValueError(
-            f"{given} was given in the call of a BatchNorm with domains={layer.domains}; expected domain=, the "
-            "index of each example's domain, in the calls of a layer that has domains, and of no other."
+            f"{given} was given in the call of a BatchNorm with domains={layer.domains}; expected domain=, "
+            "the index of each example's domain, in the calls of a layer that has domains, and of no other."
         )
 
 

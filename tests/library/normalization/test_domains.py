@@ -168,7 +168,6 @@ def test_a_domain_whose_examples_are_all_masked_keeps_its_moments():
         dict(epsilon=0.1, exact=False),
         dict(dtype=jnp.float16),
     ],
-    ids=str,
 )
 def test_options_are_those_of_a_call_for_each_domain(options):
     x, (params, _) = random((11, 2, 3)), state()
