@@ -66,9 +66,13 @@ def blend(running: Moments, batch: Moments, *, prior: ArrayLike, between: bool =
     shape = np.shape(running.mean)
     if np.shape(batch.mean) != shape:
         raise ValueError(f"batch.mean has shape {np.shape(batch.mean)}; expected {shape}, as running.mean.")
+    if np.shape(prior) not in ((), shape[len(shape) - np.ndim(prior) :]):
+        raise ValueError(f"prior has shape {np.shape(prior)}; expected {shape} or a number.")
     real = real_dtype(jnp.result_type(running.var))
-    running = running._replace(count=jnp.broadcast_to(jnp.asarray(prior, real), shape))
-    merged = merge(running, batch)
+    prior = jnp.broadcast_to(jnp.asarray(prior, real), shape)
+    # Of no samples and none, those are the running moments.
+    samples = jnp.where((prior == 0) & (jnp.asarray(batch.count) == 0), 1, prior)
+    merged = merge(running._replace(count=samples), batch)
     if between:
         return merged
     old, new = (jnp.asarray(part.var, merged.var.dtype) for part in (running, batch))
@@ -90,12 +94,18 @@ def normalize_blended(
     dtype: DTypeLike,
     domain: ArrayLike | None,
 ) -> jax.Array:
-    """Normalize with the running moments blended with those of `x`; options as in `jbn.batch_norm`."""
+    """Normalize with the running moments blended with those of `x`; options as in `jbn.batch_norm`.
+
+    A feature whose batch has moments that are not finite is normalized with the running ones.
+    """
     axes, weights = feature_axes(x.ndim, axis), as_weights(mask, x)
     running = with_count_per_feature(jax.lax.stop_gradient(running))
     index = None if domain is None else as_domain(domain, x, axes, running.mean.shape[0])
     over = named_axes(axis_name, axis_index_groups)
     batch = multiply_by_unit(*measure(x, axes, weights, over, shift=running.mean, domain=index))
+    # A NaN among the samples is one of its own output, as in inference.
+    finite = jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
+    batch = batch._replace(count=jnp.where(finite, batch.count, 0))
     blended = blend(running, batch, prior=prior)
     epsilon = as_epsilon(epsilon, x, blended.mean, blended.var, params)
     shape = running.mean.shape

@@ -234,9 +234,9 @@ def count_domains(domain: Any, axes: tuple[int, ...], running: Any) -> int | Non
     if domain is None:
         return None
     shape = np.shape(getattr(running, "mean", ()))
-    if len(shape) != len(axes) + 1:
+    if hasattr(running, "mean") and len(shape) != len(axes) + 1:
         raise ValueError(
             f"domain is given, and running.mean has shape {shape}; expected a leading axis of domains before "
             "the features, as jbn.init((domains, features)) makes it."
         )
-    return shape[0]
+    return shape[0] if shape else 1

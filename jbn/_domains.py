@@ -41,7 +41,8 @@ def as_domain(domain: Any, x: jax.Array, axes: tuple[int, ...], number: int) -> 
             f"domain holds indices from {known.min()} to {known.max()}; expected 0 to {number - 1}, because "
             f"the running moments have {number} domains."
         )
-    index = jnp.where((index < 0) | (index >= number), number, index).astype(jnp.int32)
+    most = min(number - 1, jnp.iinfo(index.dtype).max)
+    index = jnp.where((index < 0) | (index > most), number, index.astype(jnp.int32))
     return shard_axis_like(index, x, other_axes(x.ndim, axes)[0], of_values=0) if index.ndim else index
 
 

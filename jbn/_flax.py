@@ -81,7 +81,8 @@ def check_options(layer: Layer) -> None:
     as_renorm(layer.renorm)
     if layer.blend is not None:
         check_prior("blend", layer.blend)
-    if layer.domains is not None and not (isinstance(layer.domains, int) and layer.domains >= 1):
+    number = layer.domains
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
         raise ValueError(f"domains={layer.domains!r}; expected a number of domains >= 1, or None.")
     if layer.affine_by_domain and layer.domains is None:
         raise ValueError("affine_by_domain=True needs domains, which is None; expected their number.")
@@ -127,9 +128,10 @@ def check_mode(use_running_average: Any) -> None:
 def check_domain(layer: Layer, domain: ArrayLike | None) -> None:
     """Raise a ValueError if a call has an index of domains and the layer has none, or the reverse."""
     if (domain is None) != (layer.domains is None):
+        given = "no domain" if domain is None else "a domain"
         raise ValueError(
-            f"domain={domain!r} in a call of a BatchNorm with domains={layer.domains}; expected domain=, the "
-            "index of each example's domain, where the layer was built with domains=, and nowhere else."
+            f"{given} was given in the call of a BatchNorm with domains={layer.domains}; expected domain=, "
+            "the index of each example's domain, in the calls of a layer that has domains, and of no other."
         )
 
 

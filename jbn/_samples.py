@@ -299,12 +299,13 @@ def _size(x: jax.Array, sets: Sets) -> jax.Array | int:
 def _total(weights: jax.Array, x: jax.Array, sets: Sets) -> jax.Array:
     """Add up the weights over some axes of `x`; feature axes that share a weight keep size 1."""
     dtype = real_dtype(arithmetic_dtype(x))
-    if sets.index is not None and sets.within != sets.reduced and weights.shape[sets.reduced[0]] == 1:
-        # That of each example, whose domain may be another.
+    weights = weights.astype(dtype)
+    if sets.index is not None and sets.within != sets.reduced:
+        # Weights that examples share are added up for each domain.
         others = [axis for axis in range(x.ndim) if axis != sets.reduced[0]]
         weights = weights * jnp.expand_dims(jnp.ones_like(sets.index, dtype), others)
     # A weight that is shared along an axis is summed once and multiplied: exact for more samples than float32
     # can count one by one.
     size = math.prod(x.shape[axis] for axis in sets.reduced if weights.shape[axis] == 1)
-    count = sets.add_up(weights.astype(dtype))
+    count = sets.add_up(weights)
     return count if isinstance(size, int) and size == 1 else count * jnp.asarray(size, dtype)

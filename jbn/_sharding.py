@@ -17,7 +17,7 @@ def shard_like(values: jax.Array, template: jax.Array) -> jax.Array:
 
 
 def shard_axis_like(values: jax.Array, template: jax.Array, axis: int, *, of_values: int = -1) -> jax.Array:
-    """Give one axis of some values the explicit sharding of an axis, or of the same, of another array."""
+    """Give one axis of some values the explicit sharding of an axis of another, by default the same."""
     ours, theirs = jax.typeof(values).sharding, jax.typeof(template).sharding
     own = axis if of_values < 0 else of_values
     if ours.spec[own] == theirs.spec[axis]:

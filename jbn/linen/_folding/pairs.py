@@ -160,6 +160,8 @@ def _refuse_norm(module: Any, x: Any, use_running_average: Any = None, **given: 
         use_running_average = module.use_running_average
     if not (use_running_average is True or getattr(module, "frozen", False)):
         return "it normalizes by the batch: `apply` has to run the model as for evaluation"
+    if getattr(module, "domains", None) is not None:
+        return "it has domains; fold a model without, with one's variables"
     if named := [name for name, value in given.items() if value is not None]:
         return f"its call gives {' and '.join(named)}"
     if feature_axes(x.ndim, module.axis) != (x.ndim - 1,):

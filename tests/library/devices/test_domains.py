@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.testing import assert_allclose
 
 import jbn
+from benchmarks.devices import all_reduces
 from tests.helpers.compiled import collectives
 from tests.helpers.layers import random
 
@@ -116,3 +118,61 @@ def test_a_layer_takes_one_collective_each_way():
     forward = mapped(True)
     assert len(collectives(forward, X, INDEX, MASK)) == 1
     assert len(collectives(with_gradient(forward), X, INDEX, MASK)) == 2
+
+
+def test_a_sharded_batch_under_plain_jit_sends_sums_and_no_examples():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    x, index = (
+        jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("d")))
+        for shape, dtype in (((1024, 2, 3), "float32"), ((1024,), "int32"))
+    )
+
+    def step(x, index):
+        (y, new), pull = jax.vjp(lambda x: train(x, index, None), x)
+        return y, new, pull((y, jax.tree.map(jnp.zeros_like, new)))[0]
+
+    sent = list(all_reduces(jax.jit(step).lower(x, index).compile().as_text()))
+    always = [size for size, in_branch in sent if not in_branch]
+    # The two sums of the forward pass and the counts, and those of the backward pass, of 4 domains.
+    assert len(always) <= 4 and max(always) <= 3 * 4 * 3 * 4
+    assert set(collectives(step, x, index)) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)])
+def test_statistics_are_local_to_a_device_by_ghost_batches(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType[kind],))
+    local = partial(train, mask=None, virtual_batch_size=2)
+    with jax.set_mesh(mesh):
+        x, index, target = jax.device_put((X, INDEX, TARGET), NamedSharding(mesh, P("d")))
+        y = np.asarray(jax.jit(local)(x, index)[0])
+
+        def loss(x, index, target):
+            y, _ = local(x, index)
+            return jnp.sum(y * target), y
+
+        assert collectives(jax.grad(loss, has_aux=True), x, index, target) == []
+    for i in range(0, 16, 2):
+        assert_allclose(y[i : i + 2], train(X[i : i + 2], INDEX[i : i + 2], None)[0], rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_weights_that_examples_share_count_for_each_on_a_mesh_too(kind):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType[kind],))
+    mask = np.float32([1, 0, 2])
+    wanted = train(X, INDEX, mask)
+    with jax.set_mesh(mesh):
+        x, index = jax.device_put((X, INDEX), NamedSharding(mesh, P("d")))
+        jax.tree.map(
+            lambda a, b: assert_allclose(a, b, rtol=3e-5, atol=3e-5), jax.jit(train)(x, index, mask), wanted
+        )
+
+
+@pytest.mark.slow
+def test_programs_for_batches_of_any_size_take_domains():
+    n, *_ = export.symbolic_shape("n")
+    shapes = jax.ShapeDtypeStruct((n, 2, 3), "float32"), jax.ShapeDtypeStruct((n,), "int32")
+    step = jax.jit(lambda x, index: train(x, index, None))
+    exported = export.export(step, platforms=("cpu", "cuda", "tpu"))(*shapes)
+    y, new = exported.call(X, INDEX.astype(np.int32))
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-5), (y, new), train(X, INDEX, None))

@@ -127,6 +127,15 @@ def test_dtypes(dtype, request):
         assert_allclose(actual, wanted, rtol=max(tolerance, 1e-5 * (dtype != "float64")), atol=10 * tolerance)
 
 
+def test_an_index_of_few_bits_reaches_all_that_it_can():
+    x, index = random((6, 3)), np.uint8([255, 255, 0, 0, 255, 0])
+    for domains in 256, 300:
+        running = jbn.init((domains, 3))[1]
+        new = jax.jit(partial(train, update=jbn.pooled()))(x, None, running, index)[1]
+        assert_array_equal(np.flatnonzero(new.count[:, 0]), [0, 255])
+        assert_allclose(new.mean[255], x[index == 255].mean(0), rtol=1e-5)
+
+
 def test_what_is_not_finite_stays_in_its_domain_and_feature_and_what_is_masked_reaches_nothing():
     x, (params, running) = np.asarray(random((11, 2, 3))), state()
     f = jax.jit(train)
@@ -168,7 +177,6 @@ def test_a_domain_whose_examples_are_all_masked_keeps_its_moments():
         dict(epsilon=0.1, exact=False),
         dict(dtype=jnp.float16),
     ],
-    ids=str,
 )
 def test_options_are_those_of_a_call_for_each_domain(options):
     x, (params, _) = random((11, 2, 3)), state()
@@ -299,6 +307,15 @@ def test_members_of_a_vmap_have_indices_of_their_own_and_scan_carries_the_state(
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5), last, wanted)
 
 
+def test_members_of_nested_vmaps_differ():
+    x, (params, running) = random((2, 2, 11, 3)), state()
+    indices = np.stack([np.roll(INDEX, shift) for shift in range(4)]).reshape(2, 2, 11)
+    both = jax.jit(jax.vmap(jax.vmap(train, (0, None, None, 0)), (0, None, None, 0)))
+    y, _ = both(x, params, running, indices)
+    for i in np.ndindex(2, 2):
+        assert_allclose(y[i], train(x[i], params, running, indices[i])[0], rtol=1e-5, atol=1e-5)
+
+
 # Errors
 
 
@@ -329,6 +346,7 @@ def test_an_index_out_of_range_is_an_error_or_if_traced_makes_nan_of_its_example
             ValueError,
             r"running.mean has shape \(3,\); expected a leading axis of",
         ),
+        (dict(running="none"), TypeError, "running is a str; expected jbn.Moments"),
         (dict(index=None), ValueError, r"running.mean has shape \(4, 3\); expected \(3,\)"),
         (
             dict(running=jbn.init((4, 5))[1]),

@@ -1,9 +1,11 @@
 import jax
 import jax.numpy as jnp
-from numpy.testing import assert_array_equal
+import numpy as np
+from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
-from jbn._xla import decided_at_lowering
+from jbn._xla import _add_where as add_rows_elsewhere
+from jbn._xla import add_rows, decided_at_lowering, take_rows
 
 
 def product(target, options, x, factor):
@@ -31,3 +33,26 @@ def test_gradients_of_scale_and_bias_add_up_the_sums_over_ghost_batches():
 
     cost = jax.jit(step).lower(x, x, params).compile().cost_analysis()
     assert cost["bytes accessed"] / x.nbytes < 12.5  # 16 with sums of their own
+
+
+def test_rows_are_added_up_and_taken_by_index_on_every_platform_and_for_members_of_vmaps():
+    rng = np.random.RandomState(0)
+    rows, values = (jnp.asarray(rng.normal(size=(2, 3, n, 4)), jnp.float32) for n in (7, 5))
+    index = jnp.asarray(rng.randint(0, 6, (2, 3, 7)), jnp.int32)  # 5 is out of range
+    add = lambda rows, index: add_rows(rows, index, 5)
+    over = lambda f, *axes: jax.vmap(jax.vmap(f, axes), axes)
+    taken = over(take_rows, 0, 0)(values, index)
+    for i in np.ndindex(2, 3):
+        wanted = np.stack([rows[i][np.asarray(index[i]) == row].sum(0) for row in range(5)])
+        assert_allclose(over(add, 0, 0)(rows, index)[i], wanted, rtol=1e-5, atol=1e-6)
+        assert_allclose(add_rows_elsewhere(rows[i], index[i], number=5), wanted, rtol=1e-5, atol=1e-6)
+        assert_allclose(
+            taken[i], np.vstack([values[i], np.full((1, 4), np.nan)])[np.asarray(index[i])], rtol=1e-6
+        )
+    shared = over(add, 0, None)(rows, index[0, 0])
+    assert_allclose(shared[1, 2], add(rows[1, 2], index[0, 0]), rtol=1e-6)
+    row, value, one = rows[0, 0], values[0, 0], index[0, 0]
+    assert_allclose(
+        jax.vjp(lambda values: take_rows(values, one), value)[1](row)[0], add(row, one), rtol=1e-6
+    )
+    assert_allclose(jax.vjp(lambda rows: add(rows, one), row)[1](value)[0], take_rows(value, one), rtol=1e-6)

@@ -151,6 +151,37 @@ def test_weights_of_zero_hide_what_they_multiply(target, exact):
         assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "target, exact",
+    [
+        (TARGETS[2], True),
+        *(pytest.param(target, True, marks=pytest.mark.slow) for target in TARGETS if target != TARGETS[2]),
+        pytest.param(FAST, False, marks=pytest.mark.slow),
+    ],
+)
+def test_domains_far_from_each_other_are_measured_each_about_its_own_mean(target, exact):
+    index = np.arange(64) % 5 % 4  # of 6 domains
+    means = np.array([0, 1e4, -300, 7])
+    images = np.float32(STANDARD + means[index][:, None, None])
+    weights = np.float32(RNG.gamma(1.0, size=(64, 1, 1)))
+    shift = np.zeros((6, 3), np.float32)
+    shift[:4] = means[:, None] + 0.5  # near, as FAST needs it
+    for x, mask in (images, None), (images[:, 0], None), (images, weights):
+        reduced = tuple(range(x.ndim - 1))
+        count = []
+        if mask is not None:
+            sums = np.bincount(index, mask[:, 0, 0], 6)[:, None] * x.shape[1]
+            count = [mask, np.float32(sums)]
+        options = Options(mask is not None, reduced, exact, 0.0, 6)
+        mean, rest, var = map(np.asarray, on(target, options, x, *count, index.astype(np.int32), shift))
+        for domain in range(4):
+            rows = index == domain
+            wanted = reference.moments(x[rows], mask=None if mask is None else mask[rows])
+            assert_allclose(np.float64(mean[domain]) + rest[domain], wanted[0], rtol=1e-6, atol=1e-5)
+            assert_allclose(var[domain], wanted[1], rtol=3e-5)
+        assert_array_equal(var[4:], 0)
+
+
 @pytest.mark.slow
 def test_one_branch_serves_all_members_of_a_vmap():
     x = np.float32(np.stack([STANDARD, STANDARD + 1e3]))
