@@ -11,6 +11,8 @@ from scipy.stats import norm
 
 from tests.helpers.command import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = ROOT / "examples"
 OPTIONAL = {
     "libraries/with_equinox.py": "equinox",

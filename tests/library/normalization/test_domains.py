@@ -48,7 +48,12 @@ def of_domain(domain, params, running):
 # Values
 
 
-@pytest.mark.parametrize("batch", BATCHES)
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "batch", ["vectors", *(pytest.param(batch, marks=slow) for batch in list(BATCHES)[1:])]
+)
 def test_each_example_is_normalized_with_the_moments_of_its_domain_and_updates_them(batch):
     shape, axis = BATCHES[batch]
     x = random(shape)
@@ -56,9 +61,10 @@ def test_each_example_is_normalized_with_the_moments_of_its_domain_and_updates_t
     examples = next(a for a in range(x.ndim) if a not in axes)
     mask = np.expand_dims(GAMMA, [a for a in range(x.ndim) if a != examples])
     f = jax.jit(partial(train, axis=axis))
-    for by_domain in False, True:
+    weights_of_any_size = [np.float32(mask * 1e-35), np.float32(mask * 1e37)]
+    for by_domain, masks in (False, [None, *weights_of_any_size]), (True, [mask > 0.5]):
         params, running = state(tuple(shape[a] for a in axes), by_domain=by_domain)
-        for weights in None, mask > 0.5, np.float32(mask * 1e-35), np.float32(mask * 1e37):
+        for weights in masks:
             y, new = f(x, params, running, INDEX, mask=weights)
             for domain in PRESENT:
                 own = partial(examples_of, domain, axis=examples)
@@ -97,6 +103,7 @@ def test_one_index_for_all_is_a_call_of_that_domain():
             assert_array_equal(np.delete(leaf, int(domain), 0), np.delete(before, int(domain), 0))
 
 
+@slow
 def test_moments_are_exact_where_the_mean_is_large():
     for mean in 1e4, 1e6:
         x, (params, running) = random((11, 50, 3), mean=mean), state()
@@ -107,6 +114,7 @@ def test_moments_are_exact_where_the_mean_is_large():
             assert_allclose(new.mean[domain], of_domain[0], rtol=1e-7)
 
 
+@slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "complex64", "float64"])
 def test_dtypes(dtype, request):
     if dtype == "float64":
@@ -206,6 +214,7 @@ def test_options_are_those_of_a_call_for_each_domain(options):
     jax.tree.map(lambda a, b: assert_array_equal(a[1], b[1]), mixed, running)
 
 
+@slow
 def test_ghost_batches_have_moments_of_their_own_for_each_domain():
     x, (params, running) = random((11, 2, 3)), state()
     for mask in None, np.float32(GAMMA[:, None, None]):
@@ -219,6 +228,7 @@ def test_ghost_batches_have_moments_of_their_own_for_each_domain():
         jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5), new, whole)
 
 
+@slow
 def test_traced_mode_and_conditional_scale():
     x, (params, running) = random((11, 2, 3)), state()
     scales = np.float32(1 + np.arange(11)[:, None, None] * np.ones(3))
@@ -288,6 +298,7 @@ def test_every_derivative_is_that_of_a_call_for_each_domain(x64):
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-8, atol=1e-8), actual, wanted)
 
 
+@slow
 def test_members_of_a_vmap_have_indices_of_their_own_and_scan_carries_the_state():
     x, (params, running) = random((2, 11, 3)), state()
     indices = np.stack([INDEX, INDEX[::-1]])
