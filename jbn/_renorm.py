@@ -49,9 +49,11 @@ class renorm_limits:  # in lower case, like the rules, because users call it as 
       the modules.
 
     Raises:
+      TypeError: one of them is not a number.
       ValueError: `r_max` is below 1, or another of them is negative.
 
-    Reference: Ioffe 2017, "Batch Renormalization", section 4.1; Bhatt et al. 2024, "CrossQ", appendix.
+    Reference: Ioffe 2017, "Batch Renormalization", section 4; Bhatt et al. 2024, "CrossQ: Batch
+    Normalization in Deep Reinforcement Learning for Greater Sample Efficiency and Simplicity", and its code.
 
     >>> import jbn
     >>> limits = jbn.renorm_limits()

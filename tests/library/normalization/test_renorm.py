@@ -125,7 +125,7 @@ def test_limits_that_allow_no_correction_make_the_program_of_batch_norm():
 
 
 def test_traced_limits_that_allow_no_correction_change_no_bit():
-    """Of values and gradients to x; sums are in another order, or 0 has another sign, in those to scale."""
+    """Of outputs, running moments and all gradients, -0.0 included."""
 
     def both(f):
         value = lambda x, params: jnp.sum(f(x, params)[0] * TARGET.astype(np.float32))
