@@ -1,8 +1,10 @@
-"""The command: `python -m benchmarks [layers|models|inference|training|devices|recalibration|compiled]`."""
+"""The command: `python -m benchmarks [layers|models|...]`."""
 
 import argparse
 from importlib import import_module
 from pathlib import Path
+
+BENCHMARKS = "layers models inference training devices recalibration domains compiled"
 
 
 def main() -> None:
@@ -14,9 +16,10 @@ def main() -> None:
         "benchmark",
         nargs="?",
         default="layers",
-        choices=["layers", "models", "inference", "training", "devices", "recalibration", "compiled"],
+        choices=BENCHMARKS.split(),
         help="one layer (the default), ResNets, one with its norms folded, the training program, the cost of "
-        "many devices, a pass of recalibrate, or programs compiled for an H100 and a TPU v5e",
+        "many devices, a pass of recalibrate, batches of several domains, or programs compiled for "
+        "an H100 and a TPU v5e",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, and no speed")
     parser.add_argument(

@@ -102,8 +102,8 @@ def batch_norm(
         axis of domains, as `jbn.init((domains, features))[1]` has it, and scale and bias may have it. Each
         example is normalized with the moments of its own domain, and updates them, and a domain that the
         batch has no example of keeps its moments. The result is that of a call for each domain, in one pass.
-        An index that is out of range is an error, or makes NaN of its example where it is traced. With it,
-        moments are exact on a TPU too.
+        An index that is out of range is an error, or makes NaN of its example where it is traced. Scale and
+        bias of shape (domains, features) are by domain, even if `x` has that shape too.
 
     Returns:
       `y` in the shape of `x`, and the running moments in the shapes, dtypes and shardings of those given (the

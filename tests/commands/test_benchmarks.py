@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import __main__, devices, inference, layers, models, recalibration, resnet_jax
+from benchmarks import __main__, devices, domains, inference, layers, models, recalibration, resnet_jax
 from benchmarks.cases import Case
 from benchmarks.interleave import Measured, Worker, measure
 from benchmarks.report import layer_tables
@@ -36,7 +36,7 @@ class WorkerHere:
 @pytest.fixture
 def here(monkeypatch, standard_promotion):
     """Have workers measure in this process."""
-    for module in (layers, models, inference, devices, recalibration):
+    for module in (layers, models, inference, devices, recalibration, domains):
         monkeypatch.setattr(module, "Worker", WorkerHere)
         monkeypatch.setattr(module, "find_spec", lambda name: None, raising=False)  # PyTorch's is a process
 
@@ -108,6 +108,16 @@ def test_recalibration_is_measured_beside_evaluation(here, command):
     names = [f"{what}, {layer}.linen" for layer in ("flax", "jbn") for what in ("evaluate", "recalibrate")]
     assert list(record["candidates"]) == names
     assert all(each["median"] > 0 and name in printed for name, each in record["candidates"].items())
+
+
+@pytest.mark.slow
+def test_batches_of_several_domains_are_measured_beside_a_call_for_each(here, command, monkeypatch):
+    monkeypatch.setattr(domains, "DOMAINS", (2,))
+    printed, record = command("domains")
+    (case,) = record["cases"]
+    names = ["without domains", "domain=", "a call for each, split before", "a masked call for each"]
+    assert list(case["candidates"]) == names
+    assert all(each["median"] > 0 and name in printed for name, each in case["candidates"].items())
 
 
 def test_networks_are_shown_with_what_is_known_of_each(command, here, monkeypatch):
