@@ -1,6 +1,7 @@
 """`jbn.linen.override` gives any model's batch norms other options, and leaves nothing behind."""
 
 import threading
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -31,7 +32,7 @@ class Net(nn.Module):
 
 
 NET = Net()
-VARIABLES = NET.init(jax.random.key(0), X)
+VARIABLES = jax.jit(NET.init)(jax.random.key(0), X)
 
 
 def train(variables, x, model=NET):
@@ -67,9 +68,9 @@ def test_layers_are_those_made_with_the_options_bit_for_bit():
     ):
         other = by_hand(**options)
         with jbn.linen.override(**options):
-            variables = NET.init(jax.random.key(0), X)
+            variables = jax.jit(NET.init)(jax.random.key(0), X)
             actual = jax.jit(train)(variables, X)
-        assert_equal(variables, other.init(jax.random.key(0), X))
+        assert_equal(variables, jax.jit(other.init)(jax.random.key(0), X))
         assert_equal(actual, jax.jit(lambda v, x, other=other: train(v, x, other))(variables, X))
         if "update" not in options and "use_bias" not in options:
             assert_equal(variables, VARIABLES)
@@ -120,11 +121,12 @@ def test_layers_in_lifted_transforms():
         (nn.jit(nn.BatchNorm), (8, 4)),
         (nn.vmap(nn.BatchNorm, **EACH), (2, 8, 4)),
     ):
-        x, model = jnp.ones(shape), Net(norm)
-        variables = model.init(jax.random.key(0), x)
+        x, model = np.ones(shape, "float32"), Net(norm)
+        variables = jax.jit(model.init)(jax.random.key(0), x)
+        step = jax.jit(partial(model.apply, mutable=["batch_stats"]))
         for frozen in False, True, False:
             with jbn.linen.override(frozen=frozen):
-                _, updated = model.apply(variables, x, mutable=["batch_stats"])
+                _, updated = step(variables, x)
             assert np.all((updated["batch_stats"]["norm"]["var"] == 1) == frozen)
     Scanned = nn.scan(
         type("Step", (nn.Module,), {"__call__": nn.compact(lambda self, x, _: (Net(name="net")(x), None))}),
@@ -132,9 +134,9 @@ def test_layers_in_lifted_transforms():
         variable_axes={"params": 0, "batch_stats": 0},
         split_rngs={"params": True},
     )
-    variables = Scanned().init(jax.random.key(0), X, None)
+    variables = jax.jit(Scanned().init)(jax.random.key(0), X, None)
     with jbn.linen.override(frozen=True):
-        _, updated = Scanned().apply(variables, X, None, mutable=["batch_stats"])
+        _, updated = jax.jit(partial(Scanned().apply, mutable=["batch_stats"]))(variables, X, None)
     assert_equal(updated["batch_stats"], variables["batch_stats"])
 
 
@@ -142,11 +144,16 @@ def test_frozen_norms_of_somebody_elses_model_stay_while_its_other_layers_train(
     optimizer = optax.adam(0.1)
     params, stats = VARIABLES["params"], VARIABLES["batch_stats"]
     opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, stats, opt_state):
+        (_, updated), grads = train({"params": params, "batch_stats": stats}, X)
+        steps, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, steps), updated["batch_stats"], opt_state
+
     with jbn.linen.override(frozen=True):
         for _ in range(2):
-            (_, updated), grads = train({"params": params, "batch_stats": stats}, X)
-            steps, opt_state = optimizer.update(grads, opt_state)
-            params, stats = optax.apply_updates(params, steps), updated["batch_stats"]
+            params, stats, opt_state = step(params, stats, opt_state)
     assert_equal(params["norm"], VARIABLES["params"]["norm"])
     assert_equal(stats, VARIABLES["batch_stats"])
     assert np.all(params["dense"]["kernel"] != VARIABLES["params"]["dense"]["kernel"])
@@ -157,7 +164,7 @@ def test_recalibration_of_an_overridden_model():
     expected = X @ VARIABLES["params"]["dense"]["kernel"]
     options = {"use_running_average": True, "update": jbn.pooled(), "initial_count": 0}
     with jbn.linen.override(**options):
-        variables = NET.init(jax.random.key(0), X)
+        variables = jax.jit(NET.init)(jax.random.key(0), X)
         new = jbn.linen.recalibrate(NET.apply, variables, [X])["batch_stats"]["norm"]
         assert_array_equal(new["count"], np.full(4, 8))
         assert_allclose(new["var"], expected.var(0), rtol=1e-5)
@@ -183,9 +190,9 @@ class Called(nn.Module):
 def test_mode_that_is_given_in_the_call_is_overridden():
     for by_name in True, False:
         model = Called(by_name)
-        variables = model.init(jax.random.key(0), X)
+        variables = jax.jit(model.init)(jax.random.key(0), X)
         with jbn.linen.override(use_running_average=True):
-            assert_allclose(model.apply(variables, X), X, rtol=1e-4)
+            assert_allclose(jax.jit(model.apply)(variables, X), X, rtol=1e-4)
 
 
 def test_what_cannot_be_is_refused():

@@ -115,7 +115,7 @@ class AllCases(nn.Module):
 
 @pytest.mark.slow
 def test_layers_in_lifted_transforms():
-    variables = AllCases().init(jax.random.key(0), X)
+    variables = jax.jit(AllCases().init)(jax.random.key(0), X)
     new = jbn.linen.recalibrate(AllCases().apply, variables, [X])
     for case, (_, samples, kept) in CASES.items():
         mean, var = jax.tree.leaves(new["batch_stats"][case])
@@ -155,7 +155,7 @@ class Own(nn.BatchNorm):
 
 
 ROWS = X[0, :, 0]
-VARIABLES = Net().init(jax.random.key(0), ROWS)
+VARIABLES = jax.jit(Net().init)(jax.random.key(0), ROWS)
 EXPECTED = {"first": (ROWS.mean(0), ROWS.var(0)), "second": (np.zeros(4), np.full(4, 9))}
 
 
@@ -199,7 +199,7 @@ def test_ways_to_call_a_model():
 def test_what_nn_jit_has_compiled_in_one_measurement_is_measured_in_others():
     Jitted = nn.jit(Net)
     model = Case(lambda module, x: Jitted(name="net")(x))
-    variables = model.init(jax.random.key(0), ROWS)
+    variables = jax.jit(model.init)(jax.random.key(0), ROWS)
     for scale in 1, 2:
         apply = lambda v, x: model.apply(v, x)  # another function
         new = jbn.linen.recalibrate(apply, variables, [scale * ROWS])
@@ -224,7 +224,7 @@ class TrainsWhereMutable(nn.Module):
 
 def test_model_that_trains_where_its_statistics_are_mutable():
     model = TrainsWhereMutable((TrainsWhereMutable(),))
-    variables = model.init(jax.random.key(0), ROWS)
+    variables = jax.jit(model.init)(jax.random.key(0), ROWS)
     assert_array_equal(variables["batch_stats"]["second"]["var"], np.ones(4))
     new = jbn.linen.recalibrate(model.apply, variables, [ROWS])
     assert_allclose(new["batch_stats"]["layers_0"]["second"]["var"], 9 * ROWS.var(0), rtol=1e-5)
@@ -278,9 +278,9 @@ def test_what_cannot_be_measured_is_an_error():
         (nn.remat(Net)().apply, VARIABLES, r"such as nn.remat\(Net\); expected neither"),
         (lambda v, x: x, VARIABLES, "apply called no flax.linen.BatchNorm or jbn.linen.BatchNorm"),
         (model.apply, VARIABLES["params"], "variables is a dict without 'batch_stats'; expected what apply"),
-        (nn.Dense(3).apply, nn.Dense(3).init(key, ROWS), "variables is a dict without 'batch_stats'"),
-        (broadcast.apply, broadcast.init(key, ROWS), "'step/bn' is in a transform that broadcasts"),
-        (Case(while_loop).apply, Case(while_loop).init(key, ROWS), "'bn' is in a transform that broadcasts"),
+        (nn.Dense(3).apply, jax.jit(nn.Dense(3).init)(key, ROWS), "variables is a dict without 'batch_stats'"),
+        (broadcast.apply, jax.jit(broadcast.init)(key, ROWS), "'step/bn' is in a transform that broadcasts"),
+        (Case(while_loop).apply, jax.jit(Case(while_loop).init)(key, ROWS), "'bn' is in a transform that broadcasts"),
     ):
         with pytest.raises(ValueError, match=expected):
             jbn.linen.recalibrate(apply, variables, [ROWS])

@@ -63,7 +63,7 @@ class Linen:
 
     def __init__(self, norm=nn.BatchNorm, x=X[:2], **options):
         self.apply = LinenNet(norm, **options).apply
-        self.variables = LinenNet(norm).init(jax.random.key(0), {"x": x})
+        self.variables = jax.jit(LinenNet(norm).init)(jax.random.key(0), {"x": x})
 
     def recalibrate(self, batches, **options):
         variables = jbn.linen.recalibrate(self.apply, self.variables, batches, **options)
@@ -136,7 +136,7 @@ def test_nothing_is_lost_in_many_small_batches_with_a_large_mean(api):
     x = (1e4 + RNG.normal(size=(2000, 4))).astype("float32")
     norm = nn.BatchNorm(use_running_average=True)
     if api is Linen:
-        variables = norm.init(jax.random.key(0), x[:2])
+        variables = jax.jit(norm.init)(jax.random.key(0), x[:2])
         stats = jbn.linen.recalibrate(norm.apply, variables, np.split(x, 1000))["batch_stats"]
     else:
         model = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
