@@ -278,7 +278,7 @@ def _batch_norm(
     warn_if_single_value(x, axes, parts, over)
     traced = None if isinstance(train, bool | np.bool_) else jnp.asarray(train)
     if limits is not None and traced is not None:
-        limits = only_where(traced, limits)
+        limits = only_where(traced, limits)  # on a GPU sd / sd may be other than 1
     if limits is not None and discards_initial(update):
         limits = only_where(running.count > 0, limits)
     context = Context(running, weights, traced, limits, index)

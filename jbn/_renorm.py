@@ -139,7 +139,7 @@ def renormalize(
         return params
     wide = arithmetic_dtype(batch.mean, running.mean, *jax.tree.leaves(params))
     real = real_dtype(wide)
-    batch, running, limits = jax.lax.stop_gradient((batch, running, limits))
+    batch, limits = jax.lax.stop_gradient((batch, limits))
     r_max, d_max = (jnp.asarray(limit, real) for limit in limits)
     sd = lambda moments: jnp.sqrt(moments.var.astype(real) + epsilon)
     r = jnp.clip(sd(batch) / sd(running), 1 / r_max, r_max)
@@ -157,4 +157,4 @@ def _clip(d: jax.Array, most: jax.Array) -> jax.Array:
     if not jnp.iscomplexobj(d):
         return jnp.clip(d, -most, most)
     size = jnp.abs(d)
-    return jnp.where(size > most, d * (most / jnp.where(size > most, size, 1)).astype(d.dtype), d)
+    return jnp.where(size > most, d * (most / size).astype(d.dtype), d)

@@ -126,6 +126,18 @@ def test_schedule_that_is_set_later_is_refused_for_want_of_a_number_of_updates()
     ):
         layer(X)
     assert jbn.nnx.convert(layer)(X).shape == X.shape
+    assert jbn.nnx.convert(layer, renorm=[3, 5]).renorm == (3, 5)  # a list has no hash
+
+
+def test_traced_limits_of_nnx_are_data():
+    """A program that is found again is compared with its static attributes, and tracers have no equality."""
+
+    @jax.jit
+    def outputs(r_max):
+        call = nnx.jit(lambda layer: layer(X))
+        return [call(jbn.nnx.BatchNorm(3, renorm=(r_max, 0.5), rngs=nnx.Rngs(0))) for _ in range(2)]
+
+    assert_allclose(outputs(1.5), [expected(1.5, 0.5)] * 2, rtol=1e-5, atol=1e-5)
 
 
 # Transforms
