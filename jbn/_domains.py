@@ -4,6 +4,7 @@ Values per feature have a leading axis of domains then. The index of each exampl
 all examples' one (); None if there are no domains.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jbn._axes import other_axes
+from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._sharding import shard_axis_like
 from jbn._xla import add_rows, take_rows
 
@@ -90,14 +92,32 @@ class Sets(NamedTuple):
 
         return self._of_members(take, values)
 
-    def count_examples(self, dtype: np.dtype) -> jax.Array:
-        """Count the examples of each domain, (number,); all as one if they are of one domain."""
+    def size_of(self, x: jax.Array) -> jax.Array | int:
+        """Count the samples; an array if there are domains, or the size is symbolic, in `jax.export`."""
+        dtype, size = real_dtype(arithmetic_dtype(x)), math.prod(x.shape[axis] for axis in self.within)
+        features = x.ndim - len(self.reduced)
+        if self.index is None:
+            return size if isinstance(size, int) else jnp.full((1,) * features, size, dtype)
 
         def count(index, reduced):
             index = jnp.atleast_1d(index)
             return add_rows(jnp.ones_like(index, dtype), index, self.number)
 
-        return self._of_members(count)
+        examples = self._of_members(count)
+        return jnp.expand_dims(examples, range(examples.ndim, 1 + features)) * jnp.asarray(size, dtype)
+
+    def total_of(self, weights: jax.Array, x: jax.Array) -> jax.Array:
+        """Add up the weights of samples `x`; feature axes that share a weight keep size 1."""
+        weights = weights.astype(real_dtype(arithmetic_dtype(x)))
+        if self.index is not None and self.within != self.reduced:
+            # Weights that examples share are added up for each domain.
+            others = [axis for axis in range(x.ndim) if axis != self.reduced[0]]
+            weights = weights * jnp.expand_dims(jnp.ones_like(self.index, weights.dtype), others)
+        # A weight that is shared along an axis is summed once and multiplied: exact for more samples than
+        # float32 can count one by one.
+        size = math.prod(x.shape[axis] for axis in self.reduced if weights.shape[axis] == 1)
+        total = self.add_up(weights)
+        return total if isinstance(size, int) and size == 1 else total * jnp.asarray(size, total.dtype)
 
     def _of_members(self, f: Callable[..., jax.Array], *values: jax.Array) -> jax.Array:
         """Call `f(*values, index, reduced)`, for each of the members."""

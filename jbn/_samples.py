@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jbn._domains import Sets
-from jbn._dtypes import arithmetic_dtype, real_dtype, widen
+from jbn._dtypes import arithmetic_dtype, widen
 from jbn._merging import Merged, Part, Reduction, Samples, merge_parts, merge_shifted
 from jbn._weights import abs_squared, power_of_two, share_of, weigh, where_counted, where_finite
 from jbn._xla import Target, decided_at_lowering, members_first, prevent_cse, sum_together
@@ -38,13 +38,13 @@ def measure_samples(
     sets = _sets(options, index)
     given, unit = [], None
     if weights is None:
-        count = _size(x, sets)
+        count = sets.size_of(x)
     else:
-        count = _total(weights, x, sets)
+        count = sets.total_of(weights, x)
         if weights.dtype != bool:
             unit = _unit(count)
             weights = weights * sets.expand(1 / unit)
-            count = _total(weights, x, sets)
+            count = sets.total_of(weights, x)
         given = [weights, count]
     if index is not None:
         given.append(index)
@@ -96,7 +96,7 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
     | TPU, not `exact` | about 0 and about the running mean: the nearer to the mean | the same |
     | sharded by the compiler | about the running mean; if inexact, two passes | the same |
     | CPU, real samples | about 0; if inexact, about the mean just found | about 0; if inexact, two passes |
-    | any other | about a pilot mean | two passes |
+    | any other | about a pilot mean; vectors of several domains: two passes | two passes |
 
     CPUs add up fastest about 0. A pilot mean is that of a few samples; of a sharded array the compiler would
     send them to all devices. TPUs fuse sums into the matrix product that makes `x` if their shift is known
@@ -109,7 +109,7 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
     weighted, reduced, exact, epsilon, domains, members = options
     weights, count, index, shift = _given(options, given)
     sets = _sets(options, index)
-    count = _size(x, sets) if count is None else count
+    count = sets.size_of(x) if count is None else count
     shift = jnp.zeros((1,) * (x.ndim - len(reduced)), arithmetic_dtype(x)) if shift is None else shift
     platform, sharded = target or Target("cpu", False)
     reduction = _reduction_on(platform, sharded, x, options, sets)
@@ -213,7 +213,7 @@ def _pilot_of_domains(x: jax.Array, sets: Sets) -> jax.Array:
     sizes = [x.shape[axis] for axis in sets.within if isinstance(x.shape[axis], int)]
     some, taken = _middle(x, sets.within, min(64, max(math.prod(sizes) // 8, 1)))
     some = widen(some) * (1 / taken)
-    return sets.add_up(some) * share_of(jnp.asarray(_size(some, sets)) / taken, some)
+    return sets.add_up(some) * share_of(jnp.asarray(sets.size_of(some)) / taken, some)
 
 
 def _middle(x: jax.Array, axes: tuple[int, ...], needed: int) -> tuple[jax.Array, int]:
@@ -240,7 +240,7 @@ def _derivative(
     x = arrays[0]
     weights, count, index, _ = _given(options, arrays[1:])
     sets = _sets(options, index)
-    count = _size(x, sets) if count is None else count
+    count = sets.size_of(x) if count is None else count
     mean, mean_low, _ = results
     x, dx = (widen(where_counted(values, weights)) for values in (x, dx))
 
@@ -284,28 +284,3 @@ def _unit(count: jax.Array) -> jax.Array:
     """Return the unit of weights: 1 if their sum is of a usual size, else a power of two near it."""
     usual = (count == 0) | (count > 2.0**-60) & (count < 2.0**60)
     return jnp.where(usual, 1, power_of_two(count))
-
-
-def _size(x: jax.Array, sets: Sets) -> jax.Array | int:
-    """Count the samples; an array if there are domains, or the size is symbolic, in `jax.export`."""
-    dtype, size = real_dtype(arithmetic_dtype(x)), math.prod(x.shape[axis] for axis in sets.within)
-    features = x.ndim - len(sets.reduced)
-    if sets.index is not None:
-        examples = sets.count_examples(dtype)
-        return jnp.expand_dims(examples, range(examples.ndim, 1 + features)) * jnp.asarray(size, dtype)
-    return size if isinstance(size, int) else jnp.full((1,) * features, size, dtype)
-
-
-def _total(weights: jax.Array, x: jax.Array, sets: Sets) -> jax.Array:
-    """Add up the weights over some axes of `x`; feature axes that share a weight keep size 1."""
-    dtype = real_dtype(arithmetic_dtype(x))
-    weights = weights.astype(dtype)
-    if sets.index is not None and sets.within != sets.reduced:
-        # Weights that examples share are added up for each domain.
-        others = [axis for axis in range(x.ndim) if axis != sets.reduced[0]]
-        weights = weights * jnp.expand_dims(jnp.ones_like(sets.index, dtype), others)
-    # A weight that is shared along an axis is summed once and multiplied: exact for more samples than float32
-    # can count one by one.
-    size = math.prod(x.shape[axis] for axis in sets.reduced if weights.shape[axis] == 1)
-    count = sets.add_up(weights)
-    return count if isinstance(size, int) and size == 1 else count * jnp.asarray(size, dtype)

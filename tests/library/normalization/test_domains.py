@@ -353,6 +353,11 @@ def test_an_index_out_of_range_is_an_error_or_if_traced_makes_nan_of_its_example
         (dict(index=INDEX > 1), TypeError, "domain has dtype bool; expected integers"),
         (dict(index=INDEX[:5]), ValueError, r"domain has shape \(5,\); expected \(\) or \(11,\)"),
         (
+            dict(x=random((11, 5, 3)), index=INDEX[:5]),  # of positions
+            ValueError,
+            r"domain has shape \(5,\); expected \(\) or \(11,\)",
+        ),
+        (
             dict(running=jbn.init(3)[1]),
             ValueError,
             r"running.mean has shape \(3,\); expected a leading axis of",
