@@ -278,9 +278,17 @@ def test_what_cannot_be_measured_is_an_error():
         (nn.remat(Net)().apply, VARIABLES, r"such as nn.remat\(Net\); expected neither"),
         (lambda v, x: x, VARIABLES, "apply called no flax.linen.BatchNorm or jbn.linen.BatchNorm"),
         (model.apply, VARIABLES["params"], "variables is a dict without 'batch_stats'; expected what apply"),
-        (nn.Dense(3).apply, jax.jit(nn.Dense(3).init)(key, ROWS), "variables is a dict without 'batch_stats'"),
+        (
+            nn.Dense(3).apply,
+            jax.jit(nn.Dense(3).init)(key, ROWS),
+            "variables is a dict without 'batch_stats'",
+        ),
         (broadcast.apply, jax.jit(broadcast.init)(key, ROWS), "'step/bn' is in a transform that broadcasts"),
-        (Case(while_loop).apply, jax.jit(Case(while_loop).init)(key, ROWS), "'bn' is in a transform that broadcasts"),
+        (
+            Case(while_loop).apply,
+            jax.jit(Case(while_loop).init)(key, ROWS),
+            "'bn' is in a transform that broadcasts",
+        ),
     ):
         with pytest.raises(ValueError, match=expected):
             jbn.linen.recalibrate(apply, variables, [ROWS])
