@@ -57,7 +57,7 @@ def test_it_is_the_moments_of_both_sets_of_samples_where_the_prior_is_a_number_o
 def test_complex_moments_and_float64(x64):
     running = jbn.Moments(np.complex128([1j, 2, 3]), np.float64([1, 2, 3]))
     batch = BATCH._replace(mean=np.complex128([1, 2j, 3]))
-    blended = jbn.blend(running, batch, prior=np.float64(4))
+    blended = jax.jit(partial(jbn.blend, prior=np.float64(4)))(running, batch)
     n = np.float64(batch.count)
     w, d = n / (4 + n), batch.mean - running.mean
     assert_allclose(blended.mean, running.mean + w * d, rtol=1e-12)
