@@ -107,7 +107,7 @@ def test_options_that_make_no_sense_are_named():
                 layer(**options)
     layer = jbn.linen.BatchNorm(use_running_average=False)
     for call in partial(layer.init, jax.random.key(0)), jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)):
-        with pytest.raises(ValueError, match="a domain was given in the call of a BatchNorm with domains=N"):
+        with pytest.raises(ValueError, match="a domain was given in the call of a BatchNorm with"):
             call(X, domain=INDEX)
 
 

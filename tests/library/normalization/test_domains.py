@@ -142,6 +142,9 @@ def test_an_index_of_few_bits_reaches_all_that_it_can():
         new = jax.jit(partial(train, update=jbn.pooled()))(x, None, running, index)[1]
         assert_array_equal(np.flatnonzero(new.count[:, 0]), [0, 255])
         assert_allclose(new.mean[255], x[index == 255].mean(0), rtol=1e-5)
+    running = jbn.init((200, 3))[1]  # 200 is no int8
+    y, _ = jax.jit(partial(train, train=False))(x, None, running, np.int8([127, -1, 0, -128, 0, 1]))
+    assert_array_equal(np.isnan(y).all(1), [False, True, False, True, False, False])
 
 
 def test_what_is_not_finite_stays_in_its_domain_and_feature_and_what_is_masked_reaches_nothing():
@@ -319,7 +322,7 @@ def test_members_of_a_vmap_have_indices_of_their_own_and_scan_carries_the_state(
 
 
 def test_members_of_nested_vmaps_differ():
-    x, (params, running) = random((2, 2, 11, 3)), state()
+    x, (params, running) = random((2, 2, 11, 2, 3)), state()
     indices = np.stack([np.roll(INDEX, shift) for shift in range(4)]).reshape(2, 2, 11)
     both = jax.jit(jax.vmap(jax.vmap(train, (0, None, None, 0)), (0, None, None, 0)))
     y, _ = both(x, params, running, indices)
