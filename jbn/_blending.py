@@ -17,8 +17,7 @@ from jbn._dtypes import real_dtype
 from jbn._normalization import normalize_by
 from jbn._params import Params, split_affine
 from jbn._spelling import explain_names
-from jbn._statistics import Moments, measure, merge, multiply_by_unit, with_count_per_feature
-from jbn._weights import ratio
+from jbn._statistics import Moments, measure, merge, multiply_by_unit
 
 
 @explain_names
@@ -72,12 +71,12 @@ def blend(running: Moments, batch: Moments, *, prior: ArrayLike, between: bool =
     prior = jnp.broadcast_to(jnp.asarray(prior, real), shape)
     # Of no samples and none, those are the running moments.
     samples = jnp.where((prior == 0) & (jnp.asarray(batch.count) == 0), 1, prior)
-    merged = merge(running._replace(count=samples), batch)
+    parts = running._replace(count=samples), batch
     if between:
-        return merged
-    old, new = (jnp.asarray(part.var, merged.var.dtype) for part in (running, batch))
-    share = ratio(jnp.broadcast_to(jnp.asarray(batch.count, merged.count.dtype), old.shape), merged.count)
-    return merged._replace(var=(1 - share) * old + share * new)
+        return merge(*parts)
+    # The mean that values would have that are each part's variance.
+    variances = merge(*(part._replace(mean=part.var, var=jnp.zeros(shape, real)) for part in parts))
+    return merge(*parts)._replace(var=variances.mean)
 
 
 def normalize_blended(
@@ -99,7 +98,7 @@ def normalize_blended(
     A feature whose batch has moments that are not finite is normalized with the running ones.
     """
     axes, weights = feature_axes(x.ndim, axis), as_weights(mask, x)
-    running = with_count_per_feature(jax.lax.stop_gradient(running))
+    running = jax.lax.stop_gradient(running)
     index = None if domain is None else as_domain(domain, x, axes, running.mean.shape[0])
     over = named_axes(axis_name, axis_index_groups)
     batch = multiply_by_unit(*measure(x, axes, weights, over, shift=running.mean, domain=index))

@@ -92,6 +92,13 @@ def test_a_layer_with_domains_is_the_pure_function(flavour, affine_by_domain):
     jax.tree.map(assert_array_equal, kept, stats)
 
 
+def test_a_scale_from_outside_may_be_by_domain():
+    layer = jbn.nnx.BatchNorm(3, use_scale=False, domains=3, use_running_average=True, rngs=nnx.Rngs(0))
+    scales = np.arange(9, dtype=np.float32).reshape(3, 3)
+    y = nnx.jit(lambda layer, x: layer(x, scale=scales, domain=INDEX))(layer, X)
+    assert_close(y, X * scales[INDEX][:, None] / np.sqrt(1 + 1e-5))
+
+
 def test_options_that_make_no_sense_are_named():
     for options, error, message in [
         (dict(domains=0), ValueError, "domains=0; expected a number of domains >= 1"),
@@ -254,10 +261,20 @@ def test_a_batch_that_is_not_finite_or_empty_is_normalized_with_the_running_stat
     assert_array_equal(np.isnan(y), hit)
     assert_close(y[..., 1:], clean[..., 1:])
     assert_close(y[..., 0][~hit[..., 0]], spoilt[..., 0][~hit[..., 0]] / np.sqrt(1 + 1e-5))
+    spoilt[1, 1, 0] = 1e30  # whose square is no float32
+    assert_close(layer.infer(spoilt)[..., 0], spoilt[..., 0] / np.sqrt(1 + 1e-5))
     assert layer.infer(X[:0]).shape == (0, 4, 3)
     for prior in 0, 16:
         y = make(flavour, blend=prior).infer(X, mask=np.zeros((8, 1, 1), bool))
         assert_close(y, X / np.sqrt(1 + 1e-5))
+
+
+def test_evaluation_normalizes_once_and_has_no_gradient_to_the_running_statistics():
+    layer = Linen(jbn.linen.BatchNorm, X, jit=jax.jit, blend=16)
+    infer = partial(layer.call, layer.params, x=X, train=False)
+    assert str(jax.make_jaxpr(infer)(layer.stats)).count(" rsqrt") == 1
+    gradient = jax.jit(jax.grad(lambda stats: jnp.sum(infer(stats)[0] ** 3)))(layer.stats)
+    jax.tree.map(lambda leaf: assert_array_equal(leaf, np.zeros(3)), gradient)
 
 
 def test_domains_are_blended_each_with_its_own_samples():

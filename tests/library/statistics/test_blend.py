@@ -41,6 +41,19 @@ def test_without_a_prior_it_is_the_batch_where_that_has_samples():
         assert_array_equal(blended.var, [3, 2, 3])
 
 
+def test_what_a_batch_without_samples_holds_does_not_count():
+    empty = BATCH._replace(mean=np.float32([4, 5, np.nan]), var=np.float32([3, 2, np.nan]))
+    for between in True, False:
+        expected = jbn.blend(RUNNING, BATCH, prior=16, between=between)
+        jax.tree.map(assert_array_equal, jbn.blend(RUNNING, empty, prior=16, between=between), expected)
+
+
+def test_counts_whose_sum_overflows_keep_their_ratio():
+    one, three = (jbn.Moments(*np.float32([[4] * 3, [var] * 3, [3e38] * 3])) for var in (1, 3))
+    for between in True, False:
+        assert_allclose(jbn.blend(one, three, prior=3e38, between=between).var, 2, rtol=1e-6)
+
+
 def test_one_count_is_that_of_every_feature_and_that_of_the_running_moments_is_not_used():
     for count in np.float32(7), np.full(3, np.nan, np.float32):
         blended = jbn.blend(RUNNING._replace(count=count), BATCH._replace(count=16), prior=16)
