@@ -112,6 +112,9 @@ def test_options_that_make_no_sense_are_named():
         for layer in jbn.linen.BatchNorm, partial(jbn.nnx.BatchNorm, 3, rngs=nnx.Rngs(0)):
             with pytest.raises(error, match=message):
                 layer(**options)
+    options = dict(epsilon=0, blend=16, use_running_average=True, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"epsilon=0\.0; expected a number from"):
+        jbn.nnx.BatchNorm(3, **options)(X)
     layer = jbn.linen.BatchNorm(use_running_average=False)
     for call in partial(layer.init, jax.random.key(0)), jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)):
         with pytest.raises(ValueError, match="a domain was given in the call of a BatchNorm with"):
