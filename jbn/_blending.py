@@ -75,7 +75,7 @@ def blend(running: Moments, batch: Moments, *, prior: ArrayLike, between: bool =
     if between:
         return merge(*parts)
     # The mean that values would have that are each part's variance.
-    variances = merge(*(part._replace(mean=part.var, var=jnp.zeros(shape, real)) for part in parts))
+    variances = merge(*(part._replace(mean=part.var, var=jnp.zeros_like(part.var)) for part in parts))
     return merge(*parts)._replace(var=variances.mean)
 
 
