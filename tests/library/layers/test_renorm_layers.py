@@ -129,17 +129,28 @@ def test_schedule_that_is_set_later_is_refused_for_want_of_a_number_of_updates()
         layer(X)
     assert jbn.nnx.convert(layer)(X).shape == X.shape
     assert jbn.nnx.convert(layer, renorm=[3, 5]).renorm == (3, 5)  # a list has no hash
+    layer(X)
+    assert layer.num_updates[...] == 1  # limits that are not a schedule count nothing
 
 
-def test_traced_limits_of_nnx_are_data():
+def test_traced_options_of_nnx_are_data_however_they_are_set():
     """A program that is found again is compared with its static attributes, and tracers have no equality."""
+    made = lambda **options: jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+
+    def layers(r_max):
+        later = made()
+        later.set_attributes(renorm=[r_max, 0.5])
+        options = dict(renorm=(r_max, 0.5), momentum=r_max / 2, initial_count=r_max, blend=r_max)
+        converted = jbn.nnx.convert(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), **options)
+        back = jbn.nnx.convert(made(renorm=(r_max, 0.5)), renorm=lambda num_updates: (1.5, 0.5))
+        return made(renorm=(r_max, 0.5)), later, converted, back
 
     @jax.jit
     def outputs(r_max):
         call = nnx.jit(lambda layer: layer(X))
-        return [call(jbn.nnx.BatchNorm(3, renorm=(r_max, 0.5), rngs=nnx.Rngs(0))) for _ in range(2)]
+        return [call(layer) for layer in layers(r_max) + layers(r_max)]
 
-    assert_allclose(outputs(1.5), [expected(1.5, 0.5)] * 2, rtol=1e-5, atol=1e-5)
+    assert_allclose(outputs(1.5), [expected(1.5, 0.5)] * 8, rtol=1e-5, atol=1e-5)
 
 
 # Transforms
@@ -236,6 +247,7 @@ def test_tools_of_linen_keep_it():
     again = jbn.linen.recalibrate(ours.apply, variables, [X])
     assert again["batch_stats"]["layers_1"]["num_updates"] == 2
     assert jbn.linen.diagnose(ours.apply, variables, [X]).layers
+    again["batch_stats"]["layers_1"]["num_updates"] -= 1
     merged = jbn.merge_trees(variables["batch_stats"], again["batch_stats"], counts=[1, 2])["layers_1"]
     assert (merged["num_updates"], merged["num_updates"].dtype) == (2, np.int32)
     state = {
