@@ -56,7 +56,7 @@ def assert_measured_by_domain(mean, var, inputs):
 
 
 @both
-@pytest.mark.parametrize("affine_by_domain", [False, True])
+@pytest.mark.parametrize("affine_by_domain", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_layer_with_domains_is_the_pure_function(flavour, affine_by_domain):
     make_layer = partial(flavour, flavour.ours, X, domains=3, affine_by_domain=affine_by_domain, momentum=0.5)
     if flavour is Linen:  # whose init is a call
@@ -201,7 +201,14 @@ def test_trees_of_domains_are_merged_masked_and_converted():
 
 @both
 @pytest.mark.parametrize(
-    "options", [{}, dict(frozen=True), dict(virtual_batch_size=4), dict(renorm=(3.0, 5.0))]
+    "options",
+    [
+        {},
+        *(
+            pytest.param(options, marks=pytest.mark.slow)
+            for options in (dict(frozen=True), dict(virtual_batch_size=4), dict(renorm=(3.0, 5.0)))
+        ),
+    ],
 )
 def test_a_layer_that_blends_normalizes_with_running_and_batch(flavour, options):
     layer = make(flavour, blend=16, momentum=0.5, **options)
@@ -218,6 +225,7 @@ def test_a_layer_that_blends_normalizes_with_running_and_batch(flavour, options)
         jax.tree.map(assert_close, actual, expected)
 
 
+@pytest.mark.slow
 @both
 def test_blending_leaves_training_as_it_is_and_takes_what_the_call_gives(flavour):
     plain, blending = make(flavour), make(flavour, blend=16)
