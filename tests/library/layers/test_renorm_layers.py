@@ -140,7 +140,7 @@ def test_traced_options_of_nnx_are_data_however_they_are_set():
     def layers(r_max):
         later = made()
         later.set_attributes(renorm=[r_max, 0.5])
-        options = dict(renorm=(r_max, 0.5), momentum=r_max / 2, initial_count=np.ones(()), blend=r_max)
+        options = dict(renorm=(r_max, 0.5), momentum=r_max / 2, initial_count=np.ones(()), blend=2 * r_max)
         converted = jbn.nnx.convert(jbn.nnx.convert(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), **options)
         back = jbn.nnx.convert(made(renorm=(r_max, 0.5)), renorm=lambda num_updates: (1.5, 0.5))
         return made(renorm=(r_max, 0.5)), later, converted, back
