@@ -7,8 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 try:
@@ -212,9 +212,7 @@ class BatchNorm(nnx.Module):
         self.virtual_batch_size = virtual_batch_size
         self.initial_count = initial_count
         self.frozen = frozen
-        limits = as_renorm(renorm)
-        traced = isinstance(limits, tuple) and any(isinstance(limit, jax.core.Tracer) for limit in limits)
-        self.renorm: Sequence[ArrayLike] | Schedule | None = nnx.data(limits) if traced else limits
+        self.renorm = renorm
         self.domains = domains
         self.affine_by_domain = affine_by_domain
         self.blend = blend
@@ -237,6 +235,15 @@ class BatchNorm(nnx.Module):
         self.var = statistic("var", var_init)
         self.count = statistic("count") if counts(update) else nnx.data(None)
         self.num_updates = nnx.BatchStat(no_updates()) if counts_updates(self, True) else nnx.data(None)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep a number as data if it is an array, which has no equality, and as static if it is not."""
+        if name == "renorm":
+            value = as_renorm(value)  # of lists and arrays, what has a hash
+        if name in ("momentum", "initial_count", "renorm", "blend"):
+            is_array = any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(value))
+            value = nnx.data(value) if is_array else nnx.static(value)
+        super().__setattr__(name, value)
 
     @explain_names
     def __call__(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jbn._flax import as_renorm, check_options, counts, counts_updates, no_updates
+from jbn._flax import check_options, counts, counts_updates, no_updates
 from jbn._spelling import check_option_names
 from jbn.nnx._batch_norm import BatchNorm
 from jbn.nnx._measuring import batch_norms
@@ -83,7 +83,7 @@ def _all_options(layer: Any, options: dict[str, Any]) -> dict[str, Any]:
     has = lambda names: {name: getattr(layer, name, PARAMETERS[name].default) for name in names}
     made = has(OPTIONS) | options
     check_options(cast(Any, SimpleNamespace(**made, **has(["domains", "affine_by_domain"]))))
-    return made | {"renorm": as_renorm(made["renorm"])}
+    return made
 
 
 def _convert(layer: Any, options: dict[str, Any]) -> None:

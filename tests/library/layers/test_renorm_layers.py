@@ -38,15 +38,16 @@ def test_limits_are_pairs_of_numbers_of_any_type_or_traced(flavour):
         layer = flavour(flavour.ours, X, renorm=pair)
         assert layer.layer.renorm == (1.5, 0.5) and hash(layer.layer.renorm)
         assert "num_updates" not in layer.stats
-    y, stats = jax.jit(lambda: layer.call(layer.params, layer.stats, X, True))()
-    assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
-    mean, var, _ = reference.moments(X)
-    assert_allclose(stats["mean"], 0.01 * mean, rtol=1e-5)
-    of_limits = lambda *pair: flavour(flavour.ours, X, renorm=pair).call(layer.params, layer.stats, X, True)[
-        0
-    ]
-    assert_allclose(jax.jit(of_limits)(1.5, 0.5), wanted, rtol=1e-5, atol=1e-5)
-    inference = layer.call(layer.params, layer.stats, X, False)[0]
+
+    @jax.jit
+    def calls(*pair):
+        call = lambda layer, train: layer.call(layer.params, layer.stats, X, train)
+        return call(layer, True), call(flavour(flavour.ours, X, renorm=pair), True)[0], call(layer, False)[0]
+
+    (y, stats), of_traced, inference = calls(1.5, 0.5)
+    for outputs in y, of_traced:
+        assert_allclose(outputs, wanted, rtol=1e-5, atol=1e-5)
+    assert_allclose(stats["mean"], 0.01 * reference.moments(X)[0], rtol=1e-5)
     assert_allclose(inference, reference.normalize(X, ZERO, ONE), rtol=1e-5)
 
 
@@ -114,6 +115,7 @@ def test_what_is_no_limits_is_refused(flavour):
     layer = flavour(flavour.ours, X, renorm=lambda n: 3.0)
     with pytest.raises(TypeError, match=r"renorm=<function.* returned 3.0; expected a pair"):
         layer.train(X)
+    jax.eval_shape(lambda: layer.infer(X))  # asks for no limits
     with pytest.raises(TypeError, match=r"another library's name; expected renorm=\(rmax, dmax\)"):
         flavour(flavour.ours, X, renorm_clipping={})
 
@@ -127,17 +129,28 @@ def test_schedule_that_is_set_later_is_refused_for_want_of_a_number_of_updates()
         layer(X)
     assert jbn.nnx.convert(layer)(X).shape == X.shape
     assert jbn.nnx.convert(layer, renorm=[3, 5]).renorm == (3, 5)  # a list has no hash
+    layer(X)
+    assert layer.num_updates[...] == 1  # limits that are not a schedule count nothing
 
 
-def test_traced_limits_of_nnx_are_data():
+def test_traced_options_of_nnx_are_data_however_they_are_set():
     """A program that is found again is compared with its static attributes, and tracers have no equality."""
+    made = lambda **options: jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)
+
+    def layers(r_max):
+        later = made()
+        later.set_attributes(renorm=[r_max, 0.5])
+        options = dict(renorm=(r_max, 0.5), momentum=r_max / 2, initial_count=np.ones(()), blend=2 * r_max)
+        converted = jbn.nnx.convert(jbn.nnx.convert(nnx.BatchNorm(3, rngs=nnx.Rngs(0))), **options)
+        back = jbn.nnx.convert(made(renorm=(r_max, 0.5)), renorm=lambda num_updates: (1.5, 0.5))
+        return made(renorm=(r_max, 0.5)), later, converted, back
 
     @jax.jit
     def outputs(r_max):
         call = nnx.jit(lambda layer: layer(X))
-        return [call(jbn.nnx.BatchNorm(3, renorm=(r_max, 0.5), rngs=nnx.Rngs(0))) for _ in range(2)]
+        return [call(layer) for layer in layers(r_max) + layers(r_max)]
 
-    assert_allclose(outputs(1.5), [expected(1.5, 0.5)] * 2, rtol=1e-5, atol=1e-5)
+    assert_allclose(outputs(1.5), [expected(1.5, 0.5)] * 8, rtol=1e-5, atol=1e-5)
 
 
 # Transforms
@@ -158,9 +171,7 @@ def test_lifted_transforms_of_linen_count_each_layers_updates():
         (nn.vmap(Step, **axes)(), [2] * len(X)),
         (nn.remat(Step)(), 2),
     ):
-        variables = model.init(jax.random.key(0), X, None)
 
-        @jax.jit
         def step(variables, model=model):
             def loss(params):
                 (y, _), updated = model.apply(
@@ -170,8 +181,11 @@ def test_lifted_transforms_of_linen_count_each_layers_updates():
 
             return variables | jax.grad(loss, has_aux=True)(variables["params"])[1]
 
-        stats = step(step(variables))["batch_stats"]
-        assert_array_equal(jax.tree.leaves(stats["BatchNorm_0"]["num_updates"])[0], number)
+        @jax.jit
+        def trained(key, model=model, step=step):
+            return step(step(model.init(key, X, None)))["batch_stats"]["BatchNorm_0"]
+
+        assert_array_equal(trained(jax.random.key(0))["num_updates"], number)
 
 
 @pytest.mark.slow
@@ -198,6 +212,7 @@ def test_transforms_of_nnx_count_each_layers_updates():
 @both
 def test_number_of_updates_survives_checkpoints(flavour):
     layer, other = (make(flavour, renorm=growing) for _ in range(2))
+    other.step = layer.step  # compiled once
     layer.train(X)
     if flavour is NNX:
         nnx.update(other.layer, pickle.loads(pickle.dumps(nnx.state(layer.layer))))
@@ -217,17 +232,22 @@ def test_number_of_updates_survives_checkpoints(flavour):
 @pytest.mark.slow
 def test_tools_of_linen_keep_it():
     model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False)])
-    variables = model.init(jax.random.key(0), X)
-    with jbn.linen.override(renorm=growing):
-        _, updated = model.apply(variables, X, mutable=["batch_stats"])
-        y, updated = model.apply(variables | updated, X, mutable=["batch_stats"])
-    stats = updated["batch_stats"]["layers_1"]
-    assert stats["num_updates"] == 2
+
+    @jax.jit
+    def trained(key):
+        variables = model.init(key, X)
+        with jbn.linen.override(renorm=growing):
+            for _ in range(2):
+                variables |= model.apply(variables, X, mutable=["batch_stats"])[1]
+        return variables
+
+    variables = trained(jax.random.key(0))
+    assert variables["batch_stats"]["layers_1"]["num_updates"] == 2
     ours = nn.Sequential([nn.Dense(3), jbn.linen.BatchNorm(use_running_average=True, renorm=growing)])
-    variables = variables | updated
     again = jbn.linen.recalibrate(ours.apply, variables, [X])
     assert again["batch_stats"]["layers_1"]["num_updates"] == 2
     assert jbn.linen.diagnose(ours.apply, variables, [X]).layers
+    again["batch_stats"]["layers_1"]["num_updates"] -= 1
     merged = jbn.merge_trees(variables["batch_stats"], again["batch_stats"], counts=[1, 2])["layers_1"]
     assert (merged["num_updates"], merged["num_updates"].dtype) == (2, np.int32)
     state = {
