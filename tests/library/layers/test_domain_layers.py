@@ -244,12 +244,13 @@ def test_blending_leaves_training_as_it_is_and_takes_what_the_call_gives(flavour
 def test_a_batch_that_is_not_finite_or_empty_is_normalized_with_the_running_statistics(flavour):
     layer = make(flavour, blend=16)
     clean, spoilt = layer.infer(X), X.copy()
-    spoilt[1, 1, 0] = np.nan
+    spoilt[1, 1, 0], spoilt[2, 2, 1] = np.nan, 1e25  # whose square is infinite
     y = np.asarray(layer.infer(spoilt))
-    hit = np.isnan(spoilt)
-    assert_array_equal(np.isnan(y), hit)
-    assert_close(y[..., 1:], clean[..., 1:])
-    assert_close(y[..., 0][~hit[..., 0]], spoilt[..., 0][~hit[..., 0]] / np.sqrt(1 + 1e-5))
+    assert_array_equal(np.isnan(y), np.isnan(spoilt))
+    assert_close(y[..., 2], clean[..., 2])
+    assert_close(y[..., :2], spoilt[..., :2] / np.sqrt(1 + 1e-5))
+    hidden = layer.infer(spoilt, mask=np.abs(spoilt) < 1e25)  # acts as the mean
+    assert np.isfinite(hidden).all() and abs(hidden[1, 1, 0]) < 1e-6
     assert layer.infer(X[:0]).shape == (0, 4, 3)
     for prior in 0, 16:
         y = make(flavour, blend=prior).infer(X, mask=np.zeros((8, 1, 1), bool))
