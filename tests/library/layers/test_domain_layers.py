@@ -229,9 +229,12 @@ def test_a_layer_that_blends_normalizes_with_running_and_batch(flavour, options)
 @both
 def test_blending_leaves_training_as_it_is_and_takes_what_the_call_gives(flavour):
     plain, blending = make(flavour), make(flavour, blend=16)
-    jax.tree.map(
-        assert_array_equal, *(layer.step(layer.params, layer.stats, X, True) for layer in (plain, blending))
-    )
+    steps = [layer.step(layer.params, layer.stats, X, True) for layer in (plain, blending)]
+    jax.tree.map(assert_array_equal, *steps)
+    program = jax.make_jaxpr(lambda x: blending.call(blending.params, blending.stats, x, True))(X)
+    assert str(program).count("measure_on[") == 1
+    outputs = lambda stats: jnp.sum(blending.call(blending.params, stats, X, False)[0] ** 2)
+    jax.tree.map(lambda leaf: assert_array_equal(leaf, 0), jax.jit(jax.grad(outputs))(blending.stats))
     narrow = make(flavour, blend=16, dtype=jnp.bfloat16).infer(X)
     assert narrow.dtype == jnp.bfloat16
     assert_allclose(np.float32(narrow), blending.infer(X), rtol=2**-7, atol=2**-7)
