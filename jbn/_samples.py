@@ -96,7 +96,7 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
     | TPU, not `exact` | about 0 and about the running mean: the nearer to the mean | the same |
     | sharded by the compiler | about the running mean; if inexact, two passes | the same |
     | CPU, real samples | about 0; if inexact, about the mean just found | about 0; if inexact, two passes |
-    | any other | about a pilot mean, of vectors of several domains that of all | two passes |
+    | any other | about a pilot mean; vectors of several domains: two passes | two passes |
 
     CPUs add up fastest about 0. A pilot mean is that of a few samples; of a sharded array the compiler would
     send them to all devices. TPUs fuse sums into the matrix product that makes `x` if their shift is known
@@ -131,7 +131,8 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
         one_pass = about_zero(x)
         again = two_passes if weighted else lambda: shifted(where_finite(one_pass.mean_low), x)
         return jax.lax.cond(_is_exact(one_pass, epsilon), lambda: one_pass, again)
-    if weighted or x.size == 0:
+    # A pilot of vectors, each of a domain, would be all of them.
+    if weighted or x.size == 0 or (domains and not sets.within):
         return two_passes()
     return shifted(_pilot(x, reduced) if domains is None else _pilot_of_domains(x, sets), x)
 
