@@ -131,11 +131,10 @@ def measure_on(target: Target | None, options: Options, x: jax.Array, *given: ja
         one_pass = about_zero(x)
         again = two_passes if weighted else lambda: shifted(where_finite(one_pass.mean_low), x)
         return jax.lax.cond(_is_exact(one_pass, epsilon), lambda: one_pass, again)
-    if weighted or x.size == 0:
+    # A pilot of vectors, each of a domain, would be all of them.
+    if weighted or x.size == 0 or (domains and not sets.within):
         return two_passes()
-    if domains is None:
-        return shifted(_pilot(x, reduced), x)
-    return shifted(_pilot_of_domains(x, sets), x) if sets.within else two_passes()
+    return shifted(_pilot(x, reduced) if domains is None else _pilot_of_domains(x, sets), x)
 
 
 def _reduction_on(

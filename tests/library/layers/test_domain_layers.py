@@ -242,9 +242,12 @@ def test_a_layer_that_blends_normalizes_with_running_and_batch(flavour, options)
 @both
 def test_blending_leaves_training_as_it_is_and_takes_what_the_call_gives(flavour):
     plain, blending = make(flavour), make(flavour, blend=16)
-    jax.tree.map(
-        assert_array_equal, *(layer.step(layer.params, layer.stats, X, True) for layer in (plain, blending))
-    )
+    steps = [layer.step(layer.params, layer.stats, X, True) for layer in (plain, blending)]
+    jax.tree.map(assert_array_equal, *steps)
+    program = jax.make_jaxpr(lambda x: blending.call(blending.params, blending.stats, x, True))(X)
+    assert str(program).count("measure_on[") == 1
+    outputs = lambda stats: jnp.sum(blending.call(blending.params, stats, X, False)[0] ** 2)
+    jax.tree.map(lambda leaf: assert_array_equal(leaf, 0), jax.jit(jax.grad(outputs))(blending.stats))
     wanted = normalize_blended(X, (np.zeros(3), np.ones(3)))
     narrow = make(flavour, blend=16, dtype=jnp.bfloat16).infer(X)
     assert narrow.dtype == jnp.bfloat16
@@ -258,14 +261,13 @@ def test_blending_leaves_training_as_it_is_and_takes_what_the_call_gives(flavour
 def test_a_batch_that_is_not_finite_or_empty_is_normalized_with_the_running_statistics(flavour):
     layer = make(flavour, blend=16)
     clean, spoilt = layer.infer(X), X.copy()
-    spoilt[1, 1, 0] = np.nan
+    spoilt[1, 1, 0], spoilt[2, 2, 1] = np.nan, 1e25  # whose square is infinite
     y = np.asarray(layer.infer(spoilt))
-    hit = np.isnan(spoilt)
-    assert_array_equal(np.isnan(y), hit)
-    assert_close(y[..., 1:], clean[..., 1:])
-    assert_close(y[..., 0][~hit[..., 0]], spoilt[..., 0][~hit[..., 0]] / np.sqrt(1 + 1e-5))
-    spoilt[1, 1, 0] = 1e30  # whose square is no float32
-    assert_close(layer.infer(spoilt)[..., 0], spoilt[..., 0] / np.sqrt(1 + 1e-5))
+    assert_array_equal(np.isnan(y), np.isnan(spoilt))
+    assert_close(y[..., 2], clean[..., 2])
+    assert_close(y[..., :2], spoilt[..., :2] / np.sqrt(1 + 1e-5))
+    hidden = layer.infer(spoilt, mask=np.abs(spoilt) < 1e25)  # acts as the mean
+    assert np.isfinite(hidden).all() and abs(hidden[1, 1, 0]) < 1e-6
     assert layer.infer(X[:0]).shape == (0, 4, 3)
     for prior in 0, 16:
         y = make(flavour, blend=prior).infer(X, mask=np.zeros((8, 1, 1), bool))

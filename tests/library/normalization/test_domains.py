@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
+from jbn._domains import as_domain
 from tests.helpers import reference
 from tests.helpers.layers import random
 
@@ -138,6 +139,7 @@ def test_dtypes(dtype, request):
 def test_an_index_of_few_bits_reaches_all_that_it_can():
     x, index = random((6, 3)), np.uint8([255, 255, 0, 0, 255, 0])
     for domains in 256, 300:
+        assert as_domain(index, x, (1,), domains).dtype == jnp.int32
         running = jbn.init((domains, 3))[1]
         new = jax.jit(partial(train, update=jbn.pooled()))(x, None, running, index)[1]
         assert_array_equal(np.flatnonzero(new.count[:, 0]), [0, 255])
@@ -232,6 +234,15 @@ def test_ghost_batches_have_moments_of_their_own_for_each_domain():
 
 
 @slow
+def test_ghost_batches_are_cut_along_the_axis_of_the_examples():
+    x, running = random((3, 11, 2)), jbn.init((DOMAINS, FEATURES))[1]
+    y, _ = jax.jit(partial(train, axis=0, virtual_batch_size=6))(x, None, running, INDEX)
+    for part in np.array_split(np.arange(11), 2):
+        for domain in np.unique(INDEX[part]):
+            own = part[INDEX[part] == domain]
+            assert_allclose(y[:, own], reference.batch_norm(x[:, own], axis=0), atol=1e-4)
+
+
 def test_traced_mode_and_conditional_scale():
     x, (params, running) = random((11, 2, 3)), state()
     scales = np.float32(1 + np.arange(11)[:, None, None] * np.ones(3))
@@ -267,7 +278,8 @@ def test_gradients_are_those_of_float64_and_of_a_shared_scale_the_sum_over_domai
     mask = np.expand_dims(np.float32(GAMMA), tuple(range(1, x.ndim)))
     for by_domain, weights in (False, None), (True, mask):
         params, running = state(by_domain=by_domain)
-        f = partial(train, running=running, index=INDEX, mask=weights)
+        given = None if weights is None else weights * np.float32(1e35)
+        f = partial(train, running=running, index=INDEX, mask=given)
         dx, dparams = jax.jit(lambda *args, f=f: jax.vjp(f, *args)[1]((target, zeros)))(x, params)
         sums = [np.zeros(running.mean.shape) for _ in params]
         for domain in PRESENT:
@@ -322,7 +334,7 @@ def test_members_of_a_vmap_have_indices_of_their_own_and_scan_carries_the_state(
 
 
 def test_members_of_nested_vmaps_differ():
-    x, (params, running) = random((2, 2, 11, 2, 3)), state()
+    x, (params, running) = random((2, 2, 11, 5, 3)), state()
     indices = np.stack([np.roll(INDEX, shift) for shift in range(4)]).reshape(2, 2, 11)
     both = jax.jit(jax.vmap(jax.vmap(train, (0, None, None, 0)), (0, None, None, 0)))
     y, _ = both(x, params, running, indices)
