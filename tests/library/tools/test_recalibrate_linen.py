@@ -271,6 +271,7 @@ def test_what_cannot_be_measured_is_an_error():
     model, key = Net(), jax.random.key(0)
     train = lambda v, x: model.apply(v, x, train=True, rngs={"dropout": key}, mutable=["batch_stats"])
     broadcast = Case(partial(scan, variable_broadcast=("batch_stats", "params"), variable_carry=()))
+    made = lambda model: jax.jit(model.init)(key, ROWS)
     vmapped = lambda v, x: jax.vmap(lambda x: model.apply(v, x))(x)
     for apply, variables, expected in (
         (train, VARIABLES, "'first' has use_running_average=False, as in training; expected an apply"),
@@ -278,9 +279,9 @@ def test_what_cannot_be_measured_is_an_error():
         (nn.remat(Net)().apply, VARIABLES, r"such as nn.remat\(Net\); expected neither"),
         (lambda v, x: x, VARIABLES, "apply called no flax.linen.BatchNorm or jbn.linen.BatchNorm"),
         (model.apply, VARIABLES["params"], "variables is a dict without 'batch_stats'; expected what apply"),
-        (nn.Dense(3).apply, jax.jit(nn.Dense(3).init)(key, ROWS), "variables is a dict without 'batch_stats'"),
-        (broadcast.apply, jax.jit(broadcast.init)(key, ROWS), "'step/bn' is in a transform that broadcasts"),
-        (Case(while_loop).apply, jax.jit(Case(while_loop).init)(key, ROWS), "'bn' is in a transform that broadcasts"),
+        (nn.Dense(3).apply, made(nn.Dense(3)), "variables is a dict without 'batch_stats'"),
+        (broadcast.apply, made(broadcast), "'step/bn' is in a transform that broadcasts"),
+        (Case(while_loop).apply, made(Case(while_loop)), "'bn' is in a transform that broadcasts"),
     ):
         with pytest.raises(ValueError, match=expected):
             jbn.linen.recalibrate(apply, variables, [ROWS])
