@@ -25,6 +25,7 @@ _flags = ["--xla_backend_optimization_level=0", "--xla_cpu_parallel_codegen_spli
 if jax.__version_info__ < (0, 11):  # later ones have left only the emitters that take longer to compile
     _flags.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # which nobody reads in a test's program
 
 gc.set_threshold(20_000, 20)  # a twelfth of the time is spent on looking for cycles at the default
 

@@ -100,6 +100,7 @@ def broken_after_2(config, state, *arguments, **options):
     return train_steps(config, state, *arguments, **options)
 
 steps.train_steps = broken_after_2
+processes._watch._interval = 0.4  # seconds: who is gone is known after two beats
 processes.initialize = lambda config: None  # it is connected
 sys.exit(main(job("exception")))
 """

@@ -74,8 +74,9 @@ def test_statistics_are_the_pooled_ones_where_update_bn_averages_variances():
     # Which is too much behind a layer that has normalized each batch: there batches hardly differ.
     assert_allclose(theirs["var"] / ours["var"], np.full(16, BATCH / (BATCH - 1)), rtol=0.01)
 
+    @jax.jit
     def metrics(stats):
-        logits = jax.jit(Net().apply)({**variables, "batch_stats": stats}, x[TRAIN:])
+        logits = Net().apply({**variables, "batch_stats": stats}, x[TRAIN:])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels[TRAIN:]).mean()
         return [loss, (logits.argmax(-1) == labels[TRAIN:]).mean()]
 

@@ -237,7 +237,7 @@ def test_one_value_per_feature_is_named():
 
 @pytest.mark.slow
 def test_healthy_network_has_nothing_whatever_the_sizes_of_batches():
-    few, many = ((64, 1),), ((8, 40), (64, 1), (2, 100))
+    few, many = ((32, 1),), ((8, 40), (32, 1), (2, 100))
     for model, steps, of_training, sizes in (
         (HEALTHY, 300, 8, many),
         (HEALTHY, 200, 256, many),  # which compiles nothing more

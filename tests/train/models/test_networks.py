@@ -192,7 +192,9 @@ def test_networks_that_do_not_fit_are_refused_with_what_would(refusal):
 
 def test_networks_fold_into_those_without_norms_but_of_their_inputs():
     for name, norm in (("mlp", "renorm"), ("nnx_mlp", "renorm"), ("nnx_mlp", "flax"), ("cnn", "ghost")):
-        folds(make(name, norm=norm, norm_inputs=True))
+        network = make(name, norm=norm, norm_inputs=True)
+        folded, variables = folds(network)
+        assert hash(folded) == hash(network.fold(variables, IMAGES)[0])  # it can be a static argument
 
 
 @pytest.mark.slow
@@ -202,6 +204,7 @@ def test_residual_networks_fold_whole(name, norm):
 
 
 def folds(network):
+    """Check the network without its norms; return it, and the variables of the whole one."""
     draw = lambda leaf: jnp.asarray(np.random.RandomState(leaf.size).uniform(0.2, 1, leaf.shape), leaf.dtype)
     variables = jax.tree.map(draw, shapes(network))
     folded, kept = network.fold(variables, IMAGES)
@@ -209,4 +212,4 @@ def folds(network):
     whole, _ = jax.jit(partial(network.apply, train=False))(variables, IMAGES)
     actual, _ = jax.jit(partial(folded.apply, train=False))(kept, IMAGES)
     np.testing.assert_allclose(actual, whole, rtol=1e-5, atol=1e-5 * np.max(np.abs(whole)))
-    assert hash(folded) == hash(network.fold(variables, IMAGES)[0])  # it can be a static argument
+    return folded, variables

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from tests.helpers.groups import undrawn
 from tests.helpers.jobs import fit
 from train.__main__ import main
 from train.runs.summary import read_summary
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(monkeypatch):
+    """tests/commands/test_readme.py has a report with its charts."""
+    undrawn(monkeypatch)
 
 
 def diagnosed(config, capsys, *flags):
