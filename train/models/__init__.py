@@ -7,4 +7,5 @@ from train.models.frozen import learning as learning
 from train.models.network import Network as Network
 from train.models.network import Variables as Variables
 from train.models.norms import NORMS as NORMS
+from train.models.norms import NormKind as NormKind
 from train.models.norms import running_rule as running_rule

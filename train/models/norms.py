@@ -53,36 +53,20 @@ def _no_layer(*_: Any, **__: Any) -> Layer:
     return _identity
 
 
+def _ours(options: Callable[["Norm"], dict[str, Any]]) -> NormKind:
+    both = jbn.linen.BatchNorm, jbn.nnx.BatchNorm
+    return NormKind(*both, options, has_bias=True, over_batch=True, pools=True)
+
+
 # Mean and variance are, in `batch` and `flax`, those of each feature over the batch and the positions of
 # images; in `renorm` likewise, corrected towards the running ones; in `ghost` over parts of the batch; in
-# `layer` those of each example and position over the
-# features, as in Flax by default; in `group` those of each example over positions and a group of features.
+# `layer` those of each example and position over the features, as in Flax by default; in `group` those of each
+# example over positions and a group of features.
 NORMS: dict[NormName, NormKind] = {
     "none": NormKind(_no_layer, _no_layer),
-    "batch": NormKind(
-        jbn.linen.BatchNorm,
-        jbn.nnx.BatchNorm,
-        lambda norm: {"update": norm.rule},
-        has_bias=True,
-        over_batch=True,
-        pools=True,
-    ),
-    "renorm": NormKind(
-        jbn.linen.BatchNorm,
-        jbn.nnx.BatchNorm,
-        lambda norm: {"update": norm.rule, "renorm": norm.limits},
-        has_bias=True,
-        over_batch=True,
-        pools=True,
-    ),
-    "ghost": NormKind(
-        jbn.linen.BatchNorm,
-        jbn.nnx.BatchNorm,
-        lambda norm: {"update": norm.rule, "virtual_batch_size": norm.config.virtual_batch_size},
-        has_bias=True,
-        over_batch=True,
-        pools=True,
-    ),
+    "batch": _ours(lambda norm: {"update": norm.rule}),
+    "renorm": _ours(lambda norm: {"update": norm.rule, "renorm": norm.limits}),
+    "ghost": _ours(lambda norm: {"update": norm.rule, "virtual_batch_size": norm.config.virtual_batch_size}),
     "flax": NormKind(
         nn.BatchNorm,
         nnx.BatchNorm,

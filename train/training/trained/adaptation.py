@@ -17,11 +17,11 @@ from train.config import Model, RenderingName
 from train.data import Preprocessing, Split, render
 from train.data.renderings import check_range
 from train.errors import UserError
-from train.models import NORMS, Variables
+from train.models import Variables
 from train.runs import directory, processes
 from train.runs.files import write_json
 from train.training.losses import Sums, add_up
-from train.training.trained.evaluation import TrainedRun, load_best
+from train.training.trained.evaluation import TrainedRun, check_norm, load_best
 from train.training.trained.serving import test_split
 
 AT_ONCE = 512  # examples, or one batch of more
@@ -48,12 +48,8 @@ def adapt(
       UserError: an argument is out of range, the run has no batch norm or no images, or `evaluate` raises it.
     """
     config = directory.read_config(run_dir)
-    if not NORMS[config.model.norm].pools:
-        having = " or ".join(repr(name) for name in NORMS if NORMS[name].pools)
-        raise UserError(
-            f"'{run_dir}': expected a run with model.norm = {having}, whose statistics can be blended with a "
-            f"batch's, got {config.model.norm!r}."
-        )
+    having = "whose statistics can be blended with a batch's"
+    check_norm(run_dir, config, lambda kind: kind.pools, having)
     if not 0 <= prior < float("inf"):
         raise UserError(f"--prior: expected a number of examples >= 0, got {prior:g}.")
     for key, values in (("--shifts", shifts), ("--batch-sizes", batch_sizes)):

@@ -8,11 +8,10 @@ import jax
 from jbn.inspection import Diagnosis
 from train import data
 from train.data import render_mixed
-from train.errors import UserError
 from train.models import NORMS
 from train.runs import directory, processes
 from train.runs.files import write_json
-from train.training.trained.evaluation import load_best
+from train.training.trained.evaluation import check_norm, load_best
 from train.training.trained.serving import test_split
 
 # What to do, in the keys of a config, where the library says it in calls; of a kind of finding.
@@ -38,12 +37,8 @@ def diagnose(run_dir: Path, path: str | None = None) -> Diagnosis:
       UserError: the run has no running statistics, or `evaluate` raises it.
     """
     config = directory.read_config(run_dir)
-    if not NORMS[config.model.norm].over_batch:
-        having = " or ".join(repr(name) for name in NORMS if NORMS[name].over_batch)
-        raise UserError(
-            f"'{run_dir}': expected a run with model.norm = {having}, which has running statistics to "
-            f"diagnose, got {config.model.norm!r}."
-        )
+    having = "which has running statistics to diagnose"
+    check_norm(run_dir, config, lambda kind: kind.over_batch, having)
     run = load_best(run_dir)
     _, split = test_split(run, run_dir, path)
     network, loss, mesh, variables, preprocessing = run.trained

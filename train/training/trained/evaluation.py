@@ -1,7 +1,7 @@
 """Evaluation over a split, and the best checkpoint of a run to do it with."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from train import models
 from train.config import Config, Data, RenderingName
 from train.data import Description, Preprocessing, Split, eval_batches, render
 from train.errors import UserError
-from train.models import NORMS, Network, Variables
+from train.models import NORMS, Network, NormKind, Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import Checkpoints, open_recalibrated
 from train.training import losses
@@ -23,6 +23,15 @@ from train.training.losses import Loss, Metrics, Sums
 from train.training.steps import eval_step
 
 EVAL_BATCH = 512  # examples on each device, so that the number of devices cannot change the results
+
+
+def check_norm(run_dir: Path, config: Config, fits: Callable[[NormKind], bool], having: str) -> None:
+    """Raise a UserError unless a run has a norm that fits; `having` says what such a norm has."""
+    if not fits(NORMS[config.model.norm]):
+        names = " or ".join(repr(name) for name, kind in NORMS.items() if fits(kind))
+        raise UserError(
+            f"'{run_dir}': expected a run with model.norm = {names}, {having}, got {config.model.norm!r}."
+        )
 
 
 class TrainedNetwork(NamedTuple):

@@ -17,15 +17,14 @@ import jbn
 from train import data, models
 from train.config import RenderingName
 from train.data import Dataset, Preprocessing, Split, render_mixed
-from train.errors import UserError
-from train.models import NORMS, Network, Variables
+from train.models import Network, Variables
 from train.runs import directory, processes
 from train.runs.checkpoints import RECALIBRATED, Checkpoints
 from train.runs.files import write_json
 from train.runs.summary import read_summary
 from train.training.job import load_data
 from train.training.steps import update_statistics, without_counts
-from train.training.trained.evaluation import TrainedNetwork, TrainedRun, data_at, load_best
+from train.training.trained.evaluation import TrainedNetwork, TrainedRun, check_norm, data_at, load_best
 
 
 def recalibrate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
@@ -39,12 +38,7 @@ def recalibrate(run_dir: Path, path: str | None = None) -> dict[str, Any]:
         or another process trains it.
     """
     config = directory.read_config(run_dir)
-    if not NORMS[config.model.norm].pools:
-        pooling = " or ".join(repr(name) for name in NORMS if NORMS[name].pools)
-        raise UserError(
-            f"'{run_dir}': expected a run with model.norm = {pooling}, whose running statistics can be "
-            f"pooled, got {config.model.norm!r}."
-        )
+    check_norm(run_dir, config, lambda kind: kind.pools, "whose running statistics can be pooled")
     with directory.created_and_locked(run_dir):
         best = load_best(run_dir, recalibrated=False)
         dataset = load_data(dataclasses.replace(config, data=data_at(config.data, path)), run_dir)
