@@ -60,8 +60,8 @@ def _ours(options: Callable[["Norm"], dict[str, Any]]) -> NormKind:
 
 # Mean and variance are, in `batch` and `flax`, those of each feature over the batch and the positions of
 # images; in `renorm` likewise, corrected towards the running ones; in `ghost` over parts of the batch; in
-# `layer` those of each example and position over the features, as in Flax by default; in `group` those of each
-# example over positions and a group of features.
+# `layer` those of each example and position over the features, as in Flax by default; in `group` those of
+# each example over positions and a group of features.
 NORMS: dict[NormName, NormKind] = {
     "none": NormKind(_no_layer, _no_layer),
     "batch": _ours(lambda norm: {"update": norm.rule}),
