@@ -1,6 +1,7 @@
 """The layer."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY
 from functools import partial
 
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike
 
 try:
     import flax.linen as nn
-    from flax.errors import ModifyScopeVariableError
+    from flax.errors import ModifyScopeVariableError, ScopeVariableNotFoundError
     from flax.typing import Dtype, Initializer
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "flax":  # Flax is there, and lacks something itself
@@ -226,7 +227,11 @@ class BatchNorm(nn.Module):
             make = lambda: initial_statistic(
                 self, name, shape, kept, initializer, partial(self.make_rng, "params")
             )
-            return self.variable("batch_stats", name, make)
+            return variable(name, make)
+
+        def variable(name, make):
+            with nullcontext() if train is False else add_note_to(ScopeVariableNotFoundError, IMMUTABLE):
+                return self.variable("batch_stats", name, make)
 
         learnt_scale = param("scale", self.scale_init) if self.use_scale else None
         learnt_bias = param("bias", self.bias_init) if self.use_bias else None
@@ -241,7 +246,7 @@ class BatchNorm(nn.Module):
         stats = {name: statistic(name) for name in needed}
         num_updates, has_updates = None, self.has_variable("batch_stats", "num_updates")
         if counts_updates(self, initializing or train) or (callable(self.renorm) and has_updates):
-            num_updates = self.variable("batch_stats", "num_updates", no_updates)
+            num_updates = variable("num_updates", no_updates)
         dtype = promoted_dtype(self, x, *jax.tree.leaves(params))
         x = as_inexact(x)
         running = running_moments({name: stat.value for name, stat in stats.items()}, shape)

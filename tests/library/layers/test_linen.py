@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound
+from flax.errors import ModifyScopeVariableError, ScopeCollectionNotFound, ScopeVariableNotFoundError
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
@@ -79,6 +79,10 @@ def test_inference_needs_no_mutable_collection_and_training_says_what_to_pass():
     with pytest.raises(ModifyScopeVariableError) as raised:
         layer.apply(variables, X, use_running_average=False)
     assert 'mutable=["batch_stats"]' in raised.value.__notes__[0]
+    for option in dict(update=jbn.cumulative()), dict(renorm=jbn.renorm_limits()):  # have a variable more
+        with pytest.raises(ScopeVariableNotFoundError) as raised:
+            jbn.linen.BatchNorm(**option).apply(variables, X, use_running_average=False)
+        assert 'mutable=["batch_stats"]' in raised.value.__notes__[0]
     frozen = jbn.linen.BatchNorm(frozen=True)
     assert frozen.apply(variables, X, use_running_average=False).shape == X.shape
 
