@@ -50,7 +50,7 @@ def diagnose(apply: Apply, variables: Any, batches: Iterable[Any], *, loss: Loss
         through only once.
       TypeError: `apply` is no function.
 
-    Reference: docs/diagnose.md.
+    Reference: docs/evaluation/diagnose.md.
 
     >>> import flax.linen as nn, jax, jbn.linen
     >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=True)])

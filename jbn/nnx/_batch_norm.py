@@ -128,7 +128,7 @@ class BatchNorm(nnx.Module):
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient. `model.set_attributes(frozen=True)` freezes all layers of a model. An
         optimizer with weight decay, or with momentum from before, moves them all the same:
-        docs/override_and_convert.md.
+        docs/weights/override_and_convert.md.
       renorm: batch renormalization (`jbn.batch_renorm`): the limits `(r_max, d_max)`, numbers or traced
         scalars, or a function of the number of updates so far that returns them, such as
         `jbn.renorm_limits()`. With a function, the layer has one more `nnx.BatchStat`, `num_updates`, an

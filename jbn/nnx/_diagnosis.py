@@ -49,7 +49,7 @@ def diagnose(
       ValueError: there are no batches, or no batch norm was called; or with a loss, `batches` can be gone
         through only once.
 
-    Reference: docs/diagnose.md.
+    Reference: docs/evaluation/diagnose.md.
 
     >>> import jax, jbn.nnx
     >>> from flax import nnx

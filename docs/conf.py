@@ -1,0 +1,29 @@
+"""Sphinx's configuration: `sphinx-build -W docs build/site`."""
+
+import sys
+from pathlib import Path
+
+import jbn
+
+DOCS = Path(__file__).parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS / "_sphinx")]
+
+project = "jbn"
+author = "The developers of jbn"
+release = version = jbn.__version__
+html_theme = "sphinx_book_theme"
+html_title = "jbn"
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.doctest",
+    "sphinx.ext.intersphinx",
+]
+exclude_patterns = ["_sphinx"]
+
+# Notebooks are shown as they were run last; the tests run them.
+nb_execution_mode = "off"
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
