@@ -13,6 +13,7 @@ author = "The developers of jbn"
 release = version = jbn.__version__
 html_theme = "sphinx_book_theme"
 html_title = "jbn"
+html_theme_options = {"navbar_persistent": [], "show_toc_level": 2}
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
@@ -20,6 +21,9 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.doctest",
     "sphinx.ext.intersphinx",
+    "docstrings",
+    "keys",
+    "references",
 ]
 exclude_patterns = ["_sphinx"]
 
@@ -27,3 +31,7 @@ exclude_patterns = ["_sphinx"]
 nb_execution_mode = "off"
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
+
+default_role = "literal"
+autodoc_typehints = "none"
+autodoc_member_order = "bysource"

@@ -29,7 +29,7 @@ def load_torch(
     | what | there | here |
     |---|---|---|
     | epsilon of batch norm: PyTorch, most of timm | 1e-5 | 1e-5, the default |
-    | of weights made by TensorFlow: timm's tf_*, Inception | 1e-3 | `epsilon=1e-3` |
+    | of weights made by TensorFlow: timm's `tf_*`, Inception | 1e-3 | `epsilon=1e-3` |
     | momentum: PyTorch, most of timm | 0.1 | `momentum=0.9` |
     | of networks that follow TensorFlow's training | 0.01 | 0.99, the default |
     | running variance: Bessel's, n/(n-1) * var | always | `update=jbn.ema(0.9, unbiased=True)` |

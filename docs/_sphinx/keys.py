@@ -1,0 +1,51 @@
+"""The directive `{keys} Model`: every key of a class of train.config.schema, with what its source says of it."""
+
+import ast
+import inspect
+import json
+from dataclasses import MISSING, fields
+from typing import Literal, get_args, get_origin
+
+from sphinx.util.docutils import SphinxDirective
+
+from train.config import schema
+
+
+def descriptions(cls: type) -> dict[str, str]:
+    """Collect the string under each field."""
+    (body,) = ast.parse(inspect.getsource(cls)).body
+    pairs = zip(body.body, body.body[1:])
+    return {
+        field.target.id: " ".join(text.value.value.split())
+        for field, text in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def choices(annotation) -> str:
+    names = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return " One of " + ", ".join(f"`{name}`" for name in names) + "." if names else ""
+
+
+def toml(value) -> str:
+    return "" if value is None else f"`{json.dumps(value)}`"
+
+
+class Keys(SphinxDirective):
+    required_arguments = 1
+
+    def run(self):
+        cls = getattr(schema, self.arguments[0])
+        prefix = "" if cls is schema.Config else cls.__name__.lower() + "."
+        text = descriptions(cls)
+        rows = ["| key | default | what it is |", "|---|---|---|"]
+        for field in fields(cls):
+            if field.name in text:
+                default = "required" if field.default is MISSING else toml(field.default)
+                rows.append(f"| `{prefix}{field.name}` | {default} | {text[field.name]}{choices(field.type)} |")
+        return self.parse_text_to_nodes("\n".join(rows))
+
+
+def setup(app) -> dict[str, bool]:
+    app.add_directive("keys", Keys)
+    return {"parallel_read_safe": True}
