@@ -1,4 +1,4 @@
-"""The directive `{keys} Model`: the keys of a class of train.config.schema, and what its source says of them."""
+"""The directive `{keys} Model`: the keys of a class of train.config.schema, as its source describes them."""
 
 import ast
 import inspect
@@ -23,12 +23,12 @@ def descriptions(cls: type) -> dict[str, str]:
 
 
 def choices(annotation) -> str:
-    many = get_origin(annotation) is tuple
-    one = get_args(annotation)[0] if many else annotation
-    names = get_args(one) if get_origin(one) is Literal else ()
-    return (
-        f" {'Any' if many else 'One'} of " + ", ".join(f"`{name}`" for name in names) + "." if names else ""
+    first, annotation = (
+        ("Any", get_args(annotation)[0]) if get_origin(annotation) is tuple else ("One", annotation)
     )
+    if get_origin(annotation) is not Literal:
+        return ""
+    return f" {first} of {', '.join(f'`{name}`' for name in get_args(annotation))}."
 
 
 def toml(value) -> str:
