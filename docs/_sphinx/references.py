@@ -7,7 +7,10 @@ from sphinx import addnodes
 
 NAME = re.compile(r"(?:jbn|jax|flax|optax)(?:\.\w+)+")
 
-PAGES = {"../../benchmarks/README.md": "../theory/all_benchmarks.md", "../../examples/README.md": "../usage/recipes.md"}
+PAGES = {
+    "../../benchmarks/README.md": "../theory/all_benchmarks.md",
+    "../../examples/README.md": "../usage/recipes.md",
+}
 
 
 def link_pages(app, docname, source: list[str]) -> None:
@@ -19,7 +22,8 @@ def link_names(app, doctree) -> None:
     for literal in list(doctree.findall(nodes.literal)):
         name = NAME.match(literal.astext())
         if name and not isinstance(literal.parent, (nodes.reference, addnodes.pending_xref)):
-            reference = addnodes.pending_xref("", refdomain="py", reftype="obj", reftarget=name[0], refwarn=False)
+            target = {"refdomain": "py", "reftype": "obj", "reftarget": name[0]}
+            reference = addnodes.pending_xref("", refwarn=False, **target)
             literal.replace_self(reference)
             reference += literal
 
