@@ -126,6 +126,7 @@ def test_bad_names_and_groups_are_named():
                 jax.vmap(call, axis_name="i")(x)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 8, 2), reason="JAX fails later, outside of the layer")
 def test_vmap_axis_in_a_checked_shard_map_names_the_way_out():
     x, (params, running) = random(SHAPE), layer(3)
     for f in per_example(["i"]), per_example(["i"], over=("i", "a")):

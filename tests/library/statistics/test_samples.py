@@ -81,6 +81,7 @@ def test_moments_are_those_of_float64_whatever_the_shift(target, dtype):
 @pytest.mark.parametrize("weights", [None, np.ones((64, 48, 1), np.float32)], ids=["", "with weights"])
 def test_moments_about_the_nearer_of_zero_and_the_shift_are_within_the_stated_bound(weights):
     """(error of the variance / var) <= 4 roundings * (1 + (mean - nearer)^2 / var), cold, warm and misled."""
+    roundings = 4 if jax.__version_info__ >= (0, 10, 2) else 10  # before, XLA adds up one by one on CPUs
     for distance in 0.0, 1.0, 30.0, 1e3, 1e5:
         x = np.float32(STANDARD + [distance, -distance, 0])
         expected_mean, expected_var, _ = reference.moments(x)
@@ -89,12 +90,12 @@ def test_moments_about_the_nearer_of_zero_and_the_shift_are_within_the_stated_bo
             nearest = np.fmin(np.abs(expected_mean), np.abs(expected_mean - shift))
             mean, var = measured(FAST, x, weights, shift=shift, exact=False)
             assert np.all(var >= 0)
-            error, bound = np.abs(var / expected_var - 1), 4 * EPS * (1 + nearest**2 / expected_var)
+            error, bound = np.abs(var / expected_var - 1), roundings * EPS * (1 + nearest**2 / expected_var)
             assert np.all(error <= np.minimum(bound, 1e9)), (distance, shift)
             assert np.all(np.abs(mean - expected_mean) <= 8 * EPS * (1 + np.abs(expected_mean) + nearest))
             worst.append(np.abs(var - expected_var).max())
         # Misled or not, they are never worse than about zero.
-        assert max(worst) <= 2 * worst[0] + 8 * EPS * expected_var.max(), distance
+        assert max(worst) <= roundings / 2 * worst[0] + 8 * EPS * expected_var.max(), distance
 
 
 @pytest.mark.slow
