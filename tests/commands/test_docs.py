@@ -1,4 +1,4 @@
-"""Every code block of the README and of the pages in docs/ runs, in their order, as a stranger would run it."""
+"""Every code block of the README and of the pages in docs/ runs, in their order, as a stranger would."""
 
 import json
 import re
