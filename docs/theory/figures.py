@@ -1,28 +1,36 @@
 """Draw the pictures of these pages and of the README: `python docs/theory/figures.py RUNS`.
 
-RUNS has the runs of these lines (an hour on two cores; `--seeds 1` draws the same curves of training):
+RUNS has what these lines make, half an hour on two cores. Curves are those of the first seed.
 
-    M="--data.path mnist.npz"
-    python -m train compare configs/paper_mnist.toml configs/paper_mnist_bn.toml configs/paper_mnist_bn_x5.toml \
-      configs/paper_mnist_bn_x30.toml configs/paper_mnist_lecun.toml $M --seeds 5 --out runs/paper_mnist
-    python -m train sweep configs/mnist_mlp.toml $M --epochs 5 --seeds 3 --model.norm none,batch \
-      --optimizer.learning-rate 0.01,0.1,0.3,1,3,10,30 --out runs/mnist-rates
+    python -m train compare configs/paper_mnist.toml configs/paper_mnist_bn.toml \
+      configs/paper_mnist_bn_x5.toml configs/paper_mnist_bn_x30.toml configs/paper_mnist_lecun.toml \
+      --data.path mnist.npz --seeds 5 --out RUNS/paper_mnist
+    python -m train sweep configs/mnist_mlp.toml --data.path mnist.npz --epochs 5 --seeds 3 \
+      --model.norm none,batch --optimizer.learning-rate 0.01,0.1,0.3,1,3,10,30 --out RUNS/mnist-rates
 
-Errors by batch size come from the table in which_norm.md, speed from benchmarks/results and benchmarks/README.md.
+Errors by batch size are those of the table in which_norm.md; speed is that of benchmarks/results/layers.json
+and of the tables in benchmarks/README.md.
 """
 
+import itertools
 import json
-import re
 import sys
-from math import exp, log
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
 BENCHMARKS = HERE.parents[1] / "benchmarks"
-BLUE, ORANGE, TEAL, PURPLE, GREEN, GREY = "#0c6ccc", "#b43c00", "#189ca8", "#904890", "#606c54", "#7a7f85"
+BLUE, ORANGE, TEAL, PURPLE, GREEN, PINK, LILAC = (
+    "#0c6ccc",
+    "#b43c00",
+    "#189ca8",
+    "#904890",
+    "#606c54",
+    "#e46084",
+    "#a878e4",
+)
 STYLE = {
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -67,6 +75,7 @@ def main(runs: Path) -> None:
         ("training", (8.5, 4), 1, lambda axes: draw_training(axes, runs)),
         ("percentiles", (8.5, 3.6), 2, lambda *axes: draw_percentiles(axes, runs)),
         ("learning_rates", (8.5, 3.6), 1, lambda axes: draw_learning_rates(axes, runs)),
+        ("speed", (8.5, 3.8), 1, draw_speed),
         ("overview", (11, 4.3), 2, lambda left, right: (draw_training(left, runs), draw_speed(right))),
     ):
         figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
@@ -77,7 +86,7 @@ def main(runs: Path) -> None:
 def draw_training(axes, runs):
     """Draw the test accuracy of the paper's network over steps (figure 1 a)."""
     for name, (label, color) in PAPER.items():
-        curve = test_lines(runs / "paper_mnist" / name)
+        curve = on_test_split(runs / "paper_mnist" / name)
         steps, accuracy = ([line[key] for line in curve] for key in ("step", "accuracy"))
         axes.plot(steps, accuracy, color=color, label=label)
     axes.set(ylim=(0, 1), title="Test accuracy on MNIST, three layers of 100 sigmoids")
@@ -103,7 +112,7 @@ def draw_percentiles(axes, runs):
 def over_steps(axes):
     """Label the axis of steps."""
     axes.set(xlabel="step", xlim=(0, 50_000), xticks=range(0, 50_001, 10_000))
-    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k")
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:.0f}k" if step else "0")
 
 
 def draw_learning_rates(axes, runs):
@@ -112,19 +121,12 @@ def draw_learning_rates(axes, runs):
         reached = {}
         for run in json.loads((runs / "mnist-rates" / "results.json").read_text()):
             if run["model.norm"] == norm and run["status"] == "finished":
-                accuracy = test_lines(runs / "mnist-rates" / Path(run["run_dir"]).name)[-1]["accuracy"]
+                accuracy = on_test_split(runs / "mnist-rates" / Path(run["run_dir"]).name)[-1]["accuracy"]
                 reached.setdefault(run["optimizer.learning_rate"], []).append(accuracy)
-        axes.plot(
-            sorted(reached),
-            [median(reached[rate]) for rate in sorted(reached)],
-            "o-",
-            color=color,
-            label=label,
-        )
-    axes.set(
-        xscale="log", xlabel="learning rate", ylim=(0, 1.02), title="Test accuracy on MNIST after 5 epochs"
-    )
-    axes.set_xticks(sorted(reached), [f"{rate:g}" for rate in sorted(reached)])
+        rates = sorted(reached)
+        axes.plot(rates, [median(reached[rate]) for rate in rates], "o-", color=color, label=label)
+    axes.set(title="Test accuracy on MNIST after 5 epochs", xscale="log", xlabel="learning rate", ylim=(0, 1))
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
     axes.legend(loc="lower left")
 
@@ -132,12 +134,12 @@ def draw_learning_rates(axes, runs):
 def draw_batch_sizes(axes):
     """Draw the table of which_norm.md."""
     sizes, *rows = table(HERE / "which_norm.md", "| batch size |")
-    looks = zip(rows, (BLUE, ORANGE, "#e46084", "#a878e4", GREEN, TEAL, PURPLE), "osD^vP*")
+    looks = zip(rows, (BLUE, ORANGE, PINK, LILAC, GREEN, TEAL, PURPLE), "osD^vP*")
     for (name, *errors), color, marker in looks:
         points = [(float(size), float(error)) for size, error in zip(sizes[1:], errors) if error]
         axes.plot(*zip(*points), marker=marker, color=color, label=name.replace("`", ""))
     axes.set(
-        xscale="log", yscale="log", xlabel="batch size", title="Test error on MNIST after 3 epochs, percent"
+        title="Test error on MNIST after 3 epochs, percent", xscale="log", yscale="log", xlabel="batch size"
     )
     axes.set_xticks([float(size) for size in sizes[1:]], sizes[1:])
     axes.set_yticks([2, 3, 5, 10, 20, 30], [2, 3, 5, 10, 20, 30])
@@ -158,32 +160,28 @@ def draw_speed(axes):
         heights = [ratios[i] for ratios in groups.values()]
         at = [group + (i - 1) * 0.27 for group in range(len(groups))]
         bars = axes.bar(at, heights, 0.25, color=color, label=label)
-        axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=9, padding=1)
+        axes.bar_label(bars, [f"{height:.2f}" for height in heights], fontsize=8.5, padding=1)
     axes.axhline(1, color="black", linewidth=1, linestyle="--")
     axes.axvline(0.5, color="black", linewidth=1, ymax=0.88)
     axes.text(0, 1.18, "measured", ha="center")
     axes.text(2.5, 1.18, "counted in compiled programs, not run", ha="center")
     axes.set_xticks(range(len(groups)), groups)
-    axes.set(ylim=(0, 1.4), title="A layer's forward and backward, over Flax's default")
+    axes.set(ylim=(0, 1.4), title="A layer in training: jbn.linen over Flax's default")
     axes.grid(False)
     axes.legend(loc="upper center", ncols=3, fontsize=10, columnspacing=1, handlelength=1)
 
 
 def cpu_ratios():
-    """Return the times of a layer over Flax's, geometric means over shapes, in the order of INPUTS."""
+    """Return the times of a layer over Flax's, means over shapes, in the order of INPUTS."""
     found = {}
     for case in json.loads((BENCHMARKS / "results" / "layers.json").read_text())["cases"]:
-        times = case["candidates"]
-        ratio = times["jbn.linen"]["median"] / times["flax.linen"]["median"]
-        found.setdefault((case["section"], len(case["shape"])), []).append(log(ratio))
-    keys = (
-        ("Training, bfloat16", 4),
-        *(("Training: forward and backward, float32", rank) for rank in (4, 2)),
-    )
-    return [exp(sum(found[key]) / len(found[key])) for key in keys]
+        ours, theirs = (case["candidates"][name]["median"] for name in ("jbn.linen", "flax.linen"))
+        found.setdefault((case["section"], len(case["shape"])), []).append(ours / theirs)
+    training = "Training: forward and backward, float32"
+    return [geometric_mean(found[key]) for key in (("Training, bfloat16", 4), (training, 4), (training, 2))]
 
 
-def test_lines(run):
+def on_test_split(run):
     """Read the lines of a run's metrics.jsonl that are of the test split."""
     return [line for line in read_lines(run / "metrics.jsonl") if line["split"] == "test"]
 
@@ -196,8 +194,9 @@ def read_lines(path):
 def table(page, start):
     """Return the cells, row by row, of the first table of a page from a text on."""
     text = page.read_text()
-    head, _, *body = re.search(r"(?:^\|.*\n)+", text[text.index(start) :], re.M)[0].splitlines()
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in [head, *body]]
+    lines = itertools.dropwhile(lambda line: line[:1] != "|", text[text.index(start) :].splitlines())
+    head, _, *rows = itertools.takewhile(lambda line: line[:1] == "|", lines)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in [head, *rows]]
 
 
 if __name__ == "__main__":
