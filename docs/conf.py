@@ -35,3 +35,13 @@ myst_heading_anchors = 3
 default_role = "literal"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+
+# Without the internet, the few names that these pages use.
+URLS = {
+    "flax": "https://flax.readthedocs.io/en/latest/",
+    "jax": "https://docs.jax.dev/en/latest/",
+    "numpy": "https://numpy.org/doc/stable/",
+    "optax": "https://optax.readthedocs.io/en/latest/",
+}
+intersphinx_mapping = {name: (url, (None, f"_sphinx/inventories/{name}.inv")) for name, url in URLS.items()}
+intersphinx_timeout = 5

@@ -25,7 +25,7 @@ def process(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = TABLE.sub(list_table, escape(text)).splitlines()
 
 
-def process_signature(app, what, name, obj, options, signature: str | None, result) -> tuple[str | None, None]:
+def process_signature(app, what, name, obj, options, signature: str | None, result):
     """Leave out what Flax adds to every module, and how Python prints a dtype."""
     plain = re.sub(r", parent=<.*>, name=None|<class 'jax.numpy.(\w+)'>", r"\1", signature or "")
     return re.sub(r"<function (\w+)>", r"\1", plain) or None, None

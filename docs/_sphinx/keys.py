@@ -1,9 +1,9 @@
-"""The directive `{keys} Model`: every key of a class of train.config.schema, with what its source says of it."""
+"""The directive `{keys} Model`: the keys of a class of train.config.schema, as its source describes them."""
 
 import ast
 import inspect
 import json
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Literal, get_args, get_origin
 
 from sphinx.util.docutils import SphinxDirective
@@ -23,8 +23,12 @@ def descriptions(cls: type) -> dict[str, str]:
 
 
 def choices(annotation) -> str:
-    names = get_args(annotation) if get_origin(annotation) is Literal else ()
-    return " One of " + ", ".join(f"`{name}`" for name in names) + "." if names else ""
+    first, annotation = (
+        ("Any", get_args(annotation)[0]) if get_origin(annotation) is tuple else ("One", annotation)
+    )
+    if get_origin(annotation) is not Literal:
+        return ""
+    return f" {first} of {', '.join(f'`{name}`' for name in get_args(annotation))}."
 
 
 def toml(value) -> str:
@@ -40,9 +44,10 @@ class Keys(SphinxDirective):
         text = descriptions(cls)
         rows = ["| key | default | what it is |", "|---|---|---|"]
         for field in fields(cls):
-            if field.name in text:
+            if not is_dataclass(field.type):
                 default = "required" if field.default is MISSING else toml(field.default)
-                rows.append(f"| `{prefix}{field.name}` | {default} | {text[field.name]}{choices(field.type)} |")
+                what = text[field.name] + choices(field.type)
+                rows.append(f"| `{prefix}{field.name}` | {default} | {what} |")
         return self.parse_text_to_nodes("\n".join(rows))
 
 
