@@ -76,7 +76,7 @@ def main(runs: Path) -> None:
         ("percentiles", (8.5, 3.6), 2, lambda *axes: draw_percentiles(axes, runs)),
         ("learning_rates", (8.5, 3.6), 1, lambda axes: draw_learning_rates(axes, runs)),
         ("speed", (8.5, 3.8), 1, draw_speed),
-        ("overview", (11, 4.3), 2, lambda left, right: (draw_training(left, runs), draw_speed(right))),
+        ("readme", (11, 4.3), 2, lambda left, right: (draw_training(left, runs), draw_speed(right))),
     ):
         figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
         draw(*axes[0])
