@@ -71,11 +71,11 @@ def main(runs: Path) -> None:
     plt.style.use(STYLE)
     (HERE / "figures").mkdir(exist_ok=True)
     for name, size, columns, draw in (
-        ("batch_sizes", (8.5, 4.3), 1, draw_batch_sizes),
-        ("training", (8.5, 4), 1, lambda axes: draw_training(axes, runs)),
-        ("percentiles", (8.5, 3.6), 2, lambda *axes: draw_percentiles(axes, runs)),
-        ("learning_rates", (8.5, 3.6), 1, lambda axes: draw_learning_rates(axes, runs)),
-        ("speed", (8.5, 3.8), 1, draw_speed),
+        ("batch_sizes", (7.2, 4), 1, draw_batch_sizes),
+        ("training", (7.2, 3.6), 1, lambda axes: draw_training(axes, runs)),
+        ("percentiles", (7.2, 3.2), 2, lambda *axes: draw_percentiles(axes, runs)),
+        ("learning_rates", (7.2, 3.2), 1, lambda axes: draw_learning_rates(axes, runs)),
+        ("speed", (7.2, 3.6), 1, draw_speed),
         ("readme", (11, 4.3), 2, lambda left, right: (draw_training(left, runs), draw_speed(right))),
     ):
         figure, axes = plt.subplots(1, columns, figsize=size, squeeze=False)
@@ -96,14 +96,14 @@ def draw_training(axes, runs):
 
 def draw_percentiles(axes, runs):
     """Draw where the inputs of one unit of the last hidden layer lie (figure 1 b, c)."""
-    for panel, name in zip(axes, ("paper_mnist", "paper_mnist_bn")):
-        label, color = PAPER[name]
+    for panel, name, how in zip(axes, ("paper_mnist", "paper_mnist_bn"), ("without", "with batch norm")):
+        _, color = PAPER[name]
         found = read_lines(runs / "paper_mnist" / name / "inspection.jsonl")
         steps = [line["step"] for line in found]
         low, middle, high = zip(*(line["units"][0] for line in found))
         panel.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
         panel.plot(steps, middle, color=color)
-        panel.set(ylim=(-4.2, 3), title=f"A sigmoid's input: {label}")
+        panel.set(ylim=(-4.2, 3), title=f"A sigmoid's input, {how}")
         over_steps(panel)
     axes[0].text(31_000, -0.95, "median")
     axes[0].text(14_500, 0.12, "15th to 85th percentile")
