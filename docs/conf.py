@@ -13,6 +13,8 @@ author = "The developers of jbn"
 release = version = jbn.__version__
 html_theme = "sphinx_book_theme"
 html_title = "jbn"
+html_static_path = ["_sphinx/static"]
+html_css_files = ["width.css"]
 html_theme_options = {"navbar_persistent": [], "show_toc_level": 2}
 extensions = [
     "myst_nb",

@@ -115,7 +115,7 @@ class BatchNorm(nn.Module):
       initial_count: what the running count starts from.
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient, whatever `use_running_average` is. An optimizer with weight decay, or with
-        momentum from before, moves them all the same: docs/weights/override_and_convert.md.
+        momentum from before, moves them all the same: docs/weights/fine_tuning.md.
       renorm: batch renormalization (`jbn.batch_renorm`): the limits `(r_max, d_max)`, numbers or traced
         scalars, or a function of the number of updates so far that returns them, such as
         `jbn.renorm_limits()`. With a function, "batch_stats" has one more variable, `num_updates`, an int32

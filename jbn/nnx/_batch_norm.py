@@ -49,6 +49,7 @@ from jbn._params import Params
 from jbn._renorm import Schedule
 from jbn._running import UpdateRule
 from jbn._spelling import explain_names
+from jbn._statistics import cast
 
 NOT_AN_ARGUMENT = (
     "BatchNorm updates its running statistics in training, and JAX returns updates only to arguments of the "
@@ -128,7 +129,7 @@ class BatchNorm(nnx.Module):
       frozen: never train: normalize with the running statistics, update nothing, and give the layer's scale
         and bias no gradient. `model.set_attributes(frozen=True)` freezes all layers of a model. An
         optimizer with weight decay, or with momentum from before, moves them all the same:
-        docs/weights/override_and_convert.md.
+        docs/weights/fine_tuning.md.
       renorm: batch renormalization (`jbn.batch_renorm`): the limits `(r_max, d_max)`, numbers or traced
         scalars, or a function of the number of updates so far that returns them, such as
         `jbn.renorm_limits()`. With a function, the layer has one more `nnx.BatchStat`, `num_updates`, an
@@ -303,6 +304,7 @@ class BatchNorm(nnx.Module):
             )
         running = running_moments({name: stat[...] for name, stat in stats.items()}, stats_shape)
         dtype = promoted_dtype(self, *self._promoted(x, running.mean, running.var, *params))
+        running = cast(running, arithmetic_dtype(running.mean))
         num_updates = self.num_updates if callable(self.renorm) else None
         if num_updates is None and counts_updates(self, train):
             raise ValueError(
@@ -324,7 +326,11 @@ class BatchNorm(nnx.Module):
             self._check_that_members_agree(running.mean)
             with add_note_to(TraceContextError, NOT_AN_ARGUMENT):
                 for name, stat in stats.items():
-                    stat[...] = getattr(running, name)
+                    value = getattr(running, name)
+                    if value.dtype == stat.dtype:
+                        stat[...] = value
+                    else:  # somebody has cast the whole model
+                        stat.set_value(value)
                 if num_updates is not None:
                     num_updates[...] += jnp.asarray(train, jnp.int32)
         return y

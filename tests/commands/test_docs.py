@@ -1,4 +1,4 @@
-"""Every code block of the README and of the pages in docs/ runs, in their order, as a stranger would run it."""
+"""Every code block of the README and of the pages in docs/ runs, in their order, as a stranger would."""
 
 import json
 import re
@@ -68,7 +68,9 @@ def test_own_data_are_trained_on_predicted_and_exported_as_the_page_says(run_pag
     assert "".join(complaints) == "decoding 500 images, once, into runs/data-cache\n"
     image = json.loads(outs[1])
     assert image["class"] in namespace["names"]
-    np.testing.assert_allclose(namespace["probabilities"][0], list(image["probabilities"].values()), rtol=1e-5)
+    np.testing.assert_allclose(
+        namespace["probabilities"][0], list(image["probabilities"].values()), rtol=1e-5
+    )
     values = [json.loads(line)["value"] for line in outs[4].splitlines()]
     assert np.corrcoef(values, namespace["patients"].target)[0, 1] > 0.5
     inputs = json.loads(Path("runs/my_images/data.json").read_text())["inputs"]

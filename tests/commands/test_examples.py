@@ -238,5 +238,5 @@ def test_crossq_samples_from_the_density_that_it_says_and_its_critics_see_both_s
 
 def test_every_example_is_tested_and_listed():
     files = {path.relative_to(EXAMPLES).as_posix() for path in EXAMPLES.glob("*/*.py")}
-    table = re.findall(r"\]\((.+?\.py)\)", (EXAMPLES / "README.md").read_text())
+    table = re.findall(r"\]\(\./(.+?\.py)\)", (EXAMPLES / "README.md").read_text())
     assert sorted(files) == sorted([*PROGRAMS, "training/crossq.py"]) == sorted(table)

@@ -112,6 +112,16 @@ def test_promote_dtype_tells_the_dtype_of_the_result_and_converts_nothing():
     assert_allclose(np.float32(y), reference.batch_norm(X), rtol=2**-8, atol=1e-5)
 
 
+def test_narrow_statistics_of_a_model_that_was_cast_are_widened_and_do_not_stop_short():
+    layer = jbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    nnx.update(layer, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(layer)))
+    step = nnx.jit(lambda layer, x: layer(x))
+    for _ in range(300):
+        step(layer, jnp.full((2, 3), 10, jnp.bfloat16))
+    assert layer.mean.dtype == layer.var.dtype == jnp.float32
+    assert_allclose(layer.mean[...], 10 * (1 - 0.99**300), rtol=1e-5)
+
+
 def test_other_features_are_named():
     for features, axis in [(3, -1), (8, -1), (32, (0, 1)), ((4, 8), (0, 1))]:
         layer = jbn.nnx.BatchNorm(features, axis=axis, rngs=nnx.Rngs(0))
