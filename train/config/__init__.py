@@ -6,6 +6,7 @@ from train.config.files import CONFIGS as CONFIGS
 from train.config.files import closest_config as closest_config
 from train.config.files import load as load
 from train.config.parsing import parse as parse
+from train.config.schema import OF_NUMBERS as OF_NUMBERS
 from train.config.schema import Config as Config
 from train.config.schema import Data as Data
 from train.config.schema import DataName as DataName

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 from train.config.parsing import parse
-from train.config.schema import Config
+from train.config.schema import OF_NUMBERS, Config
 from train.config.values import flatten
 from train.errors import UserError
 
@@ -41,15 +41,15 @@ def check(config: Config) -> None:
             f"data.validation: expected a fraction > 0 with early_stopping = {config.early_stopping}, which "
             "judges by it, got 0."
         )
-    if config.model.loss == "squared_error":
+    if config.model.loss in OF_NUMBERS:
         for key, value in (
             ("model.class_weights", config.model.class_weights),
             ("optimizer.label_smoothing", config.optimizer.label_smoothing),
         ):
             if value:
                 raise UserError(
-                    f"{key}: expected none with model.loss = 'squared_error', which has no classes, got "
-                    f"{list(value) if isinstance(value, tuple) else repr(value)}."
+                    f"{key}: expected none with model.loss = {config.model.loss!r}, which has no classes, "
+                    f"got {list(value) if isinstance(value, tuple) else repr(value)}."
                 )
     _check_domains(config)
     if config.coordinator is not None and not re.fullmatch(r".+:\d+", config.coordinator):

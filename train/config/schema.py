@@ -22,6 +22,7 @@ DataName = Literal["digits", "mnist", "cifar10", "npz", "csv", "folder"]
 NetworkName = Literal["mlp", "nnx_mlp", "cnn", "resnet20", "resnet56", "resnet18", "resnet50"]
 NormName = Literal["batch", "none", "renorm", "ghost", "layer", "group", "flax"]
 LossName = Literal["cross_entropy", "squared_error"]
+OF_NUMBERS: tuple[LossName, ...] = ("squared_error",)  # the losses whose labels are no classes
 RenderingName = Literal["original", "inverted", "brightness", "blur", "noise"]
 
 

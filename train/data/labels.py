@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from train.config import LossName
+from train.config import OF_NUMBERS, LossName
 from train.data.dataset import Labels
 from train.errors import UserError, shortened
 
@@ -19,7 +19,7 @@ def converted(
 
     Args:
       what: the data, for errors.
-      given: (n,) or (n, 1) integers >= 0, texts, or, with loss = "squared_error", numbers.
+      given: (n,) or (n, 1) integers >= 0, texts, or, with a loss in OF_NUMBERS, numbers.
       names: of the classes, if labels are positions already.
       known: the labels that a network was trained with, whose positions texts get; if not given, classes
         are in the order of their names, or of their numbers, if all are integers.
@@ -28,7 +28,7 @@ def converted(
       UserError: the labels do not suit the loss, or there are others than the known ones.
     """
     texts = {part: _texts(labels) for part, labels in given.items()}
-    if loss == "squared_error":
+    if loss in OF_NUMBERS:
         return {part: _targets(what, part, labels) for part, labels in texts.items()}, ()
     if names:
         texts = {part: np.array(names)[labels] for part, labels in texts.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.config import Data, LossName
+from train.config import OF_NUMBERS, Data, LossName
 from train.data import fingerprints
 from train.data.dataset import Dataset, Examples, Labels, Split, permutation
 from train.data.formats.readers import READERS
@@ -211,7 +211,7 @@ def _labels(
     config: Data, examples: dict[str, Examples], train: Split, names: tuple[str, ...], loss: LossName
 ) -> Labels:
     given = train.labels[train.rows]
-    if loss == "squared_error":
+    if loss in OF_NUMBERS:
         targets = given.astype(np.float64)
         return Labels(mean=float(targets.mean()), std=float(targets.std()))
     # All splits count, for a class that only one of them has.
