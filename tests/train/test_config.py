@@ -215,7 +215,7 @@ MISTAKES = {
     "model.class_weights = 'balancd'": "model.class_weights: expected 'balanced' or a list, got 'balancd'.",
     "model.class_weights = 3": "model.class_weights: expected 'balanced' or a list, got 3.",
     "model.class_weights = [1, 'x']": "model.class_weights[1]: expected a number, got 'x'.",
-    "model.norm = 'bath'": "model.norm: expected 'batch', 'none', 'renorm', 'ghost', 'layer', 'group' or",
+    "optimizer.name = 'sdg'": "optimizer.name: expected 'sgd', 'adamw', 'lars' or 'lamb', got 'sdg'.",
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,12 @@ from numpy.testing import assert_allclose
 
 from tests.helpers.jobs import fit
 from train import data
-from train.config import Model, flatten
+from train.config import OF_NUMBERS, LossName, Model, flatten
 from train.data import Dataset, Labels, Preprocessing, Split
 from train.runs.log import read_inspections
 from train.runs.summary import read_metrics
 from train.training import inspection, losses, steps
-from train.training.losses import CrossEntropy, SquaredError
+from train.training.losses import LOSSES, CrossEntropy, SquaredError
 from train.training.trained import serving
 from train.training.trained.evaluation import load_best
 
@@ -39,6 +40,24 @@ def measured(loss, logits, labels):
     )
     assert flat == pytest.approx(expected, rel=1e-5)
     return found
+
+
+def test_the_schema_and_the_table_of_losses_have_the_same_names():
+    assert set(LOSSES) == set(get_args(LossName)) > set(OF_NUMBERS)
+
+
+def test_every_loss_reports_what_it_minimizes_and_the_metrics_that_it_is_known_by():
+    for name in LOSSES:
+        numbers = name in OF_NUMBERS
+        described = Labels(mean=2.0, std=3.0) if numbers else Labels(counts=(3, 6, 9), names=tuple("abc"))
+        loss = losses.of(Model(loss=name, class_weights=() if numbers else "balanced"), described)
+        logits = np.float32(LOGITS[:, :1] if numbers else LOGITS)
+        labels = np.float32(5 * RNG.randn(9)) if numbers else CLASSES
+        metrics = measured(loss, logits, labels)
+        minimized = np.asarray(jax.jit(loss.per_example)(logits, labels))
+        assert minimized.shape == (9,)
+        assert metrics["loss"] == pytest.approx(minimized.mean(), rel=1e-5), name
+        assert metrics[loss.headline] <= 1 and set(losses.ranking(loss, metrics)) <= set(metrics)
 
 
 def test_class_weights_have_mean_1_over_the_training_examples():
