@@ -21,7 +21,7 @@ def test_public_names_are_those_of_the_interface():
 @pytest.mark.slow
 def test_help_imports_no_jax_and_the_library_neither_flax_nor_the_program_and_memory_is_counted():
     code = """
-import sys
+import contextlib, io, sys
 
 def imported(*packages):
     return [name for name in sys.modules if name.partition(".")[0] in packages]
@@ -32,6 +32,8 @@ for arguments in (["--help"], ["configs/digits_mlp.toml", "--help"], ["sweep", "
         main(arguments)
     except SystemExit as exit:
         assert exit.code == 0, arguments
+with contextlib.redirect_stderr(io.StringIO()) as complaint:
+    assert main(["configs/nothing.toml"]) == 2 and "does not exist" in complaint.getvalue()
 assert not imported("jax"), "by --help"
 for name in imported("train"):
     del sys.modules[name]

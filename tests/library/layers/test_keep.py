@@ -37,6 +37,7 @@ def test_pure_function_returns_the_running_moments_it_was_given():
         jax.tree.map(assert_array_equal, new, running)
     _, same = batch_norm(X + np.complex64(1j), None, running)  # which others refuse
     assert_array_equal(same.mean, running.mean)
+    assert jbn.keep()(running, jbn.moments(X)) is running  # as a part of a rule of one's own
     assert jbn.keep() == jbn.keep() and hash(jbn.keep()) == hash(jbn.keep()) and jbn.keep() != jbn.pooled()
     y, _ = jax.jit(jbn.batch_norm, static_argnames="update")(
         X, jbn.Params(**PARAMS), running, train=jnp.array(False), update=jbn.keep()

@@ -18,6 +18,7 @@ CASES = {
     "scale per example, bias learnt": ((6, 1, 3), (3,), -1),
     "scale learnt, bias per example": ((3,), (6, 1, 3), -1),
     "scale alone": ((6, 1, 3), None, -1),
+    "bias alone": (None, (6, 1, 3), -1),
     "channels first": ((6, 4, 1), (6, 4, 1), 1),
 }
 

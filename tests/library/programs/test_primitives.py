@@ -5,7 +5,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
 from jbn._xla import _add_where as add_rows_elsewhere
-from jbn._xla import add_rows, decided_at_lowering, take_rows
+from jbn._xla import add_rows, decided_at_lowering, spread, take_rows
 
 
 def product(target, options, x, factor):
@@ -56,3 +56,24 @@ def test_rows_are_added_up_and_taken_by_index_on_every_platform_and_for_members_
         jax.vjp(lambda values: take_rows(values, one), value)[1](row)[0], add(row, one), rtol=1e-6
     )
     assert_allclose(jax.vjp(lambda rows: add(rows, one), row)[1](value)[0], take_rows(value, one), rtol=1e-6)
+
+
+def test_values_are_spread_with_their_scale_for_members_of_vmaps_too_and_differentiated_twice():
+    rng = np.random.RandomState(0)
+    values, scale, weight = (rng.normal(size=shape) for shape in ((3, 2), (2, 3), (2, 5, 3, 4)))
+
+    def loss(values, scale, weight):
+        return (spread(values, scale, shape=(5, 3, 4), new_axes=(0, 2)) * weight).sum() ** 2
+
+    of_members = jax.vmap(jax.value_and_grad(loss, (0, 1)), (1, 0, 0))
+    found, of_gradient = jax.jit(jax.jvp, static_argnums=0)(
+        of_members, *(tuple(map(jnp.float32, (values, scale, weight))),) * 2
+    )
+    sums = weight.sum((1, 3))
+    total = (values.T * scale * sums).sum(1)
+    expected = 2 * total[:, None] * scale * sums, 2 * total[:, None] * values.T * sums
+    assert_allclose(found[0], total**2, rtol=1e-5)
+    # The loss is of degree 6 in all three arrays, and so its gradients of degree 5.
+    for gradient, tangent, wanted in zip(found[1], of_gradient[1], expected):
+        assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+        assert_allclose(tangent, 5 * wanted, rtol=1e-4, atol=1e-4)

@@ -365,6 +365,40 @@ def test_table_of_a_deep_network_is_short_and_has_the_worst_layers_first():
     assert any(line.startswith("and 48 more layers, all with KL of ") for line in lines)
     with pytest.raises(ValueError, match="records is empty"):
         inspection.diagnose({})
+    with pytest.raises(ValueError, match="inputs is empty"):
+        inspection.layer_record([], right)
+
+
+def test_what_few_examples_differ_by_by_chance_is_no_finding_and_the_same_in_many_is():
+    draw = np.random.RandomState(0)
+    right = Moments(*np.float32([[3] * 16, [4] * 16]), 9.0)
+    records = {
+        name: inspection.layer_record(jnp.float32(3 + 2 * draw.randn(1, 12, 16)), right) for name in "ab"
+    }
+    few, many = (inspection.diagnose(records, examples=count) for count in (12, 10_000))
+    assert min(layer.typical_kl for layer in few.layers) > 0.05 and not few.findings
+    assert [finding.kind for finding in many.findings] == ["other statistics"]
+
+
+def test_findings_name_few_layers_and_features_and_say_how_many_more_there_are():
+    x, signs = jnp.float32(np.random.RandomState(0).randn(1, 64, 8)), np.float32([1, -1, 1, 1, -1, -1, 1, -1])
+    off = Moments(2 * signs, np.ones(8, np.float32), 9.0)
+
+    def said(x, running=off, layers=6):
+        record = inspection.layer_record(x, jbn.moments(x[0]) if running is None else running)
+        (finding,) = inspection.diagnose({str(i): record for i in range(layers)}, examples=64).findings
+        return finding.what
+
+    assert "of 0, 1, 2 and 3 more are not those of the data" in said(x)
+    assert "comes out: all 8 features of 0; all 8 features of 1; " in said(0 * x)
+    assert said(0 * x).endswith("all 8 features of 3; and in 2 more layers.")
+    assert said(x * (jnp.arange(8) < 7), None, 1).endswith("comes out: feature 7 of 0.")
+    assert said(x * (jnp.arange(8) > 5), None, 1).endswith("features 0, 1, 2, 3, 4 and 1 more of 0.")
+    assert said(0 * x[..., :1], None, 1).endswith("its only feature of 0.")
+    # No factor makes running variances of 0 those of the data.
+    assert "of 0 are not those of the data" in said(x, off._replace(var=0 * signs), 1)
+    initial = Moments(np.zeros(8, np.float32), np.ones(8, np.float32), 9.0)
+    assert said(x, initial, 1).startswith("The running statistics of the only layer are still the initial")
 
 
 def test_what_looks_like_another_illness_in_one_layer_is_told_from_it_by_the_others():
@@ -412,7 +446,8 @@ def test_what_looks_like_another_illness_in_one_layer_is_told_from_it_by_the_oth
 
 @pytest.mark.slow
 def test_picture_is_drawn_and_says_what_to_install_where_matplotlib_is_missing(tmp_path, monkeypatch):
-    found = diagnose(HEALTHY, trained(HEALTHY))
+    found = diagnose(HEALTHY, changed(trained(HEALTHY), "batch_stats/BatchNorm_1/mean", NAN))
+    assert [np.isnan(layer.kl) for layer in found.layers] == [False, True, False]
     found.save(tmp_path / "diagnosis.png")
     assert (tmp_path / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)

@@ -181,6 +181,11 @@ def test_networks_that_do_not_fit_are_refused_with_what_would(refusal):
         else:
             check(Model(norm=norm), accumulate=2)
             assert kind.pools == kind.over_batch
+        if not kind.pools:
+            assert refusal(make, "mlp", norm=norm, domains=2) == (
+                "model.norm: expected 'batch' or 'renorm' or 'ghost' with model.domains = 2, whose "
+                f"statistics can be by domain, got '{norm}'."
+            )
     for name in ("mlp", "nnx_mlp", "cnn"):
         assert refusal(make, name, widths=(16, 12), norm="group", norm_groups=8) == (
             "model.norm_groups: expected a divisor of all model.widths = [16, 12], that is 1 or 2 or 4, got "

@@ -204,7 +204,12 @@ def test_metrics_that_are_others_or_gone_never_let_another_step_be_the_best(tmp_
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best_step == 5
     shutil.copytree(tmp_path / "kept", folder / "3")
-    (folder / "5" / "_CHECKPOINT_METADATA").unlink()
+    metadata = folder / "5" / "_CHECKPOINT_METADATA"
+    for text in '{"custom_metadata": 1}', "[]", "":
+        metadata.write_text(text)
+        with pytest.raises(UserError, match="checkpoints/5' is|checkpoints' holds a damaged checkpoint"):
+            Checkpoints(tmp_path)
+    metadata.unlink()
     with pytest.raises(UserError, match="checkpoints/5' is not a complete checkpoint"):
         Checkpoints(tmp_path)
 

@@ -26,7 +26,7 @@ def notes(monkeypatch):
         monkeypatch.setitem(READERS, "given", reader)
         usual = Config("run", Data("given"), Model(widths=(4,)), steps=10, batch_size=8, devices=1)
         config = dataclasses.replace(usual, **changes)
-        return list(mistakes.likely(config, load(config.data), steps=config.steps))
+        return list(mistakes.likely(config, load(config.data, loss=config.model.loss), steps=config.steps))
 
     return notes
 
@@ -71,6 +71,10 @@ SAID = [
     ({"y": np.zeros(40, int)}, "all training examples are of one class, '0': there is nothing to learn"),
     ({"y": np.full(40, "cat")}, "all training examples are of one class, 'cat'"),
     ({"y": np.full(40, 3)}, "all training examples are of one class, '3'"),
+    (
+        {"y": np.full(40, 2.5), "model": Model(widths=(4,), loss="squared_error")},
+        "all training labels are 2.5: there is nothing to learn.",
+    ),
     ({"x": X[:4], "y": Y[:4], "batch_size": 2}, "data.validation = 0.1 of 4 examples is none"),
     (
         {"optimizer": Optimizer(warmup_steps=10)},

@@ -53,7 +53,7 @@ def test_digits_have_a_fixed_test_split_and_every_example_once(tmp_path):
     assert len({image.tobytes() for image in images}) == 1797 and 16 * images.sum(dtype=float) == 561_718
     top = np.float32([[0, 0, 5, 13, 9, 1, 0, 0], [0, 0, 13, 15, 10, 15, 5, 0]]) / 16
     assert labels[(images[:, :2, :, 0] == top).all((1, 2))].tolist() == [0]
-    # The split itself is part of every number in the README.
+    # The split itself is part of every number in the documentation.
     assert_array_equal(found["y_test"][:12], [4, 5, 6, 9, 4, 7, 8, 9, 9, 6, 9, 9])
 
 

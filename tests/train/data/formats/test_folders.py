@@ -217,7 +217,8 @@ def test_folders_that_hold_something_else_are_refused(photographs, tmp_path, ref
     root, _ = photographs
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_bytes(b"")
-    for path in (tmp_path / "empty", tmp_path / "file"):
+    (tmp_path / "classes" / "without_images").mkdir(parents=True)
+    for path in (tmp_path / "empty", tmp_path / "file", tmp_path / "classes"):
         assert f"'{path}', which has none of it." in refusal(load, data(path))
     (root / "train" / "fox").mkdir()
     assert f"'{root}/train/fox' has no image; add some, or remove" in refusal(load, data(root))
@@ -230,9 +231,9 @@ def test_folders_that_hold_something_else_are_refused(photographs, tmp_path, ref
     sentence = refusal(load, data(root))
     assert sentence.startswith(f"{root}/train/cat/0.png cannot be read: cannot identify image file")
     assert sentence.endswith(f"Nor can be used: {root}/train/elk/1.png.")
-    for file in (root / "train").glob("*/*.png"):
+    for file in root.rglob("*.png"):
         file.write_bytes(b"broken")
-    assert " cannot be read: cannot identify image file" in refusal(load, data(root))
+    assert refusal(load, data(root)).startswith(f"{root}/train/cat/0.png cannot be read: cannot identify")
     assert not list(Path(data(root).cache).glob("*/index.json"))
     (tmp_path / "locked").write_bytes(b"")
     sentence = refusal(load, data(root, cache=str(tmp_path / "locked")))
