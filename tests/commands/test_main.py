@@ -11,7 +11,7 @@ from tests.helpers.command import ROOT
 from train import __main__ as program
 from train import data
 from train.config import load
-from train.errors import UserError
+from train.errors import Stopped, UserError
 from train.runs import processes
 
 
@@ -136,6 +136,19 @@ def test_uncaught_exception_exits_1_with_its_traceback_alone_where_there_are_oth
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     command("list")
     assert alone == [1]
+
+
+def test_what_interrupts_the_program_before_a_job_begins_is_in_its_exit_code(command, monkeypatch):
+    for error, code, said in (
+        (KeyboardInterrupt(), 130, ""),
+        (Stopped(15), 143, "stopped before the first step\n"),
+    ):
+
+        def interrupted(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(program, "load", interrupted)
+        assert command("configs/digits_mlp.toml") == (code, "", said)
 
 
 def test_programs_are_cached_in_a_folder_of_this_program_and_a_users_setting_stays(tmp_path, monkeypatch):

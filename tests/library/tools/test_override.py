@@ -195,6 +195,15 @@ def test_mode_that_is_given_in_the_call_is_overridden():
             assert_allclose(jax.jit(model.apply)(variables, X), X, rtol=1e-4)
 
 
+def test_option_that_has_no_hash_is_an_array_each_time_anew():
+    for momentum in 0.5, 0.25:
+        with jbn.linen.override(momentum=jnp.float32(momentum)):
+            _, updated = NET.apply(VARIABLES, X, mutable=["batch_stats"])
+        dense = X @ VARIABLES["params"]["dense"]["kernel"]
+        mean = updated["batch_stats"]["norm"]["mean"]
+        assert_allclose(mean, (1 - momentum) * dense.mean(0), rtol=1e-5, atol=1e-5)
+
+
 def test_what_cannot_be_is_refused():
     model = Net(lambda **options: Own(name="norm"))
     with pytest.raises(TypeError, match="'norm' is a Own; expected"), jbn.linen.override():

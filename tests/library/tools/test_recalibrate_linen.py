@@ -136,6 +136,9 @@ class Net(nn.Module):
         self.sow("intermediates", "x", x)
         return self.second(use_running_average=not train, name="second")(3 * x)
 
+    def image_of(self, batch):  # needs no variables
+        return batch["image"]
+
 
 class Doubled(nn.BatchNorm):
     """A subclass that calls the layer itself."""
@@ -172,6 +175,7 @@ def test_ways_to_call_a_model():
     model, siamese = Net(), {"first": (X[0, :, :2].mean((0, 1)), X[0, :, :2].var((0, 1)))}
     closed_over = jax.tree.map(lambda leaf: leaf + 1, VARIABLES)
     both = lambda v, x: (model.apply(v, x[:, 0]), model.apply(v, x[:, 1]))
+    twice = lambda bound, x: (bound(x[:, 0]), bound(x[:, 1]))
     for apply, batch, expected in (
         (model.apply, ROWS, EXPECTED),
         (jax.jit(model.apply), ROWS, EXPECTED),
@@ -186,6 +190,10 @@ def test_ways_to_call_a_model():
             EXPECTED,
         ),
         (both, X[0, :, :2], siamese),
+        (lambda v, x: twice(model.bind(v), x), X[0, :, :2], siamese),
+        (lambda v, x: model.apply(v, model.image_of(x)), {"image": ROWS}, EXPECTED),
+        # Trained on devices, measured on one.
+        (Net(partial(nn.BatchNorm, axis_name="devices")).apply, ROWS, EXPECTED),
     ):
         assert_recalibrated(jbn.linen.recalibrate(apply, VARIABLES, [batch]), expected)
     # A part of the variables belongs to the network that it is given to.

@@ -204,6 +204,11 @@ def test_what_nnx_jit_has_compiled_in_one_measurement_is_measured_in_others():
         assert_allclose([means["running"], means["recalibrated"]], [1, 1], rtol=1e-4)
 
 
+def test_layer_that_is_not_called_is_not_diagnosed():
+    diagnosis = jbn.nnx.diagnose(Net(), [ROWS], call=lambda model, x: model.first(x))
+    assert [layer.name for layer in diagnosis.layers] == ["first"]
+
+
 def test_subclasses():
     model = Net(Doubled)
     jbn.nnx.recalibrate(model, [ROWS])

@@ -14,6 +14,7 @@ from numpy.testing import assert_array_equal
 
 from tests.helpers.arrays import Bomb, assert_same, keras_arrays, save_npys
 from train.config import DataName
+from train.data.formats import arrays
 from train.data.formats.arrays import digits, npz
 from train.data.formats.readers import READERS
 
@@ -55,6 +56,11 @@ def test_digits_have_a_fixed_test_split_and_every_example_once(tmp_path):
     assert labels[(images[:, :2, :, 0] == top).all((1, 2))].tolist() == [0]
     # The split itself is part of every number in the documentation.
     assert_array_equal(found["y_test"][:12], [4, 5, 6, 9, 4, 7, 8, 9, 9, 6, 9, 9])
+
+
+def test_digits_without_scikit_learn_say_what_to_install(tmp_path, monkeypatch, refusal):
+    monkeypatch.setattr(arrays, "find_spec", lambda name: None)
+    assert refusal(digits, tmp_path) == "data.name = 'digits' needs scikit-learn; pip install scikit-learn."
 
 
 # NumPy's files
