@@ -114,7 +114,8 @@ def _as_number(name: str, value: Any, least: int, meaning: str) -> ArrayLike:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}={value!r}; expected a number >= {least}: {meaning}.") from None
+        fix = " Call a schedule: r_max, d_max = schedule(num_updates)." if callable(value) else ""
+        raise TypeError(f"{name}={value!r}; expected a number >= {least}: {meaning}.{fix}") from None
     if not number >= least:
         raise ValueError(f"{name}={number:g}; expected a number >= {least}: {meaning}.")
     return number

@@ -85,6 +85,7 @@ def one_value(layers: Layers) -> Finding:
 
 
 def never_updated(layers: Layers, of: int) -> Finding:
+    whose = _whose(layers, of)
     cause = (
         "Keep what training returns (updated['batch_stats'] in Linen)"
         if len(layers) == of
@@ -93,18 +94,19 @@ def never_updated(layers: Layers, of: int) -> Finding:
     return Finding(
         "never updated",
         _names(layers),
-        f"The running statistics of {_share(layers, of)} are still the initial ones, mean 0 and variance 1: "
+        f"The running statistics of {whose} are still the initial ones, mean 0 and variance 1: "
         f"{_named(layers)}.",
         f"{cause}; recalibrate to repair this model without training it.",
     )
 
 
 def frozen_from_the_start(layers: Layers, of: int, *, has_losses: bool) -> Finding:
+    whose = _whose(layers, of)
     return Finding(
         "frozen",
         _names(layers),
-        f"The statistics of {_share(layers, of)} are frozen at the initial mean 0 and variance 1, so that "
-        f"nothing is normalized: {_named(layers)}."
+        f"The running statistics of {whose} are frozen at the initial mean 0 and variance 1, which normalizes "
+        f"nothing: {_named(layers)}."
         + (" The network was trained that way." if has_losses else ""),
         "Train with frozen=False and use_running_average=False; recalibrating this model would spoil it.",
     )
@@ -135,7 +137,7 @@ def lagging(layers: Layers, share: float) -> Finding:
     return Finding(
         "lag",
         _names(layers),
-        f"Running statistics lag behind: {100 * share:.0f} % of them are still the initial mean 0 and "
+        f"Running statistics lag behind: about {100 * share:.0f} % of them are still the initial mean 0 and "
         f"variance 1, since too few batches were averaged{at}, in {_named(layers)}.",
         "Recalibrate, or train with update=jbn.ema(momentum, debias=True), a lower momentum, or longer.",
     )
@@ -220,7 +222,7 @@ def _names(layers: Layers) -> tuple[str, ...]:
     return tuple(layer.name for layer in layers)
 
 
-def _share(layers: Layers, of: int) -> str:
+def _whose(layers: Layers, of: int) -> str:
     if of == 1:
         return "the only layer"
     return f"all {of} layers" if len(layers) == of else f"{len(layers)} of {of} layers"

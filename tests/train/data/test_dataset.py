@@ -31,7 +31,7 @@ def test_order_is_a_permutation_that_follows_from_seed_and_epoch():
 def test_epochs_have_whole_batches_alone_and_one_at_least(refusal):
     assert [steps_per_epoch(100, size) for size in (1, 32, 50, 51, 100)] == [100, 3, 2, 1, 1]
     assert refusal(steps_per_epoch, 100, 101) == (
-        "batch_size: expected at most the 100 training examples, got 101."
+        "batch_size: expected at most the 100 training examples, got 101; set a smaller one."
     )
 
 

@@ -132,7 +132,7 @@ def _is_number(text: str) -> bool:
         float(text)
     except ValueError:
         return False
-    return "_" not in text  # which Python allows in numbers, and NumPy does not
+    return text.isascii() and "_" not in text  # Python has more numbers than NumPy reads
 
 
 def _meant(name: str, names: list[str]) -> str:

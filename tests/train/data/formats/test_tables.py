@@ -89,6 +89,7 @@ REFUSED = [
     ("a,kind\n1,x\nnan,y\n", "row 2 has 'nan' in column 'a'"),
     ("a,kind\n1,x\n1e999,y\n", "row 2 has '1e999' in column 'a'"),
     ("a,kind\n1,x\n1_0,y\n", "row 2 has '1_0' in column 'a'"),
+    ("a,kind\n1,x\n\uff11,y\n", "row 2 has '\uff11' in column 'a'"),  # a wide 1
     ("a,b,kind\n1,2,x\n1,y\n", "in column 'b'"),
     ("a,kind\nfirst,1,x\nsecond,2,y\n", "row 1 has 'x' after the last of its 2 columns"),
     ("a,b,kind\n1,2,x\n1,5,2,y\n", "row 2 has 'y' after the last of its 3 columns; put quotes around cells"),
