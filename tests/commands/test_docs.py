@@ -94,6 +94,11 @@ def test_lines_for_clusters_are_a_job_that_loads(language, processes):
     assert loaded.run_dir == "/shared/runs/cifar10" and str(loaded.num_processes or None) == str(processes)
 
 
+def test_every_block_is_run_or_no_program():
+    for page, text in TEXTS.items():
+        assert set(re.findall(r"```(\w+)", BLOCK.sub("", text))) <= {"text", "toml"}, page
+
+
 def test_every_file_that_a_page_or_a_docstring_names_exists():
     texts = TEXTS | {page: (ROOT / page).read_text() for page in OTHERS}
     configs = {name for text in texts.values() for name in re.findall(r"configs/\w+\.toml", text)}
