@@ -95,7 +95,8 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     """Return the number of whole batches; the remainder is dropped, other rows each epoch."""
     if examples < batch_size:
         raise UserError(
-            f"batch_size: expected at most the {examples} training examples, got {batch_size}; set a smaller one."
+            f"batch_size: expected at most the {examples} training examples, got {batch_size}; "
+            "set a smaller one."
         )
     return examples // batch_size
 

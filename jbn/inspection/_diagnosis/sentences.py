@@ -105,8 +105,8 @@ def frozen_from_the_start(layers: Layers, of: int, *, has_losses: bool) -> Findi
     return Finding(
         "frozen",
         _names(layers),
-        f"The running statistics of {whose} are frozen at the initial mean 0 and variance 1, which normalizes "
-        f"nothing: {_named(layers)}."
+        f"The running statistics of {whose} are frozen at the initial mean 0 and variance 1, which "
+        f"normalizes nothing: {_named(layers)}."
         + (" The network was trained that way." if has_losses else ""),
         "Train with frozen=False and use_running_average=False; recalibrating this model would spoil it.",
     )
