@@ -27,16 +27,16 @@ extensions = [
     "keys",
     "references",
 ]
-exclude_patterns = ["_sphinx"]
 
 # Notebooks are shown as they were run last; the tests run them.
 nb_execution_mode = "off"
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 default_role = "literal"
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
+napoleon_custom_sections = [("Attributes", "params_style")]  # as of arguments: without types
 
 # Without the internet, the few names that these pages use.
 URLS = {

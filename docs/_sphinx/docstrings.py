@@ -2,8 +2,10 @@
 
 import re
 
+from sphinx.util import inspect
+
 FORMULA = re.compile(r"(?:(?<=\n\n)|\A)((?: {4}.*\n|\n(?= {4}))+)")
-TABLE = re.compile(r"^\|(.+)\|\n\|[-|]+\|\n((?:\|.+\|\n)+)", re.M)
+TABLE = re.compile(r"^\|(.+)\|\n\|[-:| ]+\|\n((?:\|.+\|\n)+)", re.M)
 # Stars and bars of prose stand for themselves; not those of code, formulas, tables, examples and `*args:`.
 SIGN = re.compile(r"`[^`]*`|::\n\n(?: {4}.*\n|\n)+|^\|.*\|$|>>> (?:.+\n)+|^ +\*+\w+:|([*|])", re.M)
 
@@ -27,6 +29,9 @@ def process(app, what, name, obj, options, lines: list[str]) -> None:
 
 def process_signature(app, what, name, obj, options, signature: str | None, result):
     """Leave out what Flax adds to every module, and how Python prints a dtype."""
+    if signature == "(*args, **kwargs)":  # of the metaclass of NNX
+        of_init = inspect.signature(obj.__init__, bound_method=True)
+        signature = inspect.stringify_signature(of_init, show_annotation=False)
     plain = re.sub(r", parent=<.*>, name=None|<class 'jax.numpy.(\w+)'>", r"\1", signature or "")
     return re.sub(r"<function (\w+)>", r"\1", plain) or None, None
 

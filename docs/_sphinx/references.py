@@ -5,7 +5,7 @@ import re
 from docutils import nodes
 from sphinx import addnodes
 
-NAME = re.compile(r"(?:jbn|jax|flax|optax)(?:\.\w+)+")
+NAME = re.compile(r"(?:jbn|jax|flax|numpy|optax)(?:\.\w+)+")
 
 PAGES = {
     "../../benchmarks/README.md": "../theory/all_benchmarks.md",

@@ -94,10 +94,13 @@ def test_lines_for_clusters_are_a_job_that_loads(language, processes):
     assert loaded.run_dir == "/shared/runs/cifar10" and str(loaded.num_processes or None) == str(processes)
 
 
-def test_every_file_that_a_page_names_exists():
+def test_every_file_that_a_page_or_a_docstring_names_exists():
     texts = TEXTS | {page: (ROOT / page).read_text() for page in OTHERS}
     configs = {name for text in texts.values() for name in re.findall(r"configs/\w+\.toml", text)}
-    assert len(configs) >= 15 and all((ROOT / config).is_file() for config in configs)
+    sources = "".join(path.read_text() for path in ROOT.glob("jbn/**/*.py"))
+    pages = set(re.findall(r"docs/[\w/]+\.md", sources))
+    assert len(configs) >= 15 and pages
+    assert not [name for name in configs | pages if not (ROOT / name).is_file()]
     for page, text in texts.items():
         for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", text):
             assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
