@@ -94,6 +94,15 @@ def test_lines_for_clusters_are_a_job_that_loads(language, processes):
     assert loaded.run_dir == "/shared/runs/cifar10" and str(loaded.num_processes or None) == str(processes)
 
 
+def test_jobs_that_a_page_shows_and_does_not_run_would_load():
+    shown = "\n".join(BLOCK.sub("", text).replace("\\\n", " ") for text in TEXTS.values())
+    lines = re.findall(r"^ *python -m train (configs/.*)", shown, re.M)
+    assert len(lines) >= 5
+    for line in lines:
+        config, *flags = shlex.split(line.replace("$seed", "0").replace("$W", ""))
+        load(ROOT / config, flags)
+
+
 def test_every_block_is_run_or_no_program():
     for page, text in TEXTS.items():
         assert set(re.findall(r"```(\w+)", BLOCK.sub("", text))) <= {"text", "toml"}, page
