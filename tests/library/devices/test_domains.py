@@ -80,6 +80,7 @@ def test_a_batch_in_parts_is_the_batch(way, on_one_device):
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=3e-5, atol=3e-5), actual, on_one_device)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_a_batch_that_is_sharded_is_the_batch_on_one_device(kind, on_one_device):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType[kind],))
@@ -97,6 +98,7 @@ def test_a_batch_that_is_sharded_is_the_batch_on_one_device(kind, on_one_device)
             assert actual[0].sharding.is_equivalent_to(sharded[0].sharding, 3)
 
 
+@pytest.mark.slow
 def test_groups_of_devices_keep_their_domains_apart():
     groups = [[0, 1, 2], [3, 4, 5, 6, 7]]
     f = jax.shard_map(

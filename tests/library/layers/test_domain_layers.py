@@ -121,6 +121,7 @@ def test_options_that_make_no_sense_are_named():
             call(X, domain=INDEX)
 
 
+@pytest.mark.slow
 def test_statistics_without_an_axis_of_domains_are_refused():
     variables = jax.jit(Net().init)(jax.random.key(0), (BATCH, INDEX))
     stats = {"BatchNorm_0": {"mean": np.zeros(4), "var": np.ones(4)}}
@@ -151,6 +152,7 @@ def test_linen_transforms_carry_domains(standard_promotion):
             assert_close(y[member][domain == index], reference.batch_norm(x[domain == index]))
 
 
+@pytest.mark.slow
 def test_nnx_transforms_carry_domains():
     layers = nnx.vmap(lambda key: jbn.nnx.BatchNorm(4, domains=3, momentum=0.0, rngs=nnx.Rngs(key)))(
         jax.random.split(jax.random.key(0), 2)
@@ -170,6 +172,7 @@ def test_nnx_transforms_carry_domains():
 # The tools.
 
 
+@pytest.mark.slow
 def test_recalibration_and_diagnosis_measure_by_domain():
     model = Net()
     variables = jax.jit(model.init)(jax.random.key(0), (BATCH, INDEX))
@@ -289,6 +292,7 @@ def test_domains_are_blended_each_with_its_own_samples():
         assert_close(y[domain == INDEX], normalize_blended(BATCH[domain == INDEX]))
 
 
+@pytest.mark.slow
 def test_any_model_blends_in_a_context_or_by_conversion():
     model = nn.Sequential([nn.Dense(4, kernel_init=quick_init), nn.BatchNorm(use_running_average=True)])
     variables = jax.jit(model.init)(jax.random.key(0), BATCH)

@@ -80,6 +80,7 @@ def test_a_momentum_of_1_keeps_the_statistics_as_in_flax():
         jax.tree.map(assert_array_equal, updated["batch_stats"], STATS)
 
 
+@pytest.mark.slow
 def test_compiled_training_does_nothing_for_running_statistics():
     def operations(loss):
         step = jax.jit(jax.grad(loss, has_aux=True)).lower(PARAMS, STATS, X)

@@ -209,6 +209,7 @@ def test_transforms_of_nnx_count_each_layers_updates():
 # Checkpoints and tools
 
 
+@pytest.mark.slow
 @both
 def test_number_of_updates_survives_checkpoints(flavour):
     layer, other = (make(flavour, renorm=growing) for _ in range(2))

@@ -91,6 +91,7 @@ def test_inference_picks_the_moments_by_index_and_changes_nothing():
         jax.tree.map(assert_array_equal, new, running)
 
 
+@pytest.mark.slow
 def test_one_index_for_all_is_a_call_of_that_domain():
     x, (params, running) = random((11, 2, 3)), state(by_domain=True)
     f = jax.jit(train)
@@ -293,6 +294,7 @@ def test_gradients_are_those_of_float64_and_of_a_shared_scale_the_sum_over_domai
             assert_allclose(leaf, total if by_domain else total.sum(0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_derivative_is_that_of_a_call_for_each_domain(x64):
     x, v = np.float64(random((11, 3))), np.random.RandomState(6).normal(size=(11, 3))
     params, running = state(dtype=np.float64)

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import jbn
@@ -35,6 +36,7 @@ def test_gradients_of_scale_and_bias_add_up_the_sums_over_ghost_batches():
     assert cost["bytes accessed"] / x.nbytes < 12.5  # 16 with sums of their own
 
 
+@pytest.mark.slow
 def test_rows_are_added_up_and_taken_by_index_on_every_platform_and_for_members_of_vmaps():
     rng = np.random.RandomState(0)
     rows, values = (jnp.asarray(rng.normal(size=(2, 3, n, 4)), jnp.float32) for n in (7, 5))

@@ -62,6 +62,7 @@ def trained():
     return model
 
 
+@pytest.mark.slow
 def test_same_objects_with_the_same_variables_become_ours():
     model = trained()
     nodes, before = variables_and_modules(model), nnx.state(model)
@@ -115,6 +116,7 @@ def test_checkpoints_and_states_of_optimizers_fit(tmp_path):
     assert np.any(after["dense"]["kernel"] != before["dense"]["kernel"])
 
 
+@pytest.mark.slow
 def test_converted_models_are_models_of_ours_in_all_that_nnx_does():
     model = jbn.nnx.convert(trained(), virtual_batch_size=4)
     model.eval()

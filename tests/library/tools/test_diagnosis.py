@@ -230,6 +230,7 @@ def test_statistics_that_were_never_updated_are_told_from_frozen_ones_by_the_los
     assert kinds(diagnose(HEALTHY, elsewhere)) == ["frozen"]
 
 
+@pytest.mark.slow
 def test_one_value_per_feature_is_named():
     found = diagnose(HEALTHY, trained(HEALTHY), test_batches(size=1, count=3))
     assert kinds(found) == ["one value"] and len(found.findings[0].layers) == 3
@@ -380,6 +381,7 @@ def test_what_few_examples_differ_by_by_chance_is_no_finding_and_the_same_in_man
     assert [finding.kind for finding in many.findings] == ["other statistics"]
 
 
+@pytest.mark.slow
 def test_findings_name_few_layers_and_features_and_say_how_many_more_there_are():
     x, signs = jnp.float32(np.random.RandomState(0).randn(1, 64, 8)), np.float32([1, -1, 1, 1, -1, -1, 1, -1])
     off = Moments(2 * signs, np.ones(8, np.float32), 9.0)
@@ -401,6 +403,7 @@ def test_findings_name_few_layers_and_features_and_say_how_many_more_there_are()
     assert said(x, initial, 1).startswith("The running statistics of the only layer are still the initial")
 
 
+@pytest.mark.slow
 def test_what_looks_like_another_illness_in_one_layer_is_told_from_it_by_the_others():
     """From records alone, as networks other than the above have them."""
     draw = np.random.RandomState(0)

@@ -28,6 +28,7 @@ def test_what_was_compiled_in_nested_contexts_is_used_in_the_same_ones_only():
     assert apply(variables, x) == 0
 
 
+@pytest.mark.slow
 def test_model_or_its_variables_in_place_of_a_function_are_refused():
     model, x = nn.Sequential([nn.Dense(2), nn.BatchNorm(use_running_average=True)]), jnp.ones((3, 2))
     variables = model.init(jax.random.key(0), x)

@@ -108,6 +108,7 @@ def test_every_kind_of_layer_folds_with_and_without_bias_and_scale():
     assert list(found.values()) == [{"layers_0": "layers_1"}] * len(layers)
 
 
+@pytest.mark.slow
 def test_residual_network_of_the_imagenet_example_folds_whole():
     x = draw(2, 16, 16, 3)
     models = {kind.__module__: (ResNet(kind, blocks=2), x) for kind in (nn.BatchNorm, jbn.linen.BatchNorm)}
@@ -250,6 +251,7 @@ NOT_FOUND = {
 }
 
 
+@pytest.mark.slow
 def test_what_may_not_fold_is_not_found_and_an_error_says_why():
     for reason, calls in NOT_FOUND.items():
         for call in calls:

@@ -113,6 +113,7 @@ def test_running_statistics_are_refused(variables):
         jbn.nnx.batch_norm_mask(nnx.state(model))
 
 
+@pytest.mark.slow
 def test_optax_decays_all_but_the_norms_and_trains_them_alone_in_linen_and_nnx():
     def is_decayed(params, mask):
         optimizer = optax.adamw(1.0, weight_decay=0.5, mask=mask)

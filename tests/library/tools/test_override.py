@@ -159,6 +159,7 @@ def test_frozen_norms_of_somebody_elses_model_stay_while_its_other_layers_train(
     assert np.all(params["dense"]["kernel"] != VARIABLES["params"]["dense"]["kernel"])
 
 
+@pytest.mark.slow
 def test_recalibration_of_an_overridden_model():
     """Each layer is measured once, as what it is; a model without an evaluation mode gets one."""
     expected = X @ VARIABLES["params"]["dense"]["kernel"]
@@ -195,6 +196,7 @@ def test_mode_that_is_given_in_the_call_is_overridden():
             assert_allclose(jax.jit(model.apply)(variables, X), X, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_option_that_has_no_hash_is_an_array_each_time_anew():
     for momentum in 0.5, 0.25:
         with jbn.linen.override(momentum=jnp.float32(momentum)):

@@ -171,6 +171,7 @@ def assert_recalibrated(variables, expected=EXPECTED):
         assert_allclose(stats["var"], var, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_ways_to_call_a_model():
     model, siamese = Net(), {"first": (X[0, :, :2].mean((0, 1)), X[0, :, :2].var((0, 1)))}
     closed_over = jax.tree.map(lambda leaf: leaf + 1, VARIABLES)
@@ -204,6 +205,7 @@ def test_ways_to_call_a_model():
     assert_array_equal(new["batch_stats"]["a"]["first"]["mean"], np.zeros(4))
 
 
+@pytest.mark.slow
 def test_what_nn_jit_has_compiled_in_one_measurement_is_measured_in_others():
     Jitted = nn.jit(Net)
     model = Case(lambda module, x: Jitted(name="net")(x))
@@ -244,6 +246,7 @@ def test_model_that_trains_where_its_statistics_are_mutable():
         jbn.linen.recalibrate(lambda v, x: Net().apply(v, x, train=True), VARIABLES, [ROWS])
 
 
+@pytest.mark.slow
 def test_structure_of_the_variables_is_kept():
     box = lambda value: nn.Partitioned(value, names=("features",))
     boxed = {**VARIABLES, "batch_stats": jax.tree.map(box, VARIABLES["batch_stats"]), "other": {"kept": 1}}

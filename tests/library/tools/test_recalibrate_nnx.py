@@ -123,6 +123,7 @@ def assert_recalibrated(model, second=9.0):
     assert_allclose(model.second.var[...], np.full(4, second), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_all_but_the_statistics_is_left_as_it_was():
     model = Net()
     model.second.mean = nnx.BatchStat(jnp.zeros(4), note="metadata")
@@ -142,6 +143,7 @@ def test_all_but_the_statistics_is_left_as_it_was():
     model(ROWS)  # still trains
 
 
+@pytest.mark.slow
 def test_ways_to_call_a_model():
     for call, batch in (
         (lambda model, x: model(x), ROWS),
@@ -190,6 +192,7 @@ def call_model(model, x):
     return model(x)
 
 
+@pytest.mark.slow
 def test_what_nnx_jit_has_compiled_in_one_measurement_is_measured_in_others():
     model = Net()
     for scale in 1, 2:

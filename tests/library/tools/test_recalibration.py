@@ -146,6 +146,7 @@ def test_nothing_is_lost_in_many_small_batches_with_a_large_mean(api):
     assert_allclose(stats["var"], x.var(0, dtype=float), rtol=1e-5)
 
 
+@pytest.mark.slow
 @both
 def test_as_many_sweeps_as_layers_are_independent_of_the_batch_size(api):
     net, whole = api(), reference([{"x": X}])
@@ -157,6 +158,7 @@ def test_as_many_sweeps_as_layers_are_independent_of_the_batch_size(api):
     assert np.abs(one["norm2"]["var"] / whole[2][1] - 1).max() > 0.01
 
 
+@pytest.mark.slow
 @both
 def test_layer_that_is_called_twice_has_the_inputs_of_both_calls(api):
     """And one that is not called, as an auxiliary head in evaluation, keeps its statistics."""
@@ -166,6 +168,7 @@ def test_layer_that_is_called_twice_has_the_inputs_of_both_calls(api):
     assert_array_equal(stats["norm2"]["mean"], np.zeros(4))
 
 
+@pytest.mark.slow
 @both
 def test_layers_of_ours_count_what_their_rule_averages_by(api):
     """And are measured whatever they do in training: ghost batches, a frozen layer."""
@@ -182,6 +185,7 @@ def test_layers_of_ours_count_what_their_rule_averages_by(api):
         assert_array_equal(stats["norm0"]["count"], np.full(4, count, "float32"))
 
 
+@pytest.mark.slow
 @both
 def test_what_is_not_finite_or_has_no_samples_keeps_its_statistics(api):
     net = api()
@@ -236,6 +240,7 @@ def test_batches_over_devices_and_statistics_stay_where_they_were(api):
         assert stats["norm0"]["mean"].sharding == of_features
 
 
+@pytest.mark.slow
 @both
 def test_a_second_time_nothing_is_compiled(api):
     net = api()
@@ -267,6 +272,7 @@ def notes(error):
     return getattr(error.value, "__notes__", ())
 
 
+@pytest.mark.slow
 def test_examples_with_labels_need_a_call_that_takes_them_apart():
     model = nnx.Sequential(nnx.Linear(4, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
     for tool in jbn.nnx.recalibrate, jbn.nnx.diagnose:

@@ -33,6 +33,7 @@ def check(layer, mean=MEAN, var=VAR):
     assert_allclose(layer["var"], var, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_statistics_of_flax_are_weighted_by_the_numbers_of_samples():
     trees = [{"block": {"norm": stats(x)}, "list": [stats(2 * x)]} for x in DATA]
     for merge in (jbn.merge_trees, lambda *trees, counts: jax.jit(jbn.merge_trees)(*trees, counts=counts)):
@@ -62,6 +63,7 @@ def test_states_of_nnx_go_back_into_a_model():
     check({"mean": models[0].layers[0].mean[...], "var": models[0].layers[0].var[...]})
 
 
+@pytest.mark.slow
 def test_moments_are_merged_by_their_own_counts():
     trees = [
         {"x": jbn.moments(jnp.asarray(x, jnp.float32)), "y": (jbn.Moments(*np.ones((2, 3)), 2),)}
@@ -76,6 +78,7 @@ def test_moments_are_merged_by_their_own_counts():
     jax.tree.map(assert_array_equal, jbn.merge_trees(whole), whole)
 
 
+@pytest.mark.slow
 def test_counts_are_what_each_rule_goes_on_from():
     def after(update, batches):
         _, running = jbn.init(3)

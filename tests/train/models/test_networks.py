@@ -195,6 +195,7 @@ def test_networks_that_do_not_fit_are_refused_with_what_would(refusal):
         make(name, widths=(16, 12), norm="layer", norm_groups=8)
 
 
+@pytest.mark.slow
 def test_networks_fold_into_those_without_norms_but_of_their_inputs():
     for name, norm in (("mlp", "renorm"), ("nnx_mlp", "renorm"), ("nnx_mlp", "flax"), ("cnn", "ghost")):
         network = make(name, norm=norm, norm_inputs=True)

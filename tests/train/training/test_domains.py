@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from tests.train.training.test_steps import (
@@ -47,6 +48,7 @@ def logits_of(params, x, domain, *, corrected=None):
     return 1 / (1 + np.exp(-(normalized * scale + bias))) @ head["kernel"] + head["bias"]
 
 
+@pytest.mark.slow
 def test_renderings_are_normalized_apart_in_parts_of_a_batch_too():
     names, parts = ("original", "inverted"), 2
     config, state, inputs = setup(
@@ -70,6 +72,7 @@ def test_renderings_are_normalized_apart_in_parts_of_a_batch_too():
         assert_allclose(stats["var"][which], features[domain == which].var(0), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_adversarial_examples_are_made_and_normalized_with_statistics_of_their_own():
     config, state, inputs = setup(optimizer={"adversarial": RATE}, domains=2)
     params, x, labels = wide(state.variables.params), X[:8], DATA.labels[:8]
@@ -94,6 +97,7 @@ def test_adversarial_examples_are_made_and_normalized_with_statistics_of_their_o
     assert np.abs(apply(new.variables, x)[0] - apply(new.variables, x, domain=1)[0]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_renorm_corrects_parts_of_a_batch_towards_the_running_statistics_and_counts_one_update():
     limits = {"norm_r_max": 1.5, "norm_d_max": 0.5, "norm_plain": 0.0, "norm_ramp": 0.0}
     config, state, inputs = setup(norm="renorm", optimizer={"accumulate": 2, "average": 0.5}, **limits)

@@ -65,6 +65,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_all_else_moves():
         assert len(frozen) > 3, case
 
 
+@pytest.mark.slow
 def test_frozen_network_computes_in_training_what_it_does_in_inference():
     for config, state in variants():
         run = lambda train, config=config, state=state: config.network.apply(
@@ -75,6 +76,7 @@ def test_frozen_network_computes_in_training_what_it_does_in_inference():
         jax.tree.map(assert_array_equal, stats, state.variables.batch_stats)
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_for_gradients_of_a_frozen_body():
     counts = {}
     for frozen in ("none", "body"):

@@ -47,6 +47,7 @@ def test_job_starts_from_the_best_parameters_and_statistics_of_another(make_conf
     jax.tree.map(assert_array_equal, averaged.initial.average, job.initial.variables)
 
 
+@pytest.mark.slow
 def test_start_from_another_network_or_from_no_run_is_refused(make_config, finished):
     run_dir = finished[0].run_dir
     for change, message in (
@@ -63,6 +64,7 @@ def test_start_from_another_network_or_from_no_run_is_refused(make_config, finis
             prepare(make_config(**{"init_from": run_dir} | change))
 
 
+@pytest.mark.slow
 def test_head_for_other_classes_starts_anew_and_is_said_once(make_config, finished, tmp_path, capsys):
     arrays = {
         key: value if key.startswith("x") else value % 3 for key, value in digits(Path()).arrays.items()

@@ -88,6 +88,7 @@ def test_processes_with_other_data_are_refused_before_anything_is_written(finish
     assert not Path(make_config().run_dir).exists()
 
 
+@pytest.mark.slow
 def test_processes_that_start_from_other_weights_are_refused_too(finished, make_config, monkeypatch):
     compared, (source, *_) = [], finished
     monkeypatch.setattr(loop.processes, "check_equal", compared.append)
@@ -109,6 +110,7 @@ def test_train_lines_are_means_since_the_line_before(finished, make_config):
     assert int(state.sums["examples"]) == 128 * int(state.step) > 0
 
 
+@pytest.mark.slow
 def test_best_step_is_by_validation_and_not_by_test(make_config, monkeypatch, capsys):
     found = iter([0.2, 0.1, 0.9, 0.3, 0.5, 0.8])  # validation and test after steps 12, 24 and 30
     evaluate = lambda *_: {"loss": 2e6, "accuracy": next(found)}
@@ -172,6 +174,7 @@ def dispatched(monkeypatch):
     return spans
 
 
+@pytest.mark.slow
 def test_steps_of_one_dispatch_stay_inside_their_epoch_and_evaluation(make_config, monkeypatch, dispatched):
     monkeypatch.setattr(loop, "SECONDS_PER_DISPATCH", 1e9)
     fit(make_config())
@@ -179,6 +182,7 @@ def test_steps_of_one_dispatch_stay_inside_their_epoch_and_evaluation(make_confi
     assert dispatched == [(0, 1), (1, 2), (3, 4), (7, 3), (0, 2), (2, 8), (0, 4), (4, 6)]
 
 
+@pytest.mark.slow
 def test_steps_of_one_dispatch_are_those_that_the_processes_agree_on(make_config, monkeypatch, dispatched):
     monkeypatch.setattr(loop, "SECONDS_PER_DISPATCH", 1e9)
     monkeypatch.setattr(loop.processes, "agree", lambda steps, stop: (2, 0))  # another process is slower
@@ -239,6 +243,7 @@ def test_trace_of_a_job_that_fails_is_ended_and_written(make_config):
     assert b"many_steps" in trace.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "every, message, saved",
     [

@@ -84,6 +84,7 @@ def test_class_weights_that_do_not_fit_are_refused_with_the_names_of_the_classes
     assert "expected one > 0 for a class that has training examples, got [0" in of(0.0, 0.0, 1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_weighted_loss_is_reported_without_smoothing_and_accuracies_without_weights():
     weights, names = (0.5, 2.0, 0.0), ("a", "b", "c")
     loss = CrossEntropy(weights, names)
@@ -193,6 +194,7 @@ INPUTS = np.float32(RNG.randn(600, 4))
 GIVEN = {"name": "npz", "path": "given.npz"}
 
 
+@pytest.mark.slow
 def test_job_of_numbers_learns_them_in_any_unit_and_its_best_step_is_that_of_the_lowest_loss(trained, capsys):
     labels = np.float32(1e4 + 1e3 * (INPUTS @ [1, -1, 0.5, 0]))
     description = Labels(mean=float(labels[:200].mean()), std=float(labels[:200].std()))

@@ -177,6 +177,7 @@ def test_clipping_bounds_the_norm_of_all_gradients_together_before_decay(clip):
             assert_allclose(decayed[layer][key], -0.1 * (clipped + decay), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_stays_without_state_and_the_rest_is_trained_as_if_it_were_all():
     part = {"Dense_1": PARAMS["Dense_1"]}
     learning = lambda params: {name: dict.fromkeys(leaves, name in part) for name, leaves in params.items()}

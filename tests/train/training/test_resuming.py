@@ -95,6 +95,7 @@ def test_finished_job_is_left_as_it_is(finished):
     assert {path: path.stat().st_mtime_ns for path in Path(config.run_dir).rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_finished_job_whose_data_were_replaced_is_not_finished(tmp_path, make_config):
     rng, path = np.random.RandomState(0), tmp_path / "data" / "npz.npz"
     path.parent.mkdir()
@@ -131,6 +132,7 @@ def test_request_to_stop_ends_the_look_at_the_data_of_a_finished_job(finished, m
         loop.fit(finished[0], stop)
 
 
+@pytest.mark.slow
 def test_run_that_an_earlier_version_began_goes_on_though_its_classes_are_uneven(
     tmp_path, make_config, monkeypatch
 ):

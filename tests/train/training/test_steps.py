@@ -118,6 +118,7 @@ def assert_close(a, b, rtol=1e-4, atol=1e-5):
     jax.tree.map(partial(assert_allclose, rtol=rtol, atol=atol), a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm, smoothing", [("batch", 0.3), ("none", 0.0)])
 def test_step_goes_down_the_gradient_of_the_mean_loss_on_its_rows(norm, smoothing):
     config, state, inputs = setup(norm=norm, optimizer={"label_smoothing": smoothing})
@@ -210,6 +211,7 @@ def test_batches_from_the_host_on_several_devices_give_the_same_steps_also_in_pa
     assert_close(state, expected)
 
 
+@pytest.mark.slow
 def test_augmentation_follows_from_seed_and_step_and_reaches_the_network():
     config, state, inputs = setup(data={"shift": 1}, optimizer={"average": 0.3})
 

@@ -16,6 +16,7 @@ from train.training import load_best
 from train.training.trained import serving
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_with_running_batch_and_blended_statistics(copied, capsys):
     config, summary = copied
     arguments = ["--shifts", "original", "brightness", "--batch-sizes", "1", "100", "--prior", "30"]

@@ -75,6 +75,7 @@ class Domains(Linear):
         return logits.at[:, 0].add(domain.astype(jnp.float32)), stats
 
 
+@pytest.mark.slow
 def test_each_example_counts_once_in_every_rendering_on_any_number_of_devices(monkeypatch):
     monkeypatch.setattr(evaluation, "EVAL_BATCH", 7)
     split = Split(INPUTS[:, None, :, None], LABELS, ROWS)

@@ -61,6 +61,7 @@ def test_outputs_equal_pytorchs_padding_and_strides_included(save, name):
     assert notes == ()
 
 
+@pytest.mark.slow
 def test_file_means_the_same_in_every_format_dtype_and_wrapping_and_for_every_batch_norm(save):
     expected, _ = start(save(STATE))
     assert {float(leaf.min()) for leaf in jax.tree.leaves(expected.params)}.isdisjoint({7.0})
@@ -96,6 +97,7 @@ def test_head_of_another_size_or_none_starts_anew_and_is_said(save):
         assert_array_equal(variables.params["stem"]["BatchNorm_0"]["scale"], STATE["bn1.weight"])
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_refused_with_all_differences(save, refusal):
     sentence = refusal(start, save(STATE), shape=(64, 71, 1))
     assert sentence.startswith("init_from: '") and sentence.endswith(

@@ -256,6 +256,7 @@ def test_tables_are_predicted_by_the_names_of_their_columns(tmp_path, refusal):
     assert sentence.startswith(f"{tmp_path}/new.csv cannot be read: it has no column 'height'; perhaps you")
 
 
+@pytest.mark.slow
 def test_numbers_are_predicted_and_exported_in_their_unit(tmp_path):
     table = RANDOM.normal((0, 0, 500), (1, 1, 70), (30, 3)).astype(np.float32)
     np.savetxt(tmp_path / "table.csv", table, delimiter=",", header="b,a,price", comments="", fmt="%.9g")
@@ -373,6 +374,7 @@ def test_exported_programs_need_jax_alone_and_compute_the_same(tmp_path):
                 assert_allclose(actual, live[: len(actual)], rtol=tolerance, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.slow
 def test_folded_programs_compute_the_same_in_fewer_operations(tmp_path):
     images = np.random.RandomState(0).normal(0, 8, (3, 8, 8, 1)).astype(np.float32)
     for network in (Model(widths=(16,)), Model("nnx_mlp", norm="flax", widths=(16,))):
