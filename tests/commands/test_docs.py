@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jbn
 from tests.helpers.command import ROOT
 from train.config import load, total_steps
 from train.runs.summary import Summary
@@ -111,7 +112,7 @@ def test_every_block_is_run_or_no_program():
 def test_every_file_that_a_page_or_a_docstring_names_exists():
     texts = TEXTS | {page: (ROOT / page).read_text() for page in OTHERS}
     configs = {name for text in texts.values() for name in re.findall(r"configs/\w+\.toml", text)}
-    sources = "".join(path.read_text() for path in ROOT.glob("jbn/**/*.py"))
+    sources = "".join(path.read_text() for path in Path(jbn.__file__).parent.rglob("*.py"))
     pages = set(re.findall(r"docs/[\w/]+\.md", sources))
     assert len(configs) >= 15 and pages
     assert not [name for name in configs | pages if not (ROOT / name).is_file()]

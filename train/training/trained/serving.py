@@ -190,5 +190,5 @@ def _as_trained(run: TrainedRun, what: str, given: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         examples = examples.astype(np.float32, copy=False)
     require(bool(np.isfinite(examples).all()), "finite numbers")
-    require(not digits or (examples.min() >= 0 and examples.max() <= 1), "numbers from 0 to 1")
+    require(not digits or bool(examples.min() >= 0 and examples.max() <= 1), "numbers from 0 to 1")
     return examples
