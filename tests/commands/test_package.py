@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -16,6 +17,15 @@ def test_public_names_are_those_of_the_interface():
     names = "Moments OneValueWarning Params as_affine batch_norm batch_renorm blend cumulative ema fold"
     names += " from_torch init keep merge merge_trees moments normalize pooled renorm_limits to_torch"
     assert sorted(jbn.__all__) == names.split()
+
+
+def test_versions_are_the_same_wherever_they_stand():
+    read = lambda name: (ROOT / name).read_text()
+    assert f"\nversion: {jbn.__version__}\n" in read("CITATION.cff")
+    assert jbn.__version__ in read("CHANGELOG.md").partition("###")[0]
+    project = tomllib.loads(read("pyproject.toml"))["project"]
+    (jax,) = (bound for bound in project["dependencies"] if bound.startswith("jax>="))
+    assert f"JAX {jax.removeprefix('jax>=')} or newer" in read("docs/usage/get_started.md")
 
 
 @pytest.mark.slow
