@@ -73,11 +73,3 @@ def test_wheel_holds_the_typed_library_alone(tmp_path):
         line.split()[1] for line in metadata if line.startswith("Requires-Dist: ") and "extra" not in line
     ]
     assert [name.partition(">")[0] for name in required] == ["jax", "numpy"]
-
-
-def test_editable_install_exposes_the_program_too_and_neither_tests_nor_benchmarks(tmp_path):
-    for version, packages in (("standard", ["jbn"]), ("editable", ["jbn", "train"])):
-        builder = WheelBuilder(str(ROOT))
-        builder.get_build_hooks(str(tmp_path))["custom"].initialize(version, {})
-        assert builder.config.packages == packages
-    assert builder.config.dev_mode_exact
