@@ -74,7 +74,9 @@ def on_one_device():
     return with_gradient(train)(X, INDEX, MASK)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["shard_map", *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way != "shard_map")]
+)
 def test_a_batch_in_parts_is_the_batch(way, on_one_device):
     actual = with_gradient(WAYS[way])(X, INDEX, MASK)
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=3e-5, atol=3e-5), actual, on_one_device)

@@ -99,6 +99,7 @@ def test_a_scale_from_outside_may_be_by_domain():
     assert_close(y, X * scales[INDEX][:, None] / np.sqrt(1 + 1e-5))
 
 
+@pytest.mark.slow
 def test_options_that_make_no_sense_are_named():
     for options, error, message in [
         (dict(domains=0), ValueError, "domains=0; expected a number of domains >= 1"),

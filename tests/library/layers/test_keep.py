@@ -58,6 +58,7 @@ def test_linen_needs_nothing_mutable_and_takes_a_checkpoint_of_flax_or_parameter
         layer.clone(use_running_average=True).apply({"params": PARAMS}, X)
 
 
+@pytest.mark.slow
 def test_nnx_needs_no_model_that_is_an_argument_and_no_count_when_it_is_set_later():
     layer = jbn.nnx.BatchNorm(3, update=jbn.keep(), rngs=nnx.Rngs(0))
     assert set(nnx.state(layer)) == {"scale", "bias", "mean", "var"}

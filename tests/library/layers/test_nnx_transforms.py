@@ -206,6 +206,7 @@ def test_shapes_are_known_without_computing():
     assert_array_equal(model.bn.mean[...], 0)
 
 
+@slow
 def test_model_that_a_transform_cannot_update_says_how_to_pass_it():
     model = Block(jbn.nnx.BatchNorm, nnx.Rngs(0))
     calls = {

@@ -137,6 +137,7 @@ def test_dtypes(dtype, request):
         assert_allclose(actual, wanted, rtol=max(tolerance, 1e-5 * (dtype != "float64")), atol=10 * tolerance)
 
 
+@slow
 def test_an_index_of_few_bits_reaches_all_that_it_can():
     x, index = random((6, 3)), np.uint8([255, 255, 0, 0, 255, 0])
     for domains in 256, 300:
@@ -150,6 +151,7 @@ def test_an_index_of_few_bits_reaches_all_that_it_can():
     assert_array_equal(np.isnan(y).all(1), [False, True, False, True, False, False])
 
 
+@slow
 def test_what_is_not_finite_stays_in_its_domain_and_feature_and_what_is_masked_reaches_nothing():
     x, (params, running) = np.asarray(random((11, 2, 3))), state()
     f = jax.jit(train)
@@ -171,6 +173,7 @@ def test_what_is_not_finite_stays_in_its_domain_and_feature_and_what_is_masked_r
         assert_allclose(gradient(spoilt)[others], gradient(x)[others], rtol=1e-4, atol=1e-3)
 
 
+@slow
 def test_a_domain_whose_examples_are_all_masked_keeps_its_moments():
     x, (params, running) = random((11, 3)), state()
     y, new = train(x, params, running, INDEX, mask=(INDEX != 2)[:, None])
@@ -335,6 +338,7 @@ def test_members_of_a_vmap_have_indices_of_their_own_and_scan_carries_the_state(
     jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5), last, wanted)
 
 
+@slow
 def test_members_of_nested_vmaps_differ():
     x, (params, running) = random((2, 2, 11, 5, 3)), state()
     indices = np.stack([np.roll(INDEX, shift) for shift in range(4)]).reshape(2, 2, 11)

@@ -78,6 +78,7 @@ def test_complex_moments_and_float64(x64):
     assert_allclose(blended.var, var, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_gradients_flow_to_both_and_to_the_prior(x64):
     running, batch = jax.tree.map(np.float64, (RUNNING, BATCH))
     for between in True, False:

@@ -57,6 +57,7 @@ def test_merge_has_an_identity_whatever_the_empty_part_holds():
             assert_array_equal(merged.count, a.count)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(
     part_of_row=st.lists(st.integers(0, 5), min_size=12, max_size=12),

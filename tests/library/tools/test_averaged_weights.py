@@ -59,6 +59,7 @@ def inputs_by_batch(x):
     return seen
 
 
+@pytest.mark.slow
 def test_statistics_are_the_pooled_ones_where_update_bn_averages_variances():
     digits = load_digits()
     x, labels = (digits.data / 16).astype("float32"), digits.target

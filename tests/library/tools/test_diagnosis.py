@@ -157,6 +157,7 @@ def test_healthy_network_has_nothing_however_few_the_data():
     assert "Nothing is wrong" in str(found)
 
 
+@pytest.mark.slow
 def test_data_that_are_scaled_or_shifted_are_named_with_their_factor():
     variables = trained(HEALTHY)
     for change, said in (
@@ -210,6 +211,7 @@ def test_dead_features_are_named_and_several_illnesses_are_listed_worst_first():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_statistics_that_were_never_updated_are_told_from_frozen_ones_by_the_loss():
     dropped = trained(HEALTHY, keep=False)
     found = diagnose(HEALTHY, dropped)
@@ -350,6 +352,7 @@ def test_same_apply_compiles_nothing_again_and_batches_are_gone_through_twice_at
         diagnose(HEALTHY, variables, [])
 
 
+@pytest.mark.slow
 def test_table_of_a_deep_network_is_short_and_has_the_worst_layers_first():
     x = np.random.RandomState(0).randn(2, 64, 3).astype(np.float32)
     params, running = jbn.init(3)

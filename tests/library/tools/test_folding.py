@@ -80,6 +80,7 @@ def test_a_bias_near_the_mean_is_as_exact_as_the_norm_itself():
     assert_allclose(bias, 1 / np.sqrt(1e-4 + 1e-6), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_complex_kernels_fold_and_gradients_reach_everything():
     running = jbn.Moments(*of("float32", MEAN, VAR))
     kernel, bias = jbn.fold(*of("complex64", 1j * KERNEL, None), None, running)

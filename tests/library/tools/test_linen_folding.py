@@ -73,6 +73,7 @@ def norm(layer=nn.BatchNorm, **options):
     return layer(use_running_average=True, **options)
 
 
+@pytest.mark.slow
 def test_every_kind_of_layer_folds_with_and_without_bias_and_scale():
     image = draw(2, 6, 5, 4)
     layers = {

@@ -105,6 +105,7 @@ def test_roots_and_empty_trees():
     assert mask({"posterior": {"mean": scale, "var": scale}}) == {"posterior": {"mean": False, "var": False}}
 
 
+@pytest.mark.slow
 def test_running_statistics_are_refused(variables):
     with pytest.raises(ValueError, match=r"statistics of 'batch_stats/\w+'.*pass variables\[\"params\"\]"):
         jbn.linen.batch_norm_mask(variables)

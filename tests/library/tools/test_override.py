@@ -101,6 +101,7 @@ def test_compiled_functions_are_others_inside_and_the_same_again_outside():
     assert_array_equal(step(X), outside)
 
 
+@pytest.mark.slow
 def test_other_threads_are_not_affected():
     means = []
     step = lambda: means.append(

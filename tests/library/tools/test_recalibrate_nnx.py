@@ -178,6 +178,7 @@ def test_trees_in_place_of_graphs():
     assert_allclose(model.layers[0].mean[...], FIRST[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(nnx, "var_defaults"), reason="this version of Flax has no references")
 def test_variables_that_are_references():
     for how in {"ref": True}, {"hijax": True}:

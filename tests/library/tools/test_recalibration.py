@@ -119,7 +119,7 @@ def assert_moments(stats, expected):
         assert_allclose(stats[f"norm{i}"]["var"], var, rtol=1e-5)
 
 
-@both
+@pytest.mark.parametrize("api", [Linen, pytest.param(NNX, marks=pytest.mark.slow)])
 def test_statistics_are_those_of_all_batches_together(api):
     """The first sweep normalizes with each batch's own moments; uneven batches, masks, weights."""
     net = api()

@@ -54,6 +54,7 @@ def test_statistics_of_flax_are_weighted_by_the_numbers_of_samples():
     assert_array_equal(one, np.float32(DATA[0].mean(0)))
 
 
+@pytest.mark.slow
 def test_states_of_nnx_go_back_into_a_model():
     models = [nnx.Sequential(nnx.BatchNorm(3, momentum=0.0, rngs=nnx.Rngs(0))) for _ in DATA]
     for model, x in zip(models, DATA):
@@ -150,6 +151,7 @@ def test_what_does_not_merge_is_named():
             jbn.merge_trees(wrong, counts=[1])
 
 
+@pytest.mark.slow
 def test_layers_of_one_shape_share_a_program_and_many_trees_need_none(monkeypatch):
     traced = []
     merge = lambda *parts: traced.append(len(parts)) or jbn.merge(*parts)

@@ -20,6 +20,7 @@ def test_bytes_become_numbers_in_0_to_1_and_floating_point_is_left_as_it_is(give
         assert {(leaf.shape, leaf.dtype.name) for leaf in loaded.preprocessing} == {((), "float32")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_normalizing_is_by_mean_and_standard_deviation_of_the_training_split_alone(given, monkeypatch, shape):
     values = arrays(n_train=200, shape=shape, dtype=np.float32 if shape == (3,) else np.uint8)

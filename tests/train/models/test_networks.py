@@ -106,7 +106,7 @@ def test_each_activation_of_a_network_is_seen_once_in_its_dtype(name):
     assert {x.shape[0] for x in seen} == {4}
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet20"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", pytest.param("resnet20", marks=pytest.mark.slow)])
 def test_bfloat16_is_for_activations_alone(name):
     head = "Dense_2" if name == "mlp" else "Dense_0"
     found = {}

@@ -34,6 +34,7 @@ def test_initial_weights_follow_from_the_seed(make_config):
     assert (kernels[0] != kernels[2]).all()
 
 
+@pytest.mark.slow
 def test_job_starts_from_the_best_parameters_and_statistics_of_another(make_config, finished):
     first, best, _ = finished
     job = prepare(make_config(init_from=first.run_dir, seed=7))

@@ -108,6 +108,7 @@ def test_weighted_loss_is_reported_without_smoothing_and_accuracies_without_weig
     )
 
 
+@pytest.mark.slow
 def test_classes_are_reported_where_one_has_more_than_twice_the_examples_of_another():
     for counts, weights, by_class in (
         ((5, 10, 0), (), False),

@@ -74,6 +74,7 @@ def pooled(model, network, *, batch_size=8):
     return pool(pooling, network, SPLIT, ORDER, batch_size)
 
 
+@pytest.mark.slow
 def test_statistics_are_the_moments_of_all_examples_each_in_a_batch_once():
     # The last batch has the 3 examples more that are left over, which 8 devices cannot share.
     ends = [8, 16, 24, 32, 43]
