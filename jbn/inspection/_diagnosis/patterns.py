@@ -19,7 +19,7 @@ class Gaussians(NamedTuple):
 
 
 def divergence(running: Gaussians, population: Gaussians, epsilon: float) -> Array:
-    """Return the divergence of a normal distribution of the population's moments from the running one's.
+    """Return the divergence of a normal distribution of the running moments from the population's.
 
         KL = 1/2 (v_r/v + |mean_r - mean|^2/v - 1 - log(v_r/v)),  v = var + epsilon
 
