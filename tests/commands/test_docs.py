@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import jbn
+from jbn import inspection
 from tests.helpers.command import ROOT
 from train.config import load, total_steps
 from train.runs.summary import Summary
@@ -121,3 +123,30 @@ def test_every_file_that_a_page_or_a_docstring_names_exists():
         for link in re.findall(r"\]\(([^)#:\s]+)[^):]*\)", text):
             link = link.replace("../../jbn", str(installed))
             assert (ROOT / page).parent.joinpath(link).exists(), (page, link)
+
+
+def test_the_site_describes_every_field_of_a_public_class_and_takes_no_prose_for_a_type():
+    pytest.importorskip("sphinx", reason="of the extra docs")
+    page = runpy.run_path(str(ROOT / "docs/_sphinx/docstrings.py"))
+    public = [getattr(module, name) for module in (jbn, inspection) for name in module.__all__]
+    fields = [cls for cls in public if getattr(cls, "_fields", ())] + [inspection.Layers]
+    assert len(fields) == 10
+    for cls in fields:
+        described = re.findall(r"^  (\w+): \S", page["fields_section"](cls), re.M)
+        assert described == list(cls.__match_args__), cls
+    lines = [
+        "Mean.",
+        "",
+        "    m' = |m|",
+        "",
+        "Returns:",
+        "  A tree: of moments. See docs/usage/merge.md.",
+        "",
+    ]
+    page["process"](None, "function", "", None, None, lines)
+    assert lines[2:] == [
+        *(".. code-block:: text", "", "    m' = |m|", ""),
+        *("Returns:", "  : A tree: of moments. See :doc:`/usage/merge`."),
+    ] + [""]
+    page["process"](None, "property", "", None, None, lines := ["The mean: ()."])
+    assert lines == [": The mean: ()."]

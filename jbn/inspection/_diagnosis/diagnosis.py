@@ -27,9 +27,9 @@ class Diagnosis(NamedTuple):
     """What was found. It prints as a table with the verdict."""
 
     layers: tuple[LayerDiagnosis, ...]  # in the order of their calls
-    losses: Losses | None
+    losses: Losses | None  # of each batch, if they were measured
     findings: tuple[Finding, ...]  # the verdict, worst first; empty for a healthy network
-    examples: int
+    examples: int  # that the moments are of
 
     def __str__(self) -> str:
         return table(self.layers, self.losses, self.findings, self.examples)
@@ -76,7 +76,7 @@ def diagnose(
 ) -> Diagnosis:
     """Compare the running statistics of a network with the data, and say what is wrong with them.
 
-    Of each layer it takes the divergence of the population's moments from the running ones,
+    Of each layer it takes the divergence of the running moments from the population's,
 
         KL = 1/2 (v_r/v + (mean_r - mean)^2/v - 1 - log(v_r/v)),  v = var + epsilon
 

@@ -12,25 +12,25 @@ Array = np.ndarray
 class LayerDiagnosis(NamedTuple):
     """One batch norm. Arrays are (features,), of several feature axes flattened."""
 
-    name: str
+    name: str  # as in the records; a path in models of Flax
     shape: tuple[int, ...]  # of the features
-    divergence: Array  # of the population from the running moments, in nats; NaN where it is not known
-    running: Gaussians
-    population: Gaussians
+    divergence: Array  # of the running moments from those of the population, nats; NaN where unknown
+    running: Gaussians  # the mean and the variance that the layer has
+    population: Gaussians  # those of all its inputs
     within: Array  # the variance within a typical batch
     of_means: Array  # the variance of the means of batches
     of_vars: Array  # the variance of the variances of batches
     samples: float  # that a feature has in a batch
-    epsilon: float
+    epsilon: float  # of the layer
     momentum: float | None  # of an exponential average; None for other rules
     is_debiased: bool  # whether its rule divides out the initial statistics
-    frozen: bool
+    frozen: bool  # whether it normalizes with the running moments in training
     untouched: bool  # whether the running moments are the initial ones
     constant: Array  # Boolean: the same in all examples
-    near_zero_scale: Array  # Boolean
-    nonfinite_inputs: Array  # Boolean
+    near_zero_scale: Array  # Boolean: |scale| <= 1e-4
+    nonfinite_inputs: Array  # Boolean: in some batch
     nonfinite_statistics: Array  # Boolean: NaN or infinite, or a negative variance
-    nonfinite_params: Array  # Boolean
+    nonfinite_params: Array  # Boolean: scale or bias
 
     @property
     def kl(self) -> float:

@@ -31,19 +31,19 @@ class LayerRecord(NamedTuple):
 
     running: Moments  # (features...); the count is 0 where none is kept
     population: Moments  # (features...), of all inputs together
-    batches: Batches
-    params: Params = Params(None, None)
-    epsilon: float = 1e-5
+    batches: Batches  # how the moments of single batches differ
+    params: Params = Params(None, None)  # (features...)
+    epsilon: float = 1e-5  # added to the variance
     update: UpdateRule | None = None  # None for an ema without debiasing, as Flax's
     momentum: ArrayLike | None = None  # of that ema
-    frozen: bool = False
+    frozen: bool = False  # whether it normalizes with the running moments in training
     has_count: bool = False  # whether the rule keeps a count
 
 
 class Losses(NamedTuple):
     """The loss of each batch, (batches,) each, by the statistics that the network normalizes with."""
 
-    running: ArrayLike
+    running: ArrayLike  # the running ones
     batch: ArrayLike  # the batch's own
     recalibrated: ArrayLike  # those of all batches together
     mismatched: ArrayLike  # the running ones, but the outputs of other examples: that of a network by chance
