@@ -121,9 +121,8 @@ def check_prior(name: str, prior: Any) -> None:
     """
     if isinstance(prior, jax.core.Tracer):
         return
-    try:
-        known = np.asarray(prior, np.float64)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}={prior!r}; expected a number of samples >= 0.") from None
+    if np.asarray(prior).dtype.kind in "OUSc":  # None, text, complex
+        raise TypeError(f"{name}={prior!r}; expected a number of samples >= 0.")
+    known = np.asarray(prior, np.float64)
     if not np.all((known >= 0) & (known < np.inf)):
         raise ValueError(f"{name}={prior!r}; expected a finite number of samples >= 0.")

@@ -76,6 +76,13 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) == len(to) and all(m in (1, n) for m, n in zip(shape, to))
 
 
+def as_float(value: Any) -> float:
+    """Return a Python float, as `float` does, but not of text; a TypeError or ValueError of anything else."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{value!r} is text; expected a number.")
+    return float(value)
+
+
 def as_epsilon(epsilon: float, *values: Any) -> float:
     """Return `epsilon` as a Python float, a normal number of the dtype that `values` are computed in.
 
@@ -84,7 +91,7 @@ def as_epsilon(epsilon: float, *values: Any) -> float:
       ValueError: it is out of range.
     """
     try:
-        epsilon = float(epsilon)
+        epsilon = as_float(epsilon)
     except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
         raise TypeError(f"epsilon={epsilon!r}; expected a number > 0 that is not traced.") from None
     dtype = real_dtype(arithmetic_dtype(*jax.tree.leaves(values)))
@@ -114,7 +121,7 @@ def as_decay(name: str, decay: Any) -> float | jax.Array:
             "update=jbn.cumulative()."
         )
     try:
-        number = float(decay)
+        number = as_float(decay)
     except (TypeError, ValueError):
         raise TypeError(f"{name}={decay!r}; expected a number in [0, 1].") from None
     if not 0 <= number <= 1:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jbn._checks import as_float
 from jbn._dtypes import arithmetic_dtype, real_dtype, widen
 from jbn._params import Params
 from jbn._spelling import explain_names
@@ -112,7 +113,7 @@ def _as_number(name: str, value: Any, least: int, meaning: str) -> ArrayLike:
     if isinstance(value, jax.core.Tracer):
         return widen(value)
     try:
-        number = float(value)
+        number = as_float(value)
     except (TypeError, ValueError):
         fix = " Call a schedule: r_max, d_max = schedule(num_updates)." if callable(value) else ""
         raise TypeError(f"{name}={value!r}; expected a number >= {least}: {meaning}.{fix}") from None

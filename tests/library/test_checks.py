@@ -78,6 +78,7 @@ def test_bad_input_of_batch_norm_is_named():
         (TypeError, "exact=.*; expected True or False. .* a static argument", dict(exact=np.array(True))),
         (ValueError, "epsilon=0.0; expected a number from 1.17.* to 3.4", dict(epsilon=0.0)),
         (TypeError, "epsilon=None; expected a number > 0", dict(epsilon=None)),
+        (TypeError, "epsilon='1e-5'; expected a number > 0", dict(epsilon="1e-5")),
         (ValueError, "virtual_batch_size=0; .* a number of examples >= 1", dict(virtual_batch_size=0)),
         (ValueError, "virtual_batch_size=-2; .* a number", dict(virtual_batch_size=-2, train=False)),
         (TypeError, "virtual_batch_size=2.5; .* an integer", dict(virtual_batch_size=2.5)),
@@ -99,6 +100,7 @@ def test_bad_input_of_normalize_is_named():
 
 def test_decay_is_one_number_in_the_unit_interval():
     named(TypeError, "decay=None; expected a number", jbn.ema, None)
+    named(TypeError, "decay='0.9'; expected a number", jbn.ema, "0.9")
     named(ValueError, r"decay has shape \(3,\); expected one number", jbn.ema, np.ones(3))
     for decay in -0.1, 1.1, float("nan"):
         named(ValueError, r"decay=.* is outside \[0, 1\].*PyTorch", jbn.ema, decay)

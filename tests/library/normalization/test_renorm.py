@@ -331,6 +331,7 @@ def test_limits_out_of_range_are_refused_by_name():
         (dict(r_max=np.nan), ValueError, "r_max=nan; expected a number >= 1"),
         (dict(d_max=-1), ValueError, "d_max=-1; expected a number >= 0"),
         (dict(d_max=None), TypeError, "d_max=None; expected a number >= 0"),
+        (dict(d_max="5"), TypeError, "d_max='5'; expected a number >= 0"),
         (dict(r_max=jbn.renorm_limits()), TypeError, "Call a schedule: r_max, d_max = schedule"),
         (dict(r_max=[3, 3, 3]), ValueError, r"r_max has shape \(3,\); expected one number"),
     ):
