@@ -10,7 +10,7 @@ import numpy as np
 
 from jbn._params import Params
 from jbn._statistics import Moments
-from jbn._tools.pooling import Measured, add_measured, no_samples
+from jbn._tools.pooling import Measured, add_measured, check_batches, no_samples
 from jbn.inspection import Diagnosis, LayerRecord, Losses, diagnose
 from jbn.inspection._diagnosis.records import Batches, add_batch, no_batches
 
@@ -47,14 +47,23 @@ def add_observed(seen: Seen, measured: Measured, batch: Any) -> Seen:
 
 
 def losses_of(loss: Loss | None, running: Any, own: Any, batch: Any) -> jax.Array:
-    """Return the losses of outputs by running statistics, by the batch's own, and of mismatched ones."""
+    """Return the losses of outputs by running statistics, by the batch's own, and of mismatched ones.
+
+    Raises:
+      ValueError: `loss` returns no scalar.
+    """
     if loss is None:
         return jnp.zeros(3)
 
     def of_others(leaf):
         return jnp.roll(leaf, leaf.shape[0] // 2, 0) if leaf.ndim else leaf
 
-    return jnp.stack([loss(running, batch), loss(own, batch), loss(jax.tree.map(of_others, running), batch)])
+    losses = loss(running, batch), loss(own, batch), loss(jax.tree.map(of_others, running), batch)
+    if jnp.shape(losses[0]) != ():
+        raise ValueError(
+            f"loss returned an array of shape {jnp.shape(losses[0])}; expected (): the mean over the batch."
+        )
+    return jnp.stack(losses)
 
 
 def nothing_seen(measured: Measured) -> Seen:
@@ -77,8 +86,10 @@ def diagnose_by(
         layer at a path.
 
     Raises:
+      TypeError: `batches` is one array or mapping.
       ValueError: there are no batches; or with a loss, they can be gone through only once.
     """
+    check_batches(batches)
     if has_loss and iter(batches) is batches:
         raise ValueError(
             f"batches is a {type(batches).__name__}, which can be gone through once; expected a list of "

@@ -156,6 +156,15 @@ def new_statistics(
     }
 
 
+def check_batches(batches: Any) -> None:
+    """Raise a TypeError for one array or mapping, whose rows or keys are no batches."""
+    if isinstance(batches, (jax.Array, np.ndarray, Mapping)):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}; expected a list of batches, or another iterable of "
+            "them: [x] for a single one, list(x) for an array of batches."
+        )
+
+
 def sweep_over(
     batches: Iterable[Any], sweeps: int, add_batch: Callable[[int, Measured | None, Any], Measured]
 ) -> Iterator[Measured]:
@@ -165,11 +174,7 @@ def sweep_over(
       TypeError: `batches` is one array or mapping.
       ValueError: there are no batches, an iterator that can be gone through only once, or no batch norm.
     """
-    if isinstance(batches, (jax.Array, np.ndarray, Mapping)):
-        raise TypeError(
-            f"batches is a {type(batches).__name__}; expected a list of batches, or another iterable of "
-            "them: [x] for a single one, list(x) for an array of batches."
-        )
+    check_batches(batches)
     if not isinstance(sweeps, int) or sweeps < 1:
         raise ValueError(f"sweeps={sweeps!r}; expected a whole number, 1 or more.")
     if sweeps > 1 and iter(batches) is batches:

@@ -46,9 +46,9 @@ def diagnose(apply: Apply, variables: Any, batches: Iterable[Any], *, loss: Loss
       draws it.
 
     Raises:
-      ValueError: there are no batches, or no batch norm was called; or with a loss, `batches` can be gone
-        through only once.
-      TypeError: `apply` is no function.
+      ValueError: there are no batches, or no batch norm was called; or with a loss, that is no scalar, or
+        `batches` can be gone through only once.
+      TypeError: `apply` is no function, or `batches` is one array.
 
     Reference: docs/evaluation/diagnose.md.
 

@@ -46,8 +46,9 @@ def diagnose(
       draws it.
 
     Raises:
-      ValueError: there are no batches, or no batch norm was called; or with a loss, `batches` can be gone
-        through only once.
+      ValueError: there are no batches, or no batch norm was called; or with a loss, that is no scalar, or
+        `batches` can be gone through only once.
+      TypeError: `batches` is one array.
 
     Reference: docs/evaluation/diagnose.md.
 

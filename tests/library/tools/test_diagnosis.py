@@ -352,6 +352,16 @@ def test_same_apply_compiles_nothing_again_and_batches_are_gone_through_twice_at
         diagnose(HEALTHY, variables, [])
 
 
+def test_an_array_whose_rows_are_no_batches_and_a_loss_that_is_no_scalar_are_named():
+    rows, norm = np.ones((8, 4)), nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="batches is a ndarray; expected a list of batches"):
+        jbn.linen.diagnose(nn.BatchNorm(use_running_average=True).apply, {}, rows)
+    with pytest.raises(TypeError, match="batches is a ndarray; expected a list of batches"):
+        jbn.nnx.diagnose(norm, rows)
+    with pytest.raises(ValueError, match=r"loss returned an array of shape \(8, 4\); expected \(\)"):
+        jbn.nnx.diagnose(norm, [rows], loss=lambda outputs, batch: outputs)
+
+
 @pytest.mark.slow
 def test_table_of_a_deep_network_is_short_and_has_the_worst_layers_first():
     x = np.random.RandomState(0).randn(2, 64, 3).astype(np.float32)
