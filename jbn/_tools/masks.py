@@ -33,7 +33,7 @@ def batch_norm_mask(params: Any) -> Any:
       Booleans in the structure of `params`: True for the scale and the bias of a norm.
 
     Raises:
-      ValueError: there are running statistics among them.
+      ValueError: there are running statistics beside them, as in `variables`.
 
     >>> import jax.numpy as jnp, jbn.linen
     >>> dense = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}

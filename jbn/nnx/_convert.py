@@ -46,7 +46,8 @@ def convert(model: Model, **options: Any) -> Model:
       TypeError: `jbn.nnx.BatchNorm` has no such option, or a layer is of a subclass of Flax's, whose own code
         would not run.
       ValueError: the model has no batch norm.
-      ValueError, TypeError: an option has a value that it cannot have.
+      ValueError, TypeError: an option has a value that the constructor of `jbn.nnx.BatchNorm` refuses. What
+        depends on `x` is checked in the call.
       In every case the model is as it was.
 
     >>> import jbn.nnx

@@ -14,7 +14,7 @@ class LayerDiagnosis(NamedTuple):
 
     name: str  # as in the records; a path in models of Flax
     shape: tuple[int, ...]  # of the features
-    divergence: Array  # of the running moments from those of the population, nats; NaN where unknown
+    divergence: Array  # of the running moments from the population, in nats; NaN if unknown
     running: Gaussians  # the mean and the variance that the layer has
     population: Gaussians  # those of all its inputs
     within: Array  # the variance within a typical batch
