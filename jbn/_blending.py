@@ -121,8 +121,11 @@ def check_prior(name: str, prior: Any) -> None:
     """
     if isinstance(prior, jax.core.Tracer):
         return
-    if np.asarray(prior).dtype.kind in "OUSc":  # None, text, complex
-        raise TypeError(f"{name}={prior!r}; expected a number of samples >= 0.")
-    known = np.asarray(prior, np.float64)
+    try:
+        if prior is None or np.asarray(prior).dtype.kind in "SUc":  # NumPy makes NaN of None
+            raise TypeError
+        known = np.asarray(prior, np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={prior!r}; expected a number of samples >= 0.") from None
     if not np.all((known >= 0) & (known < np.inf)):
         raise ValueError(f"{name}={prior!r}; expected a finite number of samples >= 0.")
