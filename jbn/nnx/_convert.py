@@ -56,6 +56,11 @@ def convert(model: Model, **options: Any) -> Model:
     >>> print(type(model.layers[1]).__module__.split(".")[0])
     jbn
     """
+    if made := options.keys() & PARAMETERS.keys() - OPTIONS:
+        raise TypeError(
+            f"got an option {min(made)!r}, which a BatchNorm has from its making; expected it there, and of "
+            f"convert {', '.join(sorted(OPTIONS))}."
+        )
     check_option_names(options, OPTIONS)
     layers = batch_norms(model)
     if not layers:
