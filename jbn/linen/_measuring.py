@@ -170,7 +170,7 @@ class _Measurement:
         if root.trace_level != self.trace:
             raise _InsideTransform(
                 "apply runs the model inside a transform of JAX, such as jax.vmap, or the model itself is of "
-                "a lifted class, such as nn.remat(Net); expected neither: call that class in a module around it."
+                "a lifted class, such as nn.remat(Net); expected neither: call that class in a module."
             )
         self.runs.append(_Run(root, paths, in_filter(root.mutable, "batch_stats")))
         root.mutable = union_filters(root.mutable, "batch_stats")
