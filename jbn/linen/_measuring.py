@@ -9,8 +9,10 @@ import jax
 import jax.core
 from flax.core import Scope, meta, tracers, unfreeze
 from flax.core.scope import in_filter, union_filters
+from flax.errors import ModifyScopeVariableError
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from jbn._flax import add_note_to
 from jbn._tools.pooling import (
     Measured,
     Options,
@@ -56,9 +58,10 @@ def measure(apply: Apply, variables: Any, batch: Any, *, by_batch: bool) -> tupl
     except _InsideTransform:
         with jax.disable_jit():
             return run()
-    except _TrainsWhereMutable:
+    except _TrainsWhereMutable as error:
         # Others train with immutable statistics, which is an error of Flax here.
-        jax.eval_shape(apply, variables, batch)
+        with add_note_to(ModifyScopeVariableError, str(error)):
+            jax.eval_shape(apply, variables, batch)
         return run(evaluate=True)
 
 
@@ -167,7 +170,7 @@ class _Measurement:
         if root.trace_level != self.trace:
             raise _InsideTransform(
                 "apply runs the model inside a transform of JAX, such as jax.vmap, or the model itself is of "
-                "a lifted class, such as nn.remat(Net); expected neither, such as a module that has it."
+                "a lifted class, such as nn.remat(Net); expected neither: call that class in a module."
             )
         self.runs.append(_Run(root, paths, in_filter(root.mutable, "batch_stats")))
         root.mutable = union_filters(root.mutable, "batch_stats")

@@ -57,6 +57,11 @@ def convert(model: Model, **options: Any) -> Model:
     >>> print(type(model.layers[1]).__module__.split(".")[0])
     jbn
     """
+    if made := options.keys() & PARAMETERS.keys() - OPTIONS:
+        raise TypeError(
+            f"got an option {min(made)!r}, which is fixed when a BatchNorm is made; expected one that "
+            f"convert can change: {', '.join(sorted(OPTIONS))}."
+        )
     check_option_names(options, OPTIONS)
     layers = batch_norms(model)
     if not layers:

@@ -8,10 +8,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.errors import ModifyScopeVariableError
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from jbn._axes import feature_axes
+from jbn._flax import add_note_to
 from jbn._tools.paths import named_leaves
 from jbn.linen._calls import calls, calls_batch_norm, check_apply, intercept
 from jbn.linen._folding.flow import Leaf, Value, follow
@@ -30,6 +32,7 @@ _ARITHMETIC = (
     *("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls"),
     "promote_dtype",
 )
+TRAINS = "it normalizes by the batch: `apply` has to run the model as for evaluation"
 _searches = count()
 
 
@@ -137,7 +140,7 @@ def _norms(apply: Callable[[Any, Any], Any], variables: Any, batch: Any) -> list
             return mark(call(**given | {"x": mark(given["x"], site.take_in)}), site.leave)
         return call(*args, **kwargs)
 
-    with intercept(interceptor, search):
+    with intercept(interceptor, search), add_note_to(ModifyScopeVariableError, TRAINS):
         jaxpr = jax.make_jaxpr(apply)(variables, batch).jaxpr
     inputs = [Leaf(path, np.ndim(leaf)) for path, leaf in named_leaves(variables)[0]]
     follow(jaxpr, inputs + [None] * (len(jaxpr.invars) - len(inputs)), marks)
@@ -159,7 +162,7 @@ def _refuse_norm(module: Any, x: Any, use_running_average: Any = None, **given: 
     if use_running_average is None:
         use_running_average = module.use_running_average
     if not (use_running_average is True or getattr(module, "frozen", False)):
-        return "it normalizes by the batch: `apply` has to run the model as for evaluation"
+        return TRAINS
     if getattr(module, "domains", None) is not None:
         return "it has domains; fold a model without, with one's variables"
     if named := [name for name, value in given.items() if value is not None]:

@@ -155,7 +155,8 @@ def test_what_cannot_be_is_refused_before_anything_is_changed():
         (nnx.BatchNorm, {"use_running_average": "no"}, TypeError, "use_running_average='no'; expected True"),
         (nnx.BatchNorm, {"frozen": "no"}, TypeError, "frozen='no'; expected True or False"),
         (nnx.BatchNorm, {"eps": 1}, TypeError, "option 'eps', .* does not have; expected epsilon"),
-        (nnx.BatchNorm, {"use_bias": False}, TypeError, "option 'use_bias', which"),
+        (nnx.BatchNorm, {"use_bias": False}, TypeError, "option 'use_bias', which is fixed"),
+        (nnx.BatchNorm, {"param_dtype": float}, TypeError, "option 'param_dtype', which is fixed"),
     ):
         model = nnx.Dict(first=nnx.BatchNorm(4, rngs=nnx.Rngs(0)), norm=norm(4, rngs=nnx.Rngs(0)))
         before = nnx.graphdef(model)

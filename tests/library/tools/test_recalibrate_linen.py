@@ -242,8 +242,11 @@ def test_model_that_trains_where_its_statistics_are_mutable():
     with pytest.raises(ValueError, match="as in training; expected an apply"):
         train = lambda v, x: model.apply(v, x, mutable=["batch_stats"])
         jbn.linen.recalibrate(train, variables, [ROWS])
-    with pytest.raises(ModifyScopeVariableError):  # as without jbn
-        jbn.linen.recalibrate(lambda v, x: Net().apply(v, x, train=True), VARIABLES, [ROWS])
+    train = lambda v, x: Net().apply(v, x, train=True)
+    for tool, batches in ((jbn.linen.recalibrate, [ROWS]), (jbn.linen.find_pairs, ROWS)):
+        with pytest.raises(ModifyScopeVariableError) as raised:  # as without jbn
+            tool(train, VARIABLES, batches)
+        assert any("the model as for evaluation" in note for note in raised.value.__notes__)
 
 
 @pytest.mark.slow
