@@ -47,12 +47,14 @@ def test_summary_says_what_fits_what_was_measured(tmp_path):
         (numbers | {"r2": None}, "test mean absolute error 31.25"),
         ({"loss": 0.5, "accuracy": 0.9}, "test accuracy 0.9000"),
     ):
-        with Log(tmp_path, first_step=0, total_steps=20) as log:
-            for step in (10, 20):
-                log.results(step, 1.0, {"test": metrics if step == 10 else metrics | {"r2": 0.875}})
-        reached = summary.summarize(tmp_path, checkpoints, "stopped", 1.0, None)
-        assert reached.test == metrics and reached.best_test_r2 == 0.875
-        assert reached.reached == f"{said} at step 10, the best by validation"
+        for validation, which in (({}, ""), ({"validation": {"loss": 0.5}}, ", the best by validation")):
+            with Log(tmp_path, first_step=0, total_steps=20) as log:
+                for step in (10, 20):
+                    test = metrics if step == 10 else metrics | {"r2": 0.875}
+                    log.results(step, 1.0, validation | {"test": test})
+            reached = summary.summarize(tmp_path, checkpoints, "stopped", 1.0, None)
+            assert reached.test == metrics and reached.best_test_r2 == 0.875
+            assert reached.reached == f"{said} at step 10{which}"
     # As earlier versions wrote it.
     assert Summary("finished", 9, 3, test_accuracy=0.5).reached.startswith("test accuracy 0.5000 at step 3")
     assert Summary("stopped", 0).reached == "no evaluation yet"
