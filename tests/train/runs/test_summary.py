@@ -69,7 +69,7 @@ def test_broken_summary_counts_as_none(tmp_path):
         assert summary.read_summary(tmp_path) is None, content
     for spoilt in (
         *({"status": 3}, {"status": ["finished"]}, {"step": True}, {"step": 2.5}, {"best_step": [1]}),
-        *({"test_accuracy": "high"}, {"test_accuracy": 10**400}, {"wall_seconds": {}}),
+        *({"test_accuracy": "high"}, {"test_accuracy": 10**400}, {"wall_seconds": {}}, {"validated": 1}),
         *({"test": 3}, {"test": [1]}, {"test": {"r2": [1]}}, {"test": {"class_accuracy": 3}}),
         *({"recalibrated": "x"}, {"recalibrated": {"accuracy": {"cat": 1}}}),
     ):
