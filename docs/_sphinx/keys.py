@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Literal, get_args, get_origin
 
@@ -12,11 +13,11 @@ from train.config import schema
 
 
 def descriptions(cls: type) -> dict[str, str]:
-    """Collect the string under each field."""
+    """Collect the string under each field, with values as code."""
     (body,) = ast.parse(inspect.getsource(cls)).body
     pairs = zip(body.body, body.body[1:])
     return {
-        field.target.id: " ".join(text.value.value.split())
+        field.target.id: re.sub(r'(\w+ = )?"\w+"', r"`\g<0>`", " ".join(text.value.value.split()))
         for field, text in pairs
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
@@ -45,7 +46,7 @@ class Keys(SphinxDirective):
         rows = ["| key | default | what it is |", "|---|---|---|"]
         for field in fields(cls):
             if not is_dataclass(field.type):
-                default = "required" if field.default is MISSING else toml(field.default)
+                default = "`runs/` and the file's name" if field.default is MISSING else toml(field.default)
                 what = text[field.name] + choices(field.type)
                 rows.append(f"| `{prefix}{field.name}` | {default} | {what} |")
         return self.parse_text_to_nodes("\n".join(rows))

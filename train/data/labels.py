@@ -82,8 +82,8 @@ def _targets(what: str, part: str, labels: np.ndarray) -> np.ndarray:
     if not (finite := np.isfinite(rounded)).all():
         at = int(finite.argmin())
         raise UserError(
-            f"{what}: expected finite numbers as the labels of the {part} data, got {targets[at]} as number "
-            f"{at + 1}."
+            f"{what}: expected finite float32 numbers as the labels of the {part} data, got {targets[at]} as "
+            f"number {at + 1}."
         )
     mean, std = targets.mean(), targets.std()
     differ = part == "train" and (targets != targets[0]).any()

@@ -173,7 +173,9 @@ def _inputs(path: str, part: str, x: np.ndarray) -> np.ndarray:
         for rows in chunks(x, len(x)):
             if not (finite := np.isfinite(x[rows])).all():
                 at = rows.start + int(finite.reshape(len(finite), -1).all(1).argmin())
-                raise UserError(f"{path}: expected finite numbers in x_{part}, got others in x_{part}[{at}].")
+                raise UserError(
+                    f"{path}: expected finite float32 numbers in x_{part}, got others in x_{part}[{at}]."
+                )
     return x[..., None] if x.ndim == 3 else x
 
 

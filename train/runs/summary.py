@@ -29,7 +29,7 @@ class Summary:
 
     status: Status
     step: int | None = None
-    best_step: int | None = None  # by validation
+    best_step: int | None = None  # by validation; the last one where there is none
     test_accuracy: float | None = None  # of the best step; of numbers there is none
     test_loss: float | None = None
     best_test_accuracy: float | None = None  # the maximum of the test curve, as papers report it
@@ -40,6 +40,7 @@ class Summary:
     peak_device_bytes: int | None = None
     best_test_r2: float | None = None  # likewise, of numbers
     test: dict[str, Any] | None = None  # all metrics of the best step
+    validated: bool = True  # whether there is validation; earlier versions did not say
 
     @property
     def finished(self) -> bool:
@@ -53,7 +54,8 @@ class Summary:
         if not said:
             return "no evaluation yet"
         after = f"; after recalibration {_said(self.recalibrated)}" if self.recalibrated else ""
-        return f"test {said} at step {self.best_step}, the best by validation{after}"
+        which = ", the best by validation" * self.validated
+        return f"test {said} at step {self.best_step}{which}{after}"
 
 
 def _said(test: dict[str, Any]) -> str:
@@ -72,10 +74,10 @@ def read_summary(run_dir: Path) -> Summary | None:
     """Read the summary of a run; None if there is none, or a broken one, which the next start replaces."""
     try:
         summary = Summary(**read_json(run_dir / "summary.json"))
-        status, step, *numbers = dataclasses.astuple(
+        status, step, *numbers, validated = dataclasses.astuple(
             dataclasses.replace(summary, test=None, recalibrated=None)
         )
-        known = status in get_args(Status) and type(step) in (int, type(None))
+        known = status in get_args(Status) and type(step) in (int, type(None)) and type(validated) is bool
         measured = all(map(_are_metrics, (summary.test or {}, summary.recalibrated or {})))
         return summary if known and measured and all(map(is_number, numbers)) else None
     except (UserError, TypeError):
@@ -111,7 +113,8 @@ def summarize(
     examples_per_second: float | None,
 ) -> Summary:
     """Return what a run has reached, by its metrics and its checkpoints."""
-    tests = {line["step"]: line for line in read_metrics(run_dir) if line["split"] == "test"}
+    lines = read_metrics(run_dir)
+    tests = {line["step"]: line for line in lines if line["split"] == "test"}
     best = tests.get(checkpoints.best_step, {})
     with open_recalibrated(run_dir, best_step := checkpoints.best_step) as of_best:
         recalibrated = of_best.metrics(best_step) if of_best and best_step is not None else None
@@ -133,6 +136,7 @@ def summarize(
         peak_device_bytes=peak_device_bytes(),
         best_test_r2=maximum("r2"),
         test=metrics or None,
+        validated=any(line["split"] == "validation" for line in lines),
     )
 
 

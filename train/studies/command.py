@@ -71,7 +71,7 @@ def study(command: str, words: list[str], session: Session) -> int:
         got = " ".join(map(str, configs)) or "none before the first --key"
         close = [str(path) if path.suffix == ".toml" else closest_config(str(path)) for path in configs]
         line = " ".join(map(str, close))
-        meant = f"; did you mean {line}?" if all(close) and line != got else "."
+        meant = f"; did you mean {line}?" if line and all(close) and line != got else "."
         raise UserError(f"{command}: expected {expected}, got {got}{meant}")
     if not 1 <= given.seeds <= 10_000:
         raise UserError(f"--seeds: expected 1 to 10000, got {given.seeds}.")

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from train import data
-from train.config import Config
+from train.config import Config, NormName
 from train.errors import RunFailed, UserError, explained
 from train.models import NORMS
 from train.runs import curves, directory, processes
@@ -234,7 +234,7 @@ def _evaluate_and_save(job: Job, state: TrainState, checkpoints: Checkpoints, lo
     for split, values in results.items():
         if not math.isfinite(values["loss"]):
             raise _not_finite(f"the {split} loss after step {step}", checkpoints)
-    _warn_if_far(results, log)
+    _warn_if_far(config.model.norm, results, log)
     _inspect(job, state, log)
     state = state._replace(sums=processes.replicate(config.mesh, no_sums(config)))
     validation = results.get("validation")
@@ -242,14 +242,15 @@ def _evaluate_and_save(job: Job, state: TrainState, checkpoints: Checkpoints, lo
     return state
 
 
-def _warn_if_far(results: Results, log: Log) -> None:
+def _warn_if_far(norm: NormName, results: Results, log: Log) -> None:
     train = results["train"]["loss"]
     for split, values in results.items():
-        if values["loss"] > FAR * max(1, train):
+        if NORMS[norm].over_batch and values["loss"] > FAR * max(1, train):
             log.print_once(
                 f"warning: the {split} loss is {values['loss']:.1e}, in training it was {train:.1e}. Running "
-                "statistics of batch norm do not describe these inputs, as when they vary by 1e19 or more: "
-                "the variance is then beyond float32, and left out of the running statistics. Scale the data."
+                "statistics of batch norm do not describe these inputs, as after batches of one example, or "
+                "when inputs vary by 1e19 or more: the variance is then beyond float32, and left out of the "
+                "running statistics. Use larger batches, or scale the data."
             )
 
 

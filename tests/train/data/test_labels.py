@@ -57,7 +57,7 @@ def test_targets_are_numbers_of_any_dtype_or_texts_of_them(refusal):
         assert names == ()
     for given, got in [
         (["1", "x"], "got 'x'"),
-        ([1e300], "finite numbers"),
+        ([1e300], "finite float32 numbers"),
         ([1, np.nan], "labels of the train data, got nan as number 2."),
         ([1e9 + 1, 1e9 - 1], "about 1000000000 with a standard deviation of 1; subtract 1000000000 from all"),
     ]:

@@ -136,11 +136,11 @@ MALFORMED = [
         "x_train int32[20, 4, 4]",
     ),
     ({"x_train": np.zeros((20, 4, 4), [("a", "f4")])}, "x_train of uint8 or floating point"),
-    ({"x_train": np.full((20, 4, 4), 1e300)}, "finite numbers in x_train"),
-    ({"x_test": np.full((8, 4, 4), np.nan, np.float32)}, "finite numbers in x_test"),
+    ({"x_train": np.full((20, 4, 4), 1e300)}, "finite float32 numbers in x_train"),
+    ({"x_test": np.full((8, 4, 4), np.nan, np.float32)}, "finite float32 numbers in x_test"),
     (
         {"x_train": np.where(np.arange(20)[:, None] == 7, np.inf, np.ones(6))},
-        "finite numbers in x_train, got others in x_train[7].",
+        "finite float32 numbers in x_train, got others in x_train[7].",
     ),
     ({"x_test": np.zeros((0, 4, 4), np.uint8), "y_test": np.zeros(0, int)}, "one example or more"),
     ({"x_train": np.zeros((20, 0))}, "one example or more, of one number or more"),
@@ -170,7 +170,7 @@ def test_every_number_is_checked_though_never_all_at_once(given, monkeypatch, re
     for row in (0, 999, 1000, 2499):
         values = arrays(n_train=2500, shape=(3,), dtype=np.float32)
         values["x_train"][row, 1] = np.inf
-        assert "expected finite numbers in x_train" in refusal(given(values)), row
+        assert "expected finite float32 numbers in x_train" in refusal(given(values)), row
 
 
 def test_chunks_cover_all_examples_in_64_mib_or_one_by_one():

@@ -47,12 +47,14 @@ def test_summary_says_what_fits_what_was_measured(tmp_path):
         (numbers | {"r2": None}, "test mean absolute error 31.25"),
         ({"loss": 0.5, "accuracy": 0.9}, "test accuracy 0.9000"),
     ):
-        with Log(tmp_path, first_step=0, total_steps=20) as log:
-            for step in (10, 20):
-                log.results(step, 1.0, {"test": metrics if step == 10 else metrics | {"r2": 0.875}})
-        reached = summary.summarize(tmp_path, checkpoints, "stopped", 1.0, None)
-        assert reached.test == metrics and reached.best_test_r2 == 0.875
-        assert reached.reached == f"{said} at step 10, the best by validation"
+        for validation, which in (({}, ""), ({"validation": {"loss": 0.5}}, ", the best by validation")):
+            with Log(tmp_path, first_step=0, total_steps=20) as log:
+                for step in (10, 20):
+                    test = metrics if step == 10 else metrics | {"r2": 0.875}
+                    log.results(step, 1.0, validation | {"test": test})
+            reached = summary.summarize(tmp_path, checkpoints, "stopped", 1.0, None)
+            assert reached.test == metrics and reached.best_test_r2 == 0.875
+            assert reached.reached == f"{said} at step 10{which}"
     # As earlier versions wrote it.
     assert Summary("finished", 9, 3, test_accuracy=0.5).reached.startswith("test accuracy 0.5000 at step 3")
     assert Summary("stopped", 0).reached == "no evaluation yet"
@@ -67,7 +69,7 @@ def test_broken_summary_counts_as_none(tmp_path):
         assert summary.read_summary(tmp_path) is None, content
     for spoilt in (
         *({"status": 3}, {"status": ["finished"]}, {"step": True}, {"step": 2.5}, {"best_step": [1]}),
-        *({"test_accuracy": "high"}, {"test_accuracy": 10**400}, {"wall_seconds": {}}),
+        *({"test_accuracy": "high"}, {"test_accuracy": 10**400}, {"wall_seconds": {}}, {"validated": 1}),
         *({"test": 3}, {"test": [1]}, {"test": {"r2": [1]}}, {"test": {"class_accuracy": 3}}),
         *({"recalibrated": "x"}, {"recalibrated": {"accuracy": {"cat": 1}}}),
     ):

@@ -111,7 +111,8 @@ def test_command_that_is_not_valid_exits_2_and_leaves_nothing(capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     for words, message in (
-        ("compare", "compare: expected two configs or more, the baseline first, got none"),
+        ("compare", "two configs or more, the baseline first, got none before the first --key.\n"),
+        ("sweep --seed 0,1", "sweep: expected one config, got none before the first --key.\n"),
         (f"compare {DIGITS} runs/digits", "expected two configs or more"),
         (f"sweep {DIGITS} {OTHER} --seed 0,1", "sweep: expected one config, got"),
         (f"sweep {DIGITS} --seeds 0", "--seeds: expected 1 to 10000, got 0"),

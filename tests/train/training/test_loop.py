@@ -150,15 +150,24 @@ def test_evaluation_far_from_what_training_saw_is_warned_of(finished):
     printed = []
     log = SimpleNamespace(print_once=printed.append)
     near, far = {"loss": 900.0, "accuracy": 0.5}, {"loss": 1100.0, "accuracy": 0.5}
-    loop._warn_if_far({"train": {"loss": 0.1, "accuracy": 1.0}, "validation": near, "test": near}, log)
-    loop._warn_if_far({"train": {"loss": 2.0, "accuracy": 1.0}, "validation": near, "test": far}, log)
+    loop._warn_if_far(
+        "batch", {"train": {"loss": 0.1, "accuracy": 1.0}, "validation": near, "test": near}, log
+    )
+    loop._warn_if_far(
+        "batch", {"train": {"loss": 2.0, "accuracy": 1.0}, "validation": near, "test": far}, log
+    )
+    loop._warn_if_far(
+        "layer", {"train": {"loss": 0.1, "accuracy": 1.0}, "test": far}, log
+    )  # has no statistics
     assert printed == [] and "warning" not in finished[2]
-    loop._warn_if_far({"train": {"loss": 0.1, "accuracy": 1.0}, "validation": near, "test": far}, log)
+    loop._warn_if_far(
+        "batch", {"train": {"loss": 0.1, "accuracy": 1.0}, "validation": near, "test": far}, log
+    )
     (warning,) = printed
     assert warning.startswith(
         "warning: the test loss is 1.1e+03, in training it was 1.0e-01. Running statistics"
     )
-    assert warning.endswith("Scale the data.")
+    assert warning.endswith("Use larger batches, or scale the data.")
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,7 @@ def _labels(file: Path, at: int, name: str) -> np.ndarray:
 
 
 def _names(file: Path) -> list[str]:
-    with regular(file).open(newline="", encoding="utf-8-sig") as lines:
-        names = [name.strip() for name in next(csv.reader(lines, delimiter=_separator(file)), [])]
+    names, _ = _header(regular(file))
     if "" in names:
         raise ValueError(
             f"column {names.index('') + 1} has no name; give it one, or leave it out (pandas: index=False)"
@@ -84,16 +84,24 @@ def _names(file: Path) -> list[str]:
     return names
 
 
+def _header(file: Path) -> tuple[list[str], int]:
+    """Return the names in the first row, and how many lines end with it."""
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        rows = csv.reader(lines, delimiter=_separator(file))
+        return [name.strip() for name in next(filter(None, rows), [])], rows.line_num
+
+
 def _separator(file: Path) -> str:
     with file.open(encoding="utf-8-sig") as lines:
-        first = lines.readline(2**20)
+        unquoted = re.sub('"[^"]*"', "", lines.read(2**20))
+    first = unquoted.lstrip("\n").partition("\n")[0]
     return max(SEPARATORS, key=first.count)
 
 
 def _options(file: Path) -> dict:
     return {
         "delimiter": _separator(file),
-        "skiprows": 1,
+        "skiprows": _header(file)[1],
         "comments": None,
         "quotechar": '"',
         "encoding": "utf-8-sig",
@@ -103,9 +111,9 @@ def _options(file: Path) -> dict:
 def _check_lengths(file: Path, columns: int) -> None:
     """Refuse rows that go on after the last column, as with 1,5 for 1.5, or with names of rows."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = csv.reader(lines, delimiter=_separator(file))
+        rows = filter(None, csv.reader(lines, delimiter=_separator(file)))
         next(rows)
-        for number, row in enumerate(filter(None, rows), 1):
+        for number, row in enumerate(rows, 1):
             if len(row) > columns and (beyond := "".join(row[columns:]).strip()):
                 raise ValueError(
                     f"row {number} has {beyond[:80]!r} after the last of its {columns} columns; put quotes "
@@ -116,9 +124,9 @@ def _check_lengths(file: Path, columns: int) -> None:
 def _first_fault(file: Path, columns: dict[int, str]) -> str:
     """Say which cell is not a finite number, and why."""
     with file.open(newline="", encoding="utf-8-sig") as lines:
-        rows = csv.reader(lines, delimiter=_separator(file))
+        rows = filter(None, csv.reader(lines, delimiter=_separator(file)))
         next(rows)
-        for number, row in enumerate(filter(None, rows), 1):
+        for number, row in enumerate(rows, 1):
             for at, name in columns.items():
                 cell = row[at].strip() if at < len(row) else ""
                 if not _is_number(cell) or not np.isfinite(float(cell)):

@@ -189,6 +189,6 @@ def _as_trained(run: TrainedRun, what: str, given: np.ndarray) -> np.ndarray:
     require(np.issubdtype(examples.dtype, np.floating), f"{'uint8 or ' * digits}floating point")
     with np.errstate(over="ignore"):
         examples = examples.astype(np.float32, copy=False)
-    require(bool(np.isfinite(examples).all()), "finite numbers")
+    require(bool(np.isfinite(examples).all()), "finite float32 numbers")
     require(not digits or bool(examples.min() >= 0 and examples.max() <= 1), "numbers from 0 to 1")
     return examples

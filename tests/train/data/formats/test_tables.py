@@ -33,6 +33,7 @@ def test_columns_have_their_names_and_texts_are_classes_in_their_order(tmp_path)
         (ROWS.replace("cat", '"cat"').replace("width", '" width"').replace("1.5", '"1.5"'), "utf-8"),
         (ROWS.rstrip("\n"), "utf-8"),
         (ROWS.replace("\n7", "\n\n7"), "utf-8"),
+        ("\n\r\n" + ROWS, "utf-8"),
         (ROWS.replace("cat", " cat "), "utf-8"),
         (ROWS.replace("2\n", "2, \n"), "utf-8"),
     ]:
@@ -41,6 +42,14 @@ def test_columns_have_their_names_and_texts_are_classes_in_their_order(tmp_path)
         assert_array_equal(loaded.train.inputs, expected, text, strict=True)
         assert_array_equal(loaded.train.labels, [0, 1, 0, 2], text)
         assert [len(loaded.train), len(loaded.test)] == [3, 1]
+
+
+def test_names_of_columns_may_hold_separators_and_lines(tmp_path):
+    for separator in ",;\t":
+        text = separator.join(('"w,\tin\n\nkg"', '"h; a, ""b"""', "kind\n1", "2", "cat\n3", "4", "dog\n"))
+        loaded = load(data(write(tmp_path / "table.csv", text), test=0.5))
+        assert loaded.columns == ("w,\tin\n\nkg", 'h; a, "b"')
+        assert_array_equal(loaded.train.inputs, [[1, 2], [3, 4]])
 
 
 def test_sign_of_comments_in_other_files_is_a_part_of_a_label(tmp_path):

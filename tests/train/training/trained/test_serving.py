@@ -284,8 +284,8 @@ OTHER_ARRAYS = [
         np.full((8, 8), 16, np.uint8),
         "expected bytes up to 255, or numbers up to 1, and not up to 16 (divide by",
     ),
-    (np.full((8, 8), np.nan), "expected finite numbers, "),
-    (np.full((8, 8), 1e300), "expected finite numbers, "),
+    (np.full((8, 8), np.nan), "expected finite float32 numbers, "),
+    (np.full((8, 8), 1e300), "expected finite float32 numbers, "),
     (np.full((8, 8), None), "cannot be read: "),
     (
         {"a": np.zeros((8, 8)), "b": np.zeros((8, 8))},
