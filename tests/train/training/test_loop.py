@@ -150,15 +150,9 @@ def test_evaluation_far_from_what_training_saw_is_warned_of(finished):
     printed = []
     log = SimpleNamespace(print_once=printed.append)
     near, far = {"loss": 900.0, "accuracy": 0.5}, {"loss": 1100.0, "accuracy": 0.5}
-    loop._warn_if_far(
-        "batch", {"train": {"loss": 0.1, "accuracy": 1.0}, "validation": near, "test": near}, log
-    )
-    loop._warn_if_far(
-        "batch", {"train": {"loss": 2.0, "accuracy": 1.0}, "validation": near, "test": far}, log
-    )
-    loop._warn_if_far(
-        "layer", {"train": {"loss": 0.1, "accuracy": 1.0}, "test": far}, log
-    )  # has no statistics
+    for norm, loss, test in (("batch", 0.1, near), ("batch", 2.0, far), ("layer", 0.1, far)):
+        results = {"train": {"loss": loss, "accuracy": 1.0}, "validation": near, "test": test}
+        loop._warn_if_far(norm, results, log)
     assert printed == [] and "warning" not in finished[2]
     loop._warn_if_far(
         "batch", {"train": {"loss": 0.1, "accuracy": 1.0}, "validation": near, "test": far}, log
