@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 import re
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Literal, get_args, get_origin
 
 from sphinx.util.docutils import SphinxDirective
@@ -46,7 +46,7 @@ class Keys(SphinxDirective):
         rows = ["| key | default | what it is |", "|---|---|---|"]
         for field in fields(cls):
             if not is_dataclass(field.type):
-                default = "`runs/` and the file's name" if field.default is MISSING else toml(field.default)
+                default = "`runs/` and the file's name" if field.name == "run_dir" else toml(field.default)
                 what = text[field.name] + choices(field.type)
                 rows.append(f"| `{prefix}{field.name}` | {default} | {what} |")
         return self.parse_text_to_nodes("\n".join(rows))
