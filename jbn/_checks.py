@@ -1,5 +1,7 @@
 """Checks of arguments: each error names the argument, what it was, what was expected, and the fix."""
 
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,6 +76,24 @@ def as_weights(mask: ArrayLike | None, x: jax.Array) -> jax.Array | None:
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     return len(shape) == len(to) and all(m in (1, n) for m, n in zip(shape, to))
+
+
+def as_shape(name: str, features: Any) -> tuple[int, ...]:
+    """Return the shape of the feature axes, of which a number is the only one.
+
+    Raises:
+      TypeError: it is neither a number nor a sequence of them.
+      ValueError: one is negative.
+    """
+    try:
+        shape = tuple(map(operator.index, features if isinstance(features, Sequence) else (features,)))
+    except TypeError:
+        raise TypeError(
+            f"{name}={features!r}; expected the number of features, or the shape of the feature axes."
+        ) from None
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{name}={features!r}; expected >= 0.")
+    return shape
 
 
 def as_float(value: Any) -> float:
@@ -154,13 +174,27 @@ def check_update(update: Any) -> None:
         raise TypeError(f"update={update!r}; expected a rule, such as jbn.ema(0.9).")
 
 
+def as_dtype(name: str, dtype: Any) -> np.dtype:
+    """Return `dtype` as NumPy has it; a TypeError if it is none."""
+    try:
+        return jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"{name}={dtype!r}; expected a dtype, such as jnp.float32.") from None
+
+
+def check_learnable(name: str, dtype: Any) -> None:
+    """Raise a TypeError unless parameters of `dtype` can be learnt."""
+    if not jnp.issubdtype(as_dtype(name, dtype), jnp.inexact):
+        raise TypeError(f"{name}={jnp.dtype(dtype)}; expected a floating point or complex dtype.")
+
+
 def result_dtype(x: jax.Array, dtype: DTypeLike | None) -> np.dtype:
     """Return `dtype`, or the dtype of `x` if that is None.
 
     Raises:
       TypeError: `dtype` cannot hold a normalized `x`.
     """
-    result = jnp.dtype(x.dtype if dtype is None else dtype)
+    result = as_dtype("dtype", x.dtype if dtype is None else dtype)
     kind = jnp.complexfloating if jnp.iscomplexobj(x) else jnp.inexact
     if not jnp.issubdtype(result, kind):
         expected = "a complex dtype" if jnp.iscomplexobj(x) else "a floating point or complex dtype"

@@ -1,6 +1,5 @@
 """Parameters and running moments of a new layer, and normalization with given moments."""
 
-import operator
 from collections.abc import Sequence
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jbn._axes import Axes, feature_axes, feature_shape
-from jbn._checks import as_epsilon, as_samples, check_features, result_dtype
+from jbn._checks import as_epsilon, as_samples, as_shape, check_features, check_learnable, result_dtype
 from jbn._dtypes import arithmetic_dtype, real_dtype
 from jbn._normalization import normalize_by
 from jbn._params import Params, split_affine
@@ -35,12 +34,17 @@ def init(
     Returns:
       `Params` and `Moments` with mean 0, variance 1 and count 0, all in the features' shape.
 
+    Raises:
+      TypeError: `features` is no number, nor several, or `dtype` holds whole numbers.
+      ValueError: `features` is negative.
+
     >>> import jbn
     >>> params, running = jbn.init(3)
     >>> print(params.scale, params.bias, running.mean, running.var)
     [1. 1. 1.] [0. 0. 0.] [0. 0. 0.] [1. 1. 1.]
     """
-    shape = tuple(features) if isinstance(features, Sequence) else (operator.index(features),)
+    shape = as_shape("features", features)
+    check_learnable("dtype", dtype)
     wide = arithmetic_dtype(dtype)
     params = Params(
         scale=jnp.ones(shape, dtype) if use_scale else None,

@@ -1,6 +1,5 @@
 """The layer."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -22,7 +21,7 @@ except ModuleNotFoundError as error:
     raise ImportError('jbn.nnx needs Flax; install it with: pip install "jbn[flax]"') from error
 
 from jbn._axes import Axes, feature_axes, feature_shape
-from jbn._checks import as_array
+from jbn._checks import as_array, as_shape
 from jbn._collectives import AxisName
 from jbn._dtypes import arithmetic_dtype, is_narrow
 from jbn._flax import (
@@ -218,8 +217,7 @@ class BatchNorm(nnx.Module):
         self.affine_by_domain = affine_by_domain
         self.blend = blend
         check_options(self)
-        features = num_features if isinstance(num_features, Sequence) else (operator.index(num_features),)
-        shape, affine_shape = shapes_of(self, tuple(features))
+        shape, affine_shape = shapes_of(self, as_shape("num_features", num_features))
 
         def param(initializer, metadata):
             return nnx.Param(initializer(rngs.params(), affine_shape, param_dtype), **metadata)

@@ -106,6 +106,17 @@ def test_decay_is_one_number_in_the_unit_interval():
         named(ValueError, r"decay=.* is outside \[0, 1\].*PyTorch", jbn.ema, decay)
 
 
+def test_a_new_layer_has_a_number_of_features_and_a_dtype_that_can_be_learnt():
+    for features in 3.5, "3", None, (2, "a"):
+        named(TypeError, "features=.*; expected the number of features", jbn.init, features)
+    for features in -1, (2, -3):
+        named(ValueError, "features=.*; expected >= 0", jbn.init, features)
+    for dtype in int, "int8", bool:
+        named(TypeError, "dtype=.*; expected a floating point or complex", jbn.init, 3, dtype=dtype)
+    named(TypeError, "dtype='float99'; expected a dtype", jbn.init, 3, dtype="float99")
+    named(TypeError, "dtype='float99'; expected a dtype", jbn.normalize, X, RUNNING, dtype="float99")
+
+
 def test_samples_may_be_any_array_of_floating_point():
     for x in np.ones(2, np.float32), 1.5, jnp.ones(2, jnp.bfloat16):
         assert_array_equal(as_samples(x), x)
