@@ -39,7 +39,7 @@ def from_torch(state: Mapping[str, Any], prefix: str = "") -> tuple[Params, Mome
     Raises:
       TypeError: `state` is not a mapping of arrays.
       ValueError: the running moments are missing, as with `track_running_stats=False`, or an array is of
-        another shape or not finite.
+        another shape, not of floating point, or not finite.
 
     >>> import numpy as np, jbn
     >>> state = {"bn1.weight": np.ones(2), "bn1.bias": np.zeros(2)}
