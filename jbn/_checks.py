@@ -97,9 +97,9 @@ def as_shape(name: str, features: Any) -> tuple[int, ...]:
 
 
 def as_float(value: Any) -> float:
-    """Return a Python float, as `float` does, but not of text; a TypeError or ValueError of anything else."""
+    """Return a Python float, as `float` does, but not of text; a TypeError or ValueError of what is none."""
     if isinstance(value, str | bytes):
-        raise TypeError(f"{value!r} is text; expected a number.")
+        raise TypeError
     return float(value)
 
 

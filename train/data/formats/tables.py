@@ -16,6 +16,7 @@ EXPECTED = (
     "and numbers below, such as 1.5"
 )
 SEPARATORS = ",;\t"
+QUOTED = re.compile(rf'(?:^|(?<=[{SEPARATORS}]))"(?:[^"]|"")*"', re.M)  # elsewhere in a cell it is an inch
 
 
 def read(path: Path, config: Data) -> Found | None:
@@ -93,8 +94,8 @@ def _header(file: Path) -> tuple[list[str], int]:
 
 def _separator(file: Path) -> str:
     with file.open(encoding="utf-8-sig") as lines:
-        unquoted = re.sub('"[^"]*"', "", lines.read(2**20))
-    first = unquoted.lstrip("\n").partition("\n")[0]
+        unquoted = QUOTED.sub("", lines.read(2**20).lstrip("\n"))
+    first = unquoted.partition("\n")[0]
     return max(SEPARATORS, key=first.count)
 
 

@@ -50,6 +50,9 @@ def test_names_of_columns_may_hold_separators_and_lines(tmp_path):
         loaded = load(data(write(tmp_path / "table.csv", text), test=0.5))
         assert loaded.columns == ("w,\tin\n\nkg", 'h; a, "b"')
         assert_array_equal(loaded.train.inputs, [[1, 2], [3, 4]])
+        text = separator.join(('diagonal in "', "kind\n1", '"cat"\n2', "dog\n"))
+        loaded = load(data(write(tmp_path / "inches.csv", text), test=0.5))
+        assert loaded.columns == ('diagonal in "',) and loaded.labels.names == ("cat", "dog")
 
 
 def test_sign_of_comments_in_other_files_is_a_part_of_a_label(tmp_path):
